@@ -1,1 +1,27 @@
+"""MeFEm: a face encoder pretrained by a joint embedding predictive architecture (arXiv 2602.14672).
+
+The names below are loaded when they are first used: `import mefem` itself needs neither torch nor mediapipe."""
+
 __version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+_PUBLIC = {
+    "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
+    "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "features",
+    "FaceEmbedder": "features", "load_settings": "config",
+}
+_MODULES = {"config", "faces", "shards", "simulate", "datasets", "masking", "weighting", "models", "jepa", "monitoring",
+            "training", "encoders", "features", "probing", "metrics", "report", "cli"}
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(_import_module(f"mefem.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return _import_module(f"mefem.{name}")
+    raise AttributeError(f"module 'mefem' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC, *_MODULES})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DatasetName', 'Fraction', 'Count', 'SettingsError', 'write_atomic', 'write_json', 'find_root', 'Section', 'Simulate',
            'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor', 'Optimiser', 'Pretrain', 'Features', 'Probing',
-           'Profile', 'Settings', 'read_yaml', 'load_settings', 'pretrain_settings', 'settings_hash']
+           'Profile', 'Settings', 'read_yaml', 'load_settings', 'pretrain_settings', 'run_changes', 'settings_hash']
 
 # %% ../nbs/00_config.ipynb #30b3918a
 import hashlib
@@ -185,7 +185,7 @@ class Profile(Section):
 class Settings(Section):
     profile: str
     datasets: tuple[DatasetName, ...]
-    encoders: tuple[str, ...]
+    encoders: dict[str, str]  # name in the tables -> what `mefem.load_encoder` takes
     runs: tuple[str, ...]
     overrides: dict[str, dict] = {}  # run -> changes to its pretrain section
     profiles: dict[str, Profile]
@@ -268,6 +268,17 @@ def pretrain_settings(settings: Settings, run: str, **changes) -> Pretrain:
         return Pretrain.model_validate(_merge(merged, changes))
     except ValidationError as error:
         raise SettingsError(_explain(error, f"run {run!r}")) from None
+
+
+def run_changes(masking=None, width=None, cls_in_source=None, weights=None, teacher_input=None, steps=None, batch=None,
+                lr=None, seed=None) -> dict:
+    "papermill's flat parameters as changes to a `pretrain` section; None keeps, `cls_in_source=-1` is a model without CLS."
+    sections = {"masking": {"kind": masking, "width": width}, "weights": {"kind": weights}, "optimiser": {"lr": lr}}
+    changes = {key: {k: v for k, v in part.items() if v is not None} for key, part in sections.items()}
+    if cls_in_source is not None:
+        changes["masking"]["cls_in_source"] = None if cls_in_source == -1 else cls_in_source
+    changes |= {"teacher_input": teacher_input, "steps": steps, "batch": batch, "seed": seed}
+    return {key: value for key, value in changes.items() if value not in (None, {})}
 
 
 def settings_hash(section) -> str:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+import weakref
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -197,9 +198,9 @@ def _check_model(data: bytes, origin) -> bytes:
         raise OSError(f"{origin}: SHA-256 {found}, expected {MODEL_SHA256}")
     return data
 
-# %% ../nbs/10_faces.ipynb #a2f9ff8c
+# %% ../nbs/10_faces.ipynb #b7ab211e
 def detector_model() -> Path:
-    "Path of BlazeFace's short-range model, fetched on first use (section 3 of the paper); `ModelAbsent` says how to get it."
+    "Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` says how to get it by hand."
     folders, tried = _model_folders(), []
     for path in (folder / MODEL_NAME for folder in folders):
         with contextlib.suppress(FileNotFoundError):
@@ -217,9 +218,10 @@ def detector_model() -> Path:
             tried.append(f"{origin}: {error}")
     raise ModelAbsent(
         f"no face detector: {MODEL_NAME} could not be had.\n" + "\n".join(f"  {line}" for line in tried)
-        + f"\nBy hand: on a machine with a network run `pip download --no-deps --only-binary=:all: --python-version 3.12 "
-        f"--platform manylinux_2_28_x86_64 {MODEL_WHEEL}`, unzip mediapipe/modules/face_detection/{MODEL_NAME} from the "
-        f"wheel and put it into {folders[0]} (SHA-256 {MODEL_SHA256}).")
+        + "\nBy hand: on a machine with a network run `pip download --no-deps --only-binary=:all: "
+        f"--python-version 3.12 --platform manylinux_2_28_x86_64 {MODEL_WHEEL}`, unzip "
+        f"mediapipe/modules/face_detection/{MODEL_NAME} from the wheel and put it into {folders[0]} "
+        f"(SHA-256 {MODEL_SHA256}).")
 
 # %% ../nbs/10_faces.ipynb #181ff698
 @dataclass(frozen=True, eq=False)
@@ -228,7 +230,7 @@ class Face:
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
     score: float  # 0..1
-    keypoints: np.ndarray  # float32 [6, 2]: right eye, left eye, nose, mouth, right ear, left ear (the person's own sides)
+    keypoints: np.ndarray  # float32 [6, 2]: the person's right eye, left eye, nose, mouth, right ear, left ear
 
 
 @contextlib.contextmanager
@@ -244,7 +246,16 @@ def _quiet_stderr():
         os.close(kept)
         os.close(nothing)
 
-# %% ../nbs/10_faces.ipynb #02fcac4b
+# %% ../nbs/10_faces.ipynb #a60c8ed3
+def _close(task) -> None:
+    "Free MediaPipe's detector."
+    try:
+        with _quiet_stderr():
+            task.close()
+    except RuntimeError:  # at the interpreter's exit its worker thread is gone already, and the process frees the rest
+        task._handle = None
+
+
 def check_rgb(rgb) -> np.ndarray:
     "`rgb` itself if it is uint8 [H, W, 3]; `ValueError` with what was found otherwise."
     if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
@@ -269,6 +280,7 @@ class FaceDetector:
             self._task = Task.create_from_options(
                 FaceDetectorOptions(base_options=model, min_detection_confidence=min_score))
             self.detect(np.zeros((128, 128, 3), np.uint8))
+        weakref.finalize(self, _close, self._task)  # left to the interpreter's shutdown, MediaPipe prints a traceback
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         "Faces in a uint8 [H, W, 3] picture, the surest first."
@@ -282,12 +294,12 @@ class FaceDetector:
 def _as_face(found, width: int, height: int) -> Face:
     "MediaPipe's answer (integer box, keypoints from 0 to 1) in pixels."
     box, points = found.bounding_box, [(point.x * width, point.y * height) for point in found.keypoints]
-    corners = (float(box.origin_x), float(box.origin_y), float(box.origin_x + box.width), float(box.origin_y + box.height))
-    return Face(corners, float(found.categories[0].score), np.array(points, np.float32))
+    corners = (box.origin_x, box.origin_y, box.origin_x + box.width, box.origin_y + box.height)
+    return Face(tuple(map(float, corners)), float(found.categories[0].score), np.array(points, np.float32))
 
-# %% ../nbs/10_faces.ipynb #9e72ee7f
+# %% ../nbs/10_faces.ipynb #e01f3392
 def face_square(box, scale: float = 2.0) -> tuple[float, float, float]:
-    "Square (x0, y0, side) in pixels around a box (x0, y0, x1, y1): side = scale x the box's longer side (paper, sec. 3)."
+    "Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x the longer side (paper, sec. 3)."
     corners = np.asarray(box, float)
     if corners.shape != (4,) or not np.isfinite(corners).all() or (corners[2:] <= corners[:2]).any():
         raise CropError("bad box", detail=f"{box!r}, expected four finite numbers x0 < x1, y0 < y1")
@@ -307,20 +319,21 @@ def check_square(square, width: int, height: int, min_side: int):
     x0, y0, side = square
     slack = 1e-6 * max(width, height)  # rounding of (x0 + x1 - side) / 2, far below any pixel
     if x0 < -slack or y0 < -slack or x0 + side > width + slack or y0 + side > height + slack:
-        raise CropError("leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
+        raise CropError("leaves the picture",
+                        detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
     if side < min_side:
         raise CropError("too small", detail=f"{side:.1f} pixels, at least {min_side} are needed")
     return square
 
-# %% ../nbs/10_faces.ipynb #e397564a
+# %% ../nbs/10_faces.ipynb #79219a68
 DRAFT_GAP = 2.0  # the decoder may shrink to this many times the crop's size, as Pillow's own thumbnails do
-CROP_JPEG = {"quality": 95, "subsampling": 0}  # how crops are stored: no chroma subsampling, colour of skin and lips counts
+CROP_JPEG = {"quality": 95, "subsampling": 0}  # as stored: full chroma, for the colour of skin and lips counts
 
 
 def _reduction(image: Image.Image, side: float, size: int) -> int:
     "By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."
-    if image.format not in ("JPEG", "MPO"):
-        return 1
+    if image.format not in ("JPEG", "MPO") or _orientation(image) != 1:
+        return 1  # a turned picture would have the decoder's padding on the left or on top, and the crop beside the face
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or side / factor >= DRAFT_GAP * size)
 
 
@@ -330,8 +343,9 @@ def resample(rgb: Image.Image, square, size: int, reduction: int = 1) -> np.ndar
     corners = (max(x0, 0.0), max(y0, 0.0), min(x0 + side, rgb.width), min(y0 + side, rgb.height))
     return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS, box=corners, reducing_gap=3.0))
 
-# %% ../nbs/10_faces.ipynb #716324b3
-def crop_image(image: Image.Image, box=None, scale=2.0, size=224, min_side=224, detector=None, framing="paper") -> np.ndarray:
+# %% ../nbs/10_faces.ipynb #ef954485
+def crop_image(image: Image.Image, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224,
+               detector=None, framing: str = "paper") -> np.ndarray:
     """An opened picture as its face crop, uint8 [size, size, 3].
 
     `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face of
@@ -363,8 +377,9 @@ def _surest_box(rgb: Image.Image, detector: FaceDetector):
 def _default_detector() -> FaceDetector:
     return FaceDetector()
 
-# %% ../nbs/10_faces.ipynb #8e73049d
-def crop_face(rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224, detector=None) -> np.ndarray:
+# %% ../nbs/10_faces.ipynb #495868f3
+def crop_face(rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224,
+              detector=None) -> np.ndarray:
     "The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError(reason)` where there is none to be had."
     return crop_image(Image.fromarray(check_rgb(rgb)), box, scale, size, min_side, detector)
 

@@ -1,0 +1,58 @@
+# Two commands do everything: `make reproduce` and `make test`. Both build their own environment in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+# Stages call papermill, jupyter and python by name: the environment's own come first.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+# A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help env reproduce test lab libraries lint notebooks unit smoke
+
+help:
+	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
+	@echo "make test        all checks, as CI runs them"
+	@echo "make lab         JupyterLab on nbs/"
+
+libraries:
+	@$(PYTHON) tools/system_libraries.py
+
+# Rebuilt when what is to be installed changes; the marker is written last, so a broken install is not taken for a whole one.
+$(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml
+	@echo "== environment: $(VENV) (first time: 3 to 6 minutes, 6 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+env: libraries $(INSTALLED)
+
+reproduce: env
+	dvc repro
+	@mefem info reproduction
+
+test: env lint notebooks unit smoke
+	@echo "== all checks passed"
+
+lint:
+	@echo "== ruff"
+	ruff check .
+
+notebooks:
+	@echo "== the package is what the notebooks export, and the notebooks are clean"
+	python tools/check_notebooks.py
+	@echo "== nbdev_test"
+	nbdev_test --n_workers 2 --timing
+
+unit:
+	@echo "== pytest"
+	python -m pytest -q -n 2
+
+smoke:
+	@echo "== the whole graph at profile smoke, in a scratch clone, twice"
+	bash tools/smoke.sh
+
+lab: env
+	jupyter lab --notebook-dir=nbs

@@ -1,0 +1,268 @@
+"Reading, detecting and cropping: against Pillow done by hand, and on real photographs."
+import io
+import pickle
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from mefem import faces
+from mefem.faces import CropError, FaceDetector, ImageError, crop_face, crop_image, face_square, open_image, read_image
+
+
+def saved(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def gradient(height=24, width=32):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return FaceDetector()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_orientation_is_that_of_pillow(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    data = saved(Image.fromarray(gradient()), format, exif=exif, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(read_image(data), np.asarray(expected))
+    assert faces.upright_size(open_image(data)) == expected.size
+
+
+def test_modes_become_rgb():
+    rgb = gradient()
+    grey = rgb[..., 0]
+    same = np.repeat(grey[..., None], 3, axis=2)
+    assert np.array_equal(read_image(saved(Image.fromarray(grey))), same)
+    assert np.array_equal(read_image(saved(Image.fromarray(grey.astype(np.uint16) * 257))), same)
+    assert np.array_equal(read_image(saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")), same)
+    assert np.array_equal(read_image(saved(Image.fromarray(rgb).convert("CMYK"), "TIFF")), rgb)
+    cmyk_jpeg = saved(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100)
+    assert np.abs(read_image(cmyk_jpeg).astype(int) - rgb).max() < 24, "CMYK JPEG (stored inverted) is not a negative"
+    two_tone = Image.fromarray((grey > 100).astype(np.uint8) * 255).convert("1")
+    assert set(np.unique(read_image(saved(two_tone)))) == {0, 255}
+    assert read_image(saved(Image.fromarray(rgb).quantize(16))).shape == rgb.shape
+
+
+def test_alpha_lies_on_white():
+    rgb = gradient()
+    alpha = np.zeros(rgb.shape[:2], np.uint8)
+    alpha[:, 8:16], alpha[:, 16:] = 128, 255
+    for image in (Image.fromarray(np.dstack([rgb, alpha])), Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA")):
+        found = read_image(saved(image)).astype(int)
+        solid = np.asarray(image.convert("RGBA"))[..., :3].astype(int)
+        assert (found[:, :8] == 255).all() and np.array_equal(found[:, 16:], solid[:, 16:])
+        assert np.abs(found[:, 8:16] - (solid[:, 8:16] * 128 + 255 * 127) / 255).max() <= 1
+    palette = Image.fromarray(rgb).quantize(8)
+    palette.info["transparency"] = 0
+    clear = np.asarray(palette) == 0
+    assert (read_image(saved(palette, transparency=0))[clear] == 255).all()
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("missing", "missing file"), ("folder", "unreadable file"), ("empty", "empty file"), ("text", "not an image"),
+    ("cut", "corrupt image"), ("cut png", "corrupt image"), ("huge", "too many pixels")])
+def test_bad_files_have_a_named_reason(tmp_path, kind, reason):
+    path = tmp_path / "photo.jpg"
+    jpeg = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG")
+    content = {"empty": b"", "text": b"<html>404</html>", "cut": jpeg[:-900], "huge": jpeg,
+               "cut png": saved(Image.fromarray(gradient(99, 99)))[:-200]}
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(content[kind])
+    with pytest.raises(ImageError) as caught:
+        read_image(path, max_pixels=9800 if kind == "huge" else faces.MAX_PIXELS)
+    assert caught.value.reason == reason and reason in faces.IMAGE_REASONS
+    assert "photo.jpg" in str(caught.value)
+
+
+def test_declared_size_is_checked_before_decoding():
+    header = bytearray(saved(Image.fromarray(gradient())))
+    header[16:24] = (30_000).to_bytes(4, "big") * 2  # width and height of the PNG header; checksum follows
+    import zlib
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    with pytest.raises(ImageError) as caught:
+        read_image(bytes(header))
+    assert caught.value.reason == "too many pixels"
+
+
+def test_errors_cross_processes():
+    error = pickle.loads(pickle.dumps(CropError("too small", "a.jpg", "12 pixels")))
+    assert (error.reason, error.source, error.detail) == ("too small", "a.jpg", "12 pixels")
+
+
+def test_square_is_twice_the_longer_side_and_centred():
+    assert face_square((10, 20, 50, 80)) == (30 - 60, 50 - 60, 120)
+    assert face_square((10, 20, 70, 40), scale=1.5) == (40 - 45, 30 - 45, 90)
+    for box in ((0, 0, 0, 5), (5, 5, 1, 9), (0, 0, float("nan"), 1), (1, 2, 3)):
+        with pytest.raises(CropError, match="bad box"):
+            face_square(box)
+
+
+@pytest.mark.parametrize("box, reason", [
+    ((100, 100, 200, 200), None), ((50, 50, 150, 150), None), ((49.9, 50, 149.9, 150), "leaves the picture"),
+    ((150, 150, 250, 250), None), ((150, 150.5, 250, 250.5), "leaves the picture"), ((140, 140, 239, 239), "too small")])
+def test_border_and_size(box, reason):
+    rgb = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    if reason is None:
+        assert crop_face(rgb, box, size=64, min_side=200).shape == (64, 64, 3)
+    else:
+        with pytest.raises(CropError) as caught:
+            crop_face(rgb, box, size=64, min_side=200)
+        assert caught.value.reason == reason
+
+
+def test_crop_without_scaling_copies_pixels():
+    rgb = np.random.default_rng(0).integers(0, 255, (300, 320, 3), dtype=np.uint8)
+    assert np.array_equal(crop_face(rgb, (100, 120, 156, 170), size=112, min_side=112), rgb[89:201, 72:184])
+
+
+def test_subpixel_geometry():
+    "A linear ramp stays linear: pixel i of the crop shows the ramp at x0 + (i + 1/2) side / size."
+    ramp = np.repeat(np.repeat(np.linspace(0, 255, 400)[None, :, None], 400, 0), 3, 2)
+    box, size = (130.3, 150.0, 230.7, 240.0), 50
+    x0, _, side = face_square(box)
+    expected = (x0 + (np.arange(size) + 0.5) * side / size - 0.5) * 255 / 399
+    found = crop_face(ramp.round().astype(np.uint8), box, size=size, min_side=10)[size // 2, :, 0]
+    assert np.abs(found - expected).max() < 1.5
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_reduced_decode_matches_the_full_one(orientation):
+    noise = np.random.default_rng(1).normal(128, 50, (150, 190, 3)).clip(0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(noise).resize((1901, 1503), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=exif)
+    box = (501.5, 500, 1002.5, 1000)  # a square of 1002 pixels
+    reduced = crop_image(open_image(data), box, size=100, min_side=100)
+    assert faces._reduction(open_image(data), 1002, 100) == (4 if orientation == 1 else 1)
+    full = crop_face(read_image(data), box, size=100)
+    difference = np.abs(reduced.astype(int) - full)
+    assert difference.mean() < 1.5 and difference.max() < 20
+    shifted = crop_face(read_image(data), [value + 8 for value in box], size=100)
+    assert np.abs(reduced.astype(int) - shifted).mean() > 4 * difference.mean(), "the test sees a shift of 0.8 pixels"
+
+
+def test_dropped_pictures_are_not_decoded(monkeypatch):
+    data = saved(Image.fromarray(gradient(300, 300)), "JPEG")
+    monkeypatch.setattr(faces, "decode", lambda *args: pytest.fail("was decoded"))
+    with pytest.raises(CropError, match="leaves the picture"):
+        crop_image(open_image(data), (0, 0, 250, 250))
+
+
+def test_dataset_framing_is_the_centred_square():
+    rgb = gradient(100, 160)
+    found = crop_image(Image.fromarray(rgb), size=100, min_side=100, framing="dataset")
+    assert np.array_equal(found, rgb[:, 30:130])
+
+
+def cartoon(x=256, y=256, unit=1.0, size=512):
+    image = Image.new("RGB", (size, size), (150, 170, 190))
+    pen = ImageDraw.Draw(image)
+    for x0, y0, x1, y1, colour in [
+            (-95, -130, 95, 130, (70, 50, 35)), (-80, -105, 80, 120, (224, 178, 150)),
+            (-52, -28, -16, -8, (245, 240, 235)), (16, -28, 52, -8, (245, 240, 235)), (-43, -27, -25, -9, (50, 35, 25)),
+            (25, -27, 43, -9, (50, 35, 25)), (-13, -15, 13, 40, (205, 155, 130)), (-32, 58, 32, 80, (180, 90, 85))]:
+        pen.ellipse((x + x0 * unit, y + y0 * unit, x + x1 * unit, y + y1 * unit), fill=colour)
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(3 * unit)))
+
+
+def test_detector_finds_where_it_was_drawn(detector):
+    for x, y, unit in ((256, 256, 1.0), (200, 300, 0.8)):
+        face = detector.detect(cartoon(x, y, unit))[0]
+        eyes = np.array([(x - 34 * unit, y - 18 * unit), (x + 34 * unit, y - 18 * unit)])
+        assert np.abs(face.keypoints[:2] - eyes).max() < 15 and face.keypoints.shape == (6, 2)
+        assert face.box[0] < x < face.box[2] and 0.5 <= face.score <= 1
+
+
+def test_detector_takes_views_and_refuses_others(detector):
+    flipped = cartoon()[:, ::-1]
+    assert detector.detect(flipped)[0].score > 0.5
+    assert detector.detect(np.zeros((40, 60, 3), np.uint8)) == []
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8), "a.jpg"):
+        with pytest.raises(ValueError, match="uint8 array"):
+            detector.detect(wrong)
+    with pytest.raises(ValueError, match="short"):
+        FaceDetector(range="long")
+    with pytest.raises(ValueError, match="min_score"):
+        FaceDetector(min_score=50)
+
+
+def test_threshold_is_used():
+    sure = FaceDetector(min_score=0.3).detect(cartoon())[0].score
+    assert FaceDetector(min_score=min(sure + 0.05, 1)).detect(cartoon()) == []
+
+
+def test_the_surest_face_wins(detector, monkeypatch):
+    found = [faces.Face((10.0, 10, 20, 20), 0.6, np.zeros((6, 2))), faces.Face((100.0, 100, 200, 200), 0.9, None)]
+    detections = [type("D", (), {"bounding_box": None})] * 2
+    monkeypatch.setattr(detector._task, "detect", lambda picture: type("R", (), {"detections": detections}))
+    monkeypatch.setattr(faces, "_as_face", lambda *args, left=iter(found): next(left))
+    assert [face.score for face in detector.detect(np.zeros((300, 300, 3), np.uint8))] == [0.9, 0.6]
+
+
+def test_no_face():
+    with pytest.raises(CropError) as caught:
+        crop_face(np.full((300, 300, 3), 99, np.uint8))
+    assert caught.value.reason == "no face"
+
+
+def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
+    def offline():
+        raise OSError("no network")
+    monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(faces, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(faces, "_from_storage", offline)
+    monkeypatch.setattr(faces, "_from_wheel", offline)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / faces.MODEL_NAME).write_bytes(b"half a download")
+    with pytest.raises(faces.ModelAbsent) as caught:
+        faces.detector_model()
+    text = str(caught.value)
+    assert "By hand" in text and str(tmp_path / "cache") in text and faces.MODEL_SHA256 in text
+    assert "half a download" not in text and "expected" in text, "the damaged file is named with both hashes"
+
+
+def test_model_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    model = faces.detector_model().read_bytes()
+    monkeypatch.setenv("MEFEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(faces, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(faces, "_from_storage", lambda: b"<html>captive portal</html>")
+    monkeypatch.setattr(faces, "_from_wheel", lambda: model)
+    path = faces.detector_model()
+    assert path == tmp_path / faces.MODEL_NAME and path.read_bytes() == model
+    monkeypatch.setattr(faces, "_from_wheel", lambda: pytest.fail("was fetched again"))
+    assert faces.detector_model() == path
+
+
+def test_wheel_failure_is_an_os_error(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution")
+    monkeypatch.setattr(faces.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(OSError, match="No matching distribution"):
+        faces._from_wheel()
+
+
+def test_all_frontal_portraits_are_cropped(shared, detector):
+    photos = sorted((shared / "frll").glob("*.jpg"))
+    assert len(photos) == 24
+    for path in photos:
+        image = open_image(path)
+        crop = crop_image(image, detector=detector)
+        assert crop.shape == (224, 224, 3)
+        again = detector.detect(crop)[0]
+        center = np.array(again.box).reshape(2, 2).mean(0)
+        assert np.abs(center - 112).max() < 12, f"{path.name}: the face is not in the middle"
+        assert 90 < again.box[2] - again.box[0] < 135, f"{path.name}: the face does not fill half the crop"
