@@ -250,8 +250,7 @@ def _quiet_stderr():
 def _close(task) -> None:
     "Free MediaPipe's detector."
     try:
-        with _quiet_stderr():
-            task.close()
+        task.close()
     except RuntimeError:  # at the interpreter's exit its worker thread is gone already, and the process frees the rest
         task._handle = None
 
@@ -333,7 +332,7 @@ CROP_JPEG = {"quality": 95, "subsampling": 0}  # as stored: full chroma, for the
 def _reduction(image: Image.Image, side: float, size: int) -> int:
     "By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."
     if image.format not in ("JPEG", "MPO") or _orientation(image) != 1:
-        return 1  # a turned picture would have the decoder's padding on the left or on top, and the crop beside the face
+        return 1  # turning would bring the decoder's padding to the left or top, and the crop beside the face
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or side / factor >= DRAFT_GAP * size)
 
 

@@ -496,12 +496,13 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
     "linear") says otherwise. The grid is lrs x weight_decays. `heads` counts only where the features do not say how many
-    heads their encoder has. Absent features give an empty result whose info says why."""
+    heads their encoder has. Features that are absent give an empty result whose
+    info has their state and the reason."""
     task = get_task(task)
     features = features if isinstance(features, Features) else load_features(features, task.dataset)
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "encoder": features.meta.get("encoder")}
     if features.state != "present":
-        return ProbeResult(pd.DataFrame(), {**about, "state": "absent", "reason": features.meta.get("reason", "")})
+        return ProbeResult(pd.DataFrame(), {**about, "state": features.state, "reason": features.meta.get("reason", "")})
     recipe = _Recipe(head or ("mlp" if feature_set == "cls" else "attentive"),
                      tuple(Candidate(lr, wd) for lr in lrs for wd in weight_decays),
                      features.meta.get("heads") or heads, hidden, epochs, batch, patience)

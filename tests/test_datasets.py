@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mefem.datasets import bmi, core, facecaption, fairface
+from mefem.datasets import core, facecaption, fairface
 from mefem.datasets.core import READERS, DatasetError, crop_dataset, get_reader, iter_rows
 from mefem.faces import encode_crop, read_image
-from mefem.shards import SUCCESS, ShardError, load_images, read_labels, read_manifest, write_shard
+from mefem.shards import SUCCESS, ShardError, ShardWriter, load_images, read_labels, read_manifest, write_shard
 
 QUICK = {"size": 64, "min_side": 64, "jobs": 1, "progress": False}
 
@@ -49,7 +49,6 @@ def make_facecaption(root, rows, shards):
                           "box": row["box"], **change})
             if data is not None:
                 samples.append((key, data, {"key": key}))
-        from mefem.shards import ShardWriter
         with ShardWriter(root / "images", index) as shard:
             for sample in samples:
                 shard.add_sample(*sample)
@@ -96,7 +95,8 @@ def test_facecaption_crops_are_where_the_boxes_are(captions, tmp_path):
     assert np.abs(images[0] - expected).mean() > 20
 
 
-@pytest.mark.parametrize("stored, original", [((300, 300), (600, 600)), ((300, 200), (900, 600)), ((300, 300), (0, None))])
+@pytest.mark.parametrize("stored, original", [
+    ((300, 300), (600, 600)), ((300, 200), (900, 600)), ((300, 300), (0, None))])
 def test_facecaption_box_follows_the_stored_size(stored, original):
     row = {"box": "[120, 60, 240, 180]", "width": stored[0], "height": stored[1], "original_width": original[0],
            "original_height": original[1]}
@@ -127,9 +127,8 @@ def test_facecaption_truncated_download_stops_with_its_name(captions, tmp_path):
 def test_facecaption_without_the_additional_columns(captions):
     path = captions / "images/00000.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["_id", "box"]), path)
-    with pytest.raises(DatasetError, match="00000.parquet: no column '_id', 'box'.*save_additional_columns") as caught:
+    with pytest.raises(DatasetError, match="(?s)00000.parquet: no column '_id', 'box'.*save_additional_columns"):
         get_reader("facecaption").units(captions)
-    assert "img2dataset" in str(caught.value).replace("\n", " ")
 
 
 def test_facecaption_row_downloaded_twice(captions):
@@ -163,9 +162,10 @@ def test_fairface_units_cover_every_row_once(tmp_path, monkeypatch):
     monkeypatch.setattr(fairface, "UNIT_ROWS", 3)
     reader = get_reader("fairface")
     assert len(reader.units(tmp_path)) == 4
-    photos = [photo for unit in reader.units(tmp_path) for photo in reader.read(tmp_path, unit)]
-    assert [photo.key for photo in photos] == [f"train_{n:06d}" for n in range(7)] + [f"validation_{n:06d}" for n in range(3)]
-    assert [photo.data for photo in photos[:7]] == [photo_bytes for photo_bytes in map(photo, range(7))]
+    photos = [found for unit in reader.units(tmp_path) for found in reader.read(tmp_path, unit)]
+    expected = [("train", number) for number in range(7)] + [("validation", number) for number in range(3)]
+    assert [found.key for found in photos] == [f"{split}_{number:06d}" for split, number in expected]
+    assert [found.data for found in photos] == [photo(number) for _, number in expected]
     assert photos[8].labels == {"split": "validation", "person": "validation_000001", "age": 1, "age_name": "3-9",
                                 "gender": 1, "gender_name": "Female", "race": 0, "race_name": "Black"}
 
@@ -200,10 +200,10 @@ def test_real_fairface_through_the_real_reader(shared, tmp_path):
     for split, count in (("train", 300), ("validation", 100)):
         name = f"{split}-00000-of-00001.parquet"
         pq.write_table(pq.ParquetFile(shared / "fairface/0.25" / name).read_row_group(0).slice(0, count), raw / name)
-    paper = crop_dataset("fairface", raw.parent, tmp_path / "paper", jobs=2, progress=False)
+    paper = crop_dataset("fairface", raw.parent, tmp_path / "paper", jobs=1, progress=False)
     assert paper["original"] == 400 and paper["usable"] == 0, "as measured by the project's owner: none of 400 fits"
     assert set(paper["dropped"]) == {"leaves the picture", "no face"} and paper["dropped"]["no face"] < 40
-    own = crop_dataset("fairface", raw.parent, tmp_path / "own", framing="dataset", jobs=2, progress=False)
+    own = crop_dataset("fairface", raw.parent, tmp_path / "own", framing="dataset", jobs=1, progress=False)
     assert own["usable"] == 400
     labels = read_labels(tmp_path / "own")
     table = pd.concat([pd.read_parquet(path) for path in sorted(raw.glob("*.parquet"))], ignore_index=True)
@@ -254,14 +254,15 @@ def test_bmi_impossible_values_name_file_line_and_value(tmp_path, line, message)
 def test_bmi_missing_column(tmp_path):
     make_bmi(tmp_path, "own", [])
     (tmp_path / "own/labels.csv").write_text("image,height,weight,bmi,gender,person\n1.jpg,180,81,25,m,7\n")
-    with pytest.raises(DatasetError, match="own/labels.csv: no column 'sex' among image,|no column 'sex'"):
+    with pytest.raises(DatasetError, match="own/labels.csv: no column 'sex' among image, height"):
         get_reader("bmi").original(tmp_path)
 
 
 def test_bmi_portraits_through_the_detector(shared, tmp_path):
     "Real portraits in the BMI layout: detector, paper's framing, all kept; one with its face cut off is not."
     names = sorted(path.name for path in (shared / "frll").glob("*.jpg"))[:4]
-    make_bmi(tmp_path / "raw", "own", [f"{name},170,70,,f,{number}," for number, name in enumerate([*names, "cut.jpg"])], ())
+    lines = [f"{name},170,70,,f,{number}," for number, name in enumerate([*names, "cut.jpg"])]
+    make_bmi(tmp_path / "raw", "own", lines, images=())
     for name in names:
         os.symlink(shared / "frll" / name, tmp_path / "raw/own/images" / name)
     Image.open(shared / "frll" / names[0]).crop((0, 0, 1350, 900)).save(tmp_path / "raw/own/images/cut.jpg")
@@ -280,7 +281,7 @@ def test_result_does_not_depend_on_jobs_or_interruption(captions, tmp_path, monk
     done = []
     real = core.crop_unit
     def killed_in_the_second(name, options, raw, out, index, *rest):
-        if index == 1 and not done:
+        if index == 1 and 1 not in done:
             done.append(index)
             raise KeyboardInterrupt
         done.append(index)

@@ -2,6 +2,7 @@
 import io
 import pickle
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -90,7 +91,6 @@ def test_bad_files_have_a_named_reason(tmp_path, kind, reason):
 def test_declared_size_is_checked_before_decoding():
     header = bytearray(saved(Image.fromarray(gradient())))
     header[16:24] = (30_000).to_bytes(4, "big") * 2  # width and height of the PNG header; checksum follows
-    import zlib
     header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
     with pytest.raises(ImageError) as caught:
         read_image(bytes(header))
@@ -112,7 +112,8 @@ def test_square_is_twice_the_longer_side_and_centred():
 
 @pytest.mark.parametrize("box, reason", [
     ((100, 100, 200, 200), None), ((50, 50, 150, 150), None), ((49.9, 50, 149.9, 150), "leaves the picture"),
-    ((150, 150, 250, 250), None), ((150, 150.5, 250, 250.5), "leaves the picture"), ((140, 140, 239, 239), "too small")])
+    ((150, 150, 250, 250), None), ((150, 150.5, 250, 250.5), "leaves the picture"),
+    ((140, 140, 239, 239), "too small")])
 def test_border_and_size(box, reason):
     rgb = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
     if reason is None:
@@ -208,7 +209,8 @@ def test_the_surest_face_wins(detector, monkeypatch):
     found = [faces.Face((10.0, 10, 20, 20), 0.6, np.zeros((6, 2))), faces.Face((100.0, 100, 200, 200), 0.9, None)]
     detections = [type("D", (), {"bounding_box": None})] * 2
     monkeypatch.setattr(detector._task, "detect", lambda picture: type("R", (), {"detections": detections}))
-    monkeypatch.setattr(faces, "_as_face", lambda *args, left=iter(found): next(left))
+    left = iter(found)
+    monkeypatch.setattr(faces, "_as_face", lambda *args: next(left))
     assert [face.score for face in detector.detect(np.zeros((300, 300, 3), np.uint8))] == [0.9, 0.6]
 
 

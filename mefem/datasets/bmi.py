@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, slices
+from .core import DatasetError, Photograph, file_version, slices
 
 # %% ../../nbs/37_bmi.ipynb #78389748
 UNIT_ROWS = 1000
@@ -91,8 +91,7 @@ def _rows(path: str, size: int, changed: int) -> list[dict]:
 
 def csv_rows(path: Path) -> list[dict]:
     "The CSV's rows; read once while it does not change."
-    stat = path.stat()
-    return _rows(str(path), stat.st_size, stat.st_mtime_ns)
+    return _rows(*file_version(path))
 
 
 def image_path(folder: Path, image: str, where: str) -> Path:

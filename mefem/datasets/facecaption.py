@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIST_ROWS', 'NO_LINK', 'PROBLEMS', 'LIST_COLUMNS', 'IMAGE_COLUMNS', 'HOW_TO_OBTAIN', 'parse_box', 'first_link',
-           'list_files', 'write_links', 'image_shards', 'stored_box', 'Reader', 'read_images', 'read_rest']
+           'list_files', 'write_links', 'image_shards', 'downloaded', 'stored_box', 'Reader', 'read_images',
+           'read_rest']
 
 # %% ../../nbs/31_facecaption.ipynb #4894f986
 import json
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, count_rows, iter_rows, require_columns, slices
+from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, require_columns, slices
 from ..shards import SUCCESS, open_tar, replacing
 
 # %% ../../nbs/31_facecaption.ipynb #72be598b
@@ -78,17 +79,21 @@ def _hash_ids(column: pa.ChunkedArray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _downloaded(shards: tuple[str, ...]) -> np.ndarray:
-    "Sorted hashes of the `_id` of all rows in img2dataset's shards; a row that comes twice is an error."
+def _hashes(shards: tuple[tuple[str, int, int], ...]) -> np.ndarray:
     parts = []
-    for path in shards:
+    for path, _, _ in shards:
         require_columns(path, IMAGE_COLUMNS, HOW_TO_OBTAIN)
         parts.append(_hash_ids(pq.read_table(path, columns=["_id"])["_id"]))
     hashes = np.concatenate([*parts, np.empty(0, np.uint64)])
     if len(unique := np.unique(hashes)) != len(hashes):
-        raise DatasetError(f"{Path(shards[0]).parent}: {len(hashes) - len(unique)} rows of the publisher's list were "
-                           "downloaded twice; give img2dataset one link a row (write_links)")
+        raise DatasetError(f"{Path(shards[0][0]).parent}: {len(hashes) - len(unique)} rows of the publisher's list "
+                           "were downloaded twice; give img2dataset one link a row (write_links)")
     return unique
+
+
+def downloaded(root) -> np.ndarray:
+    "Sorted hashes of the `_id` of all rows in img2dataset's finished shards; a row that comes twice is an error."
+    return _hashes(tuple(map(file_version, image_shards(root))))
 
 # %% ../../nbs/31_facecaption.ipynb #7883d923
 def stored_box(row: dict) -> tuple[float, float, float, float] | None:
@@ -132,7 +137,7 @@ class Reader(core.Reader):
 
     def units(self, root):
         shards = image_shards(root)
-        complete = len(_downloaded(tuple(map(str, shards)))) == self.original(root)
+        complete = len(downloaded(root)) == self.original(root)
         rest = [] if complete else [f"{path.name}/{start}" for path in list_files(root)
                                     for start, _ in slices(count_rows(path), LIST_ROWS)]
         return [f"images/{path.stem}" for path in shards] + rest
@@ -160,7 +165,7 @@ def read_images(root, shard: str) -> Iterator[Photograph]:
 def read_rest(root, path: Path, start: int) -> Iterator[Photograph]:
     "Those of `LIST_ROWS` rows of the publisher's list, from `start`, that are in none of img2dataset's shards."
     require_columns(path, LIST_COLUMNS, HOW_TO_OBTAIN)
-    known = _downloaded(tuple(map(str, image_shards(root))))
+    known = downloaded(root)
     rows = [row for _, row in iter_rows(path, start, start + LIST_ROWS, columns=["_id", "url"], batch=10_000)]
     hashes = _hash_ids(pa.chunked_array([[row["_id"] for row in rows]]))
     there = np.searchsorted(known, hashes) < np.searchsorted(known, hashes, side="right")

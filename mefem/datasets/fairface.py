@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, count_rows, iter_rows, require_columns, slices
+from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, require_columns, slices
 
 # %% ../../nbs/35_fairface.ipynb #ea686a20
 UNIT_ROWS = 1000
@@ -24,8 +24,7 @@ HOW_TO_OBTAIN = """FairFace: CC BY 4.0; 86,744 + 10,954 photographs, release wit
 
 
 @lru_cache(maxsize=8)
-def class_names(path: str) -> dict[str, list[str]]:
-    "Names of the classes of age, gender and race, which Hugging Face keeps in the schema's metadata."
+def _class_names(path: str, size: int, changed: int) -> dict[str, list[str]]:
     require_columns(path, COLUMNS, HOW_TO_OBTAIN)
     try:
         features = json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]
@@ -33,6 +32,11 @@ def class_names(path: str) -> dict[str, list[str]]:
     except (KeyError, TypeError, ValueError):
         raise DatasetError(f"{path}: no class names of {', '.join(CLASSES)} in the schema's metadata; expected the "
                            f"release's own parquet. {HOW_TO_OBTAIN}") from None
+
+# %% ../../nbs/35_fairface.ipynb #ee95ebd2
+def class_names(path) -> dict[str, list[str]]:
+    "Names of the classes of age, gender and race, which Hugging Face keeps in the schema's metadata."
+    return _class_names(*file_version(path))
 
 # %% ../../nbs/35_fairface.ipynb #2ba6f596
 def row_labels(row: dict, names: dict[str, list[str]], split: str, key: str, where: str) -> dict:
@@ -86,7 +90,7 @@ class Reader(core.Reader):
     def read(self, root, unit):
         path, start = self.files(root, unit)[0], int(unit.split("/")[1])
         split = path.name.split("-")[0]
-        files, names = self.split_files(root, split), class_names(str(path))
+        files, names = self.split_files(root, split), class_names(path)
         before = sum(map(count_rows, files[: files.index(path)]))
         for number, row in iter_rows(path, start, start + UNIT_ROWS, columns=[*COLUMNS]):
             key, data = f"{split}_{before + number:06d}", (row["image"] or {}).get("bytes")

@@ -1,0 +1,272 @@
+"""The heads against PyTorch's own layers, the batched grid against separate runs, and the rules on who may be where."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from mefem.features import Features
+from mefem.probing import (AttentivePooler, Candidate, LinearProbe, MLPProbe, PersonLeak, Split, StackedLinear, Task,
+                           TokenStore, check_split, make_splits, person_folds, probe, stacked_adamw, task_targets,
+                           train_heads, whiten)
+
+
+def hand_set(head, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.4 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return head
+
+
+def reference(head, c, x):
+    """Copy c of a pooler, by PyTorch's attention, layer norms and linear layers."""
+    dim, heads = head.dim, head.heads
+    attention = nn.MultiheadAttention(dim, heads, batch_first=True, dtype=x.dtype)
+    layers = [head.to_query, head.to_key, head.to_value]
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([layer.weight[c].T for layer in layers]))
+        attention.in_proj_bias.copy_(torch.cat([layer.bias[c, 0] for layer in layers]))
+        attention.out_proj.weight.copy_(torch.eye(dim))
+        attention.out_proj.bias.zero_()
+    norm = lambda layer, y: nn.functional.layer_norm(y, (dim,), layer.scale[c, 0], layer.shift[c, 0])
+    linear = lambda layer, y: nn.functional.linear(y, layer.weight[c].T, layer.bias[c, 0])
+    q, tokens = head.query[c].expand(len(x), 1, dim), norm(head.norm_tokens, x)
+    y = q + attention(q, tokens, tokens, need_weights=False)[0]
+    y = y + linear(head.contract, nn.functional.gelu(linear(head.expand, norm(head.norm_query, y))))
+    return linear(head.head, y)[:, 0]
+
+
+@pytest.mark.parametrize("dim, heads, tokens, outputs", [(16, 1, 3, 1), (24, 3, 7, 9), (32, 8, 1, 2)])
+def test_pooler_is_the_plain_formula(dim, heads, tokens, outputs):
+    head = hand_set(AttentivePooler(dim, heads, outputs, copies=3).double())
+    x = torch.randn(5, tokens, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = head(x)
+    assert found.shape == (3, 5, outputs)
+    for c in range(3):
+        assert torch.allclose(found[c], reference(head, c, x), atol=1e-11, rtol=0)
+
+
+def test_pooler_by_hand():
+    """Identity projections, a query along the first axis: softmax weights and their mean can be written down."""
+    head = AttentivePooler(2, 1, 1).double()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.zero_()
+        head.norm_tokens.scale.fill_(1)
+        head.query.copy_(torch.tensor([2.0, 0.0]))
+        for layer in (head.to_query, head.to_key, head.to_value):
+            layer.weight.copy_(torch.eye(2))
+        head.head.weight.copy_(torch.tensor([[1.0], [10.0]]))
+        head.head.bias.fill_(0.5)
+    x = torch.tensor([[[3.0, 1.0], [0.0, 4.0]]], dtype=torch.float64)     # layer norm: (1, -1) and (-1, 1)
+    u = 1 / (1 + 1e-5) ** 0.5
+    v = 2 / (4 + 1e-5) ** 0.5
+    a = np.exp(2 * u / 2**0.5) / (np.exp(2 * u / 2**0.5) + np.exp(-2 * v / 2**0.5))
+    first, second = 2 + a * u - (1 - a) * v, -a * u + (1 - a) * v
+    assert np.isclose(head(x).item(), first + 10 * second + 0.5, rtol=1e-12)
+
+
+def test_pooler_gradients_are_those_of_the_plain_formula():
+    head = hand_set(AttentivePooler(12, 3, 2, copies=2).double())
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    wanted = [p for p in head.parameters() if p is not head.to_key.bias]
+    ours = torch.autograd.grad(head(x).square().sum(), wanted)
+    attention_free = []
+    for c in range(2):      # the reference copies weights into a module, so its gradient is taken by finite differences
+        attention_free.append(reference(head, c, x).square().sum())
+    base = torch.stack(attention_free).sum()
+    rng = np.random.default_rng(0)
+    for p, g in zip(wanted, ours):
+        i = tuple(int(rng.integers(s)) for s in p.shape)
+        with torch.no_grad():
+            p[i] += 1e-6
+            moved = sum(reference(head, c, x).square().sum() for c in range(2))
+            p[i] -= 1e-6
+        assert np.isclose(((moved - base) / 1e-6).item(), g[i].item(), rtol=1e-3, atol=1e-4)
+
+
+def test_perceptron_and_linear_probe():
+    x = torch.randn(20, 6, dtype=torch.float64)
+    for head in (MLPProbe(6, 5, 2).double(), LinearProbe(6, 2).double()):
+        hand_set(head).standardise(x)
+        z = (x - x.mean(0)) / x.std(0, correction=0)
+        if isinstance(head, MLPProbe):
+            z = nn.functional.gelu(z @ head.expand.weight[0] + head.expand.bias[0])
+        assert torch.allclose(head(x), z @ head.head.weight[0] + head.head.bias[0])
+
+
+def test_constant_feature_is_harmless():
+    head = LinearProbe(3, 1)
+    head.standardise(torch.tensor([[1.0, 5.0, 0.0], [2.0, 5.0, 0.0]]))
+    assert torch.isfinite(head(torch.tensor([[1.0, 6.0, 1.0]]))).all()
+
+
+@pytest.mark.parametrize("people, photos, folds", [(10, 1, 5), (53, 3, 5), (7, 2, 2)])
+def test_folds_keep_people_whole_and_balanced(people, photos, folds):
+    rng = np.random.default_rng(people)
+    persons = rng.permutation(np.repeat(np.arange(people), photos)).astype(str)
+    value = dict(zip(np.arange(people).astype(str), rng.gamma(2, 3, people)))
+    targets = np.array([value[p] for p in persons])
+    fold = person_folds(persons, targets, folds, seed=1)
+    assert pd.Series(fold).groupby(persons).nunique().max() == 1 and set(fold) == set(range(folds))
+    sizes = np.bincount([fold[persons == p][0] for p in set(persons)])
+    assert np.ptp(sizes) <= 1
+    ranked = sorted(value, key=value.get)                 # each run of `folds` neighbours covers all folds
+    of = dict(zip(persons, fold))
+    for start in range(0, people - folds + 1, folds):
+        assert {of[p] for p in ranked[start:start + folds]} == set(range(folds))
+    assert np.array_equal(fold, person_folds(persons, targets, folds, seed=1))
+    with pytest.raises(ValueError, match="folds"):
+        person_folds(persons, targets, people + 1)
+
+
+def test_a_planted_person_is_refused():
+    persons = ["ada", "ben", "cid", "dan", "ada"]
+    for train, validation, test, parts in (([0], [1], [4], "train and test"), ([0], [4], [1], "train and validation"),
+                                           ([1], [0], [4], "validation and test")):
+        with pytest.raises(PersonLeak, match=f"both {parts}.*ada"):
+            check_split(persons, Split("official", *(np.array(v) for v in (train, validation, test))))
+    labels = pd.DataFrame({"person": ["a", "b", "c", "d", "a"], "split": ["train"] * 4 + ["validation"]})
+    task = Task("t", "d", "y", "regression", split="official")
+    with pytest.raises(PersonLeak, match="'a'"):
+        make_splits(labels, np.arange(5.0), task, validation=0.5)
+
+
+def toy(n=120, k=5, d=8, signal=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    person = np.arange(n) // 2
+    bmi = (26 + 5 * rng.standard_normal(n // 2))[person]
+    tokens = rng.standard_normal((n, k, d)).astype(np.float16)
+    tokens[:, :, 0] += (signal * (bmi - 26) / 5)[:, None].astype(np.float16)
+    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": person.astype(str), "bmi": bmi,
+                           "split": np.where(person % 4, "train", "validation"), "sex": np.where(bmi > 26, "male", "female")})
+    return Features("present", tokens, labels, {"encoder": "toy", "has_cls": True, "heads": 2, "tokens": k})
+
+
+QUICK = dict(folds=3, epochs=4, lrs=(3e-3, 1e-2), weight_decays=(0.0, 0.1), progress=False)
+
+
+@pytest.mark.parametrize("head", ["attentive", "mlp", "linear"])
+def test_every_photograph_is_predicted_once_by_people_unseen(head):
+    features = toy()
+    result = probe(features, "bmi", "cls" if head != "attentive" else "patches", head=head, **QUICK)
+    assert sorted(result.predictions.key) == sorted(features.labels.key)
+    assert result.predictions.groupby("person").fold.nunique().max() == 1
+    assert [len(s["validation"]) for s in result.info["splits"]] == [4] * 3
+
+
+def test_repeatable_and_seeded():
+    a, b, c = (probe(toy(), "bmi", "patches", seeds=(s,), **QUICK).predictions for s in (0, 0, 1))
+    assert a.equals(b) and not np.allclose(a.sort_values("key").prediction, c.sort_values("key").prediction)
+
+
+def test_candidates_side_by_side_equal_separate_runs_of_torch_adamw():
+    x, y = torch.randn(48, 6, generator=torch.Generator().manual_seed(0)), torch.randn(48)
+    grid = [Candidate(1e-2, 0.5), Candidate(3e-3, 0.0), Candidate(3e-3, 0.5)]
+    head = MLPProbe(6, 5, 1, copies=3, generator=torch.Generator().manual_seed(1))
+    start = [p.detach().clone() for p in head.parameters()]
+    optimiser = stacked_adamw(head, grid)
+    for _ in range(7):
+        for p in head.parameters():
+            p.grad.zero_()
+        (head.predict(x)[..., 0] - y).square().mean(1).sum().backward()
+        optimiser.step()
+    for c, candidate in enumerate(grid):
+        alone = MLPProbe(6, 5, 1)
+        with torch.no_grad():
+            for p, s in zip(alone.parameters(), start):
+                p.copy_(s[c:c + 1])
+        weights = [p for n, p in alone.named_parameters() if n.endswith("weight")]
+        biases = [p for n, p in alone.named_parameters() if n.endswith("bias")]
+        plain = torch.optim.AdamW([{"params": weights, "weight_decay": candidate.weight_decay},
+                                   {"params": biases, "weight_decay": 0.0}], lr=candidate.lr)
+        for _ in range(7):
+            plain.zero_grad()
+            (alone(x)[:, 0] - y).square().mean().backward()
+            plain.step()
+        for p, q in zip(head.parameters(), alone.parameters()):
+            assert torch.allclose(p[c], q[0], atol=1e-6)
+
+
+def test_best_epoch_is_kept():
+    f = toy(signal=0.3)
+    head = AttentivePooler(8, 2, 1, copies=2, generator=torch.Generator().manual_seed(0))
+    store = TokenStore(f.select("patches"), head.prepare)
+    y = torch.as_tensor((f.labels.bmi.to_numpy() - 26) / 5).float()
+    split = Split("s", np.arange(60), np.arange(60, 90), np.arange(90, 120))
+    info = train_heads(head, store, y, split, [Candidate(3e-2, 0.0), Candidate(1e-3, 0.0)], "regression", epochs=12, batch=16)
+    curve = np.array(info["curves"]["validation"])
+    assert info["best_epoch"][0] < len(curve) - 1                       # the fast candidate overfits, so the test means something
+    with torch.no_grad():
+        now = (head.predict(store[split.validation])[..., 0] - y[60:90]).square().mean(1)
+    assert np.allclose(now, curve.min(0), atol=1e-6) and list(curve.argmin(0)) == info["best_epoch"]
+
+
+def test_test_people_influence_nothing():
+    """Neither the scale of the targets nor the choice of a candidate may see the test part."""
+    task = Task("t", "bmi", "bmi", "regression", split="official")
+    f, g = toy(), toy()
+    held = g.labels.split == "validation"
+    g.labels.loc[held, "bmi"] = 1000.0
+    a, b = (probe(x, task, "patches", **QUICK).predictions for x in (f, g))
+    assert np.array_equal(a.prediction, b.prediction) and (b.target == 1000).all()
+
+
+def test_streaming_gives_what_memory_gives(tmp_path):
+    f = toy()
+    np.save(tmp_path / "tokens.npy", f.tokens)
+    f.tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    a, b = (probe(f, "bmi", "patches+cls", memory=m, **QUICK).predictions for m in (1 << 30, 0))
+    assert TokenStore(f.tokens, whiten, memory=0).kept is None
+    assert np.allclose(a.prediction, b.prediction, atol=1e-4)
+
+
+def test_classification_and_labels():
+    result = probe(toy(signal=2.0), "bmi-sex", "patches", **(QUICK | {"epochs": 10}))
+    assert (result.predictions.target == result.predictions.prediction).mean() > 0.75
+    f = toy()
+    f.labels.loc[3, "sex"] = "unknown"
+    with pytest.raises(ValueError, match="'unknown'.*female"):
+        probe(f, "bmi-sex", "cls", **QUICK)
+    f.labels.loc[3, "sex"] = None
+    result = probe(f, "bmi-sex", "cls", **QUICK)
+    assert result.info["without_label"] == 1 and "3" not in set(result.predictions.key)
+    with pytest.raises(ValueError, match="no column 'age'"):
+        task_targets(f.labels, Task("a", "bmi", "age", "regression"))
+
+
+def test_fairface_is_scored_by_group_on_the_official_split():
+    f = toy()
+    f.labels["age"] = np.arange(120) % 9
+    f.labels["race_name"] = np.where(np.arange(120) % 3, "Black", "White")
+    result = probe(f, "fairface-age", "cls", **QUICK).predictions
+    assert set(result.key) == set(f.labels.key[f.labels.split == "validation"])
+    assert set(result.group) == {"White", "non-White"}
+    white = f.labels.set_index("key").race_name == "White"
+    assert (white[result.key].to_numpy() == (result.group == "White").to_numpy()).all()
+
+
+def test_absent_features_are_a_state_not_an_error():
+    result = probe(Features("weights absent", None, None, {"reason": "no file", "encoder": "farl"}), "bmi", "cls")
+    assert result.state == "weights absent" and result.info["reason"] == "no file" and result.predictions.empty
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="bmi, bmi-age"):
+        probe(toy(), "weight", "cls")
+    with pytest.raises(ValueError, match="'attentive', 'mlp'"):
+        probe(toy(), "bmi", "cls", head="forest", **QUICK)
+    with pytest.raises(ValueError, match="10 cannot be split into 3"):
+        AttentivePooler(10, 3, 1)
+    with pytest.raises(ValueError, match="share"):
+        probe(toy(), "bmi", "cls", validation=0.9, progress=False)
+    flat = toy()
+    flat.labels["bmi"] = 20.0
+    with pytest.raises(ValueError, match="all equal"):
+        probe(flat, "bmi", "cls", **QUICK)
+
+
+def test_copies_start_alike():
+    layer = StackedLinear(4, 3, 2)
+    assert all(torch.equal(layer.weight[0], layer.weight[c]) for c in range(4))
