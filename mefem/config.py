@@ -133,6 +133,7 @@ class Pretrain(Section):
     weights: Weights = Weights()
     optimiser: Optimiser = Optimiser()
     teacher_input: Literal["image", "targets"] = "image"
+    target_norm: Literal["layer", "batch"] = "layer"
     flip: bool = False
     batch: Count = 2048  # pictures per step, over all processes
     steps: Count = 1000

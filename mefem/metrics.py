@@ -6,9 +6,9 @@
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'Metric', 'score', 'r2', 'mae', 'accuracy', 'person_sums', 'draws', 'resampled',
            'Interval', 'bootstrap_interval', 'Difference', 'paired_difference', 'majority', 'summarise']
 
-# %% ../nbs/53_metrics.ipynb #a45c5d7d
+# %% ../nbs/53_metrics.ipynb #db1479ea
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -62,7 +62,9 @@ def score(metric: str, target, prediction) -> float:
         raise ValueError(f"metric {metric!r} is unknown, expected one of {sorted(METRICS)}")
     target, prediction = np.asarray(target, float), np.asarray(prediction, float)
     if target.shape != prediction.shape or target.ndim != 1 or not len(target):
-        raise ValueError(f"{metric}: targets {target.shape} and predictions {prediction.shape} must be equal, [N], N > 0")
+        raise ValueError(
+            f"{metric}: targets {target.shape} and predictions {prediction.shape} must be equal, [N], N > 0"
+        )
     if not (np.isfinite(target).all() and np.isfinite(prediction).all()):
         raise ValueError(f"{metric}: targets and predictions must be finite numbers")
     return float(METRICS[metric].value(METRICS[metric].terms(target, prediction).sum(0)))
@@ -72,7 +74,7 @@ def r2(target, prediction) -> float:
     """Coefficient of determination, 1 - (squared residuals) / (squared deviations from the mean target)."""
     return score("r2", target, prediction)
 
-
+# %% ../nbs/53_metrics.ipynb #2601d03c
 def mae(target, prediction) -> float:
     """Mean absolute error in the target's own unit."""
     return score("mae", target, prediction)
@@ -116,7 +118,7 @@ def draws(persons: int, replicates: int, seed: int = 0, chunk: int = 4_000_000) 
 
 
 def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, stream: int = 0) -> np.ndarray:
-    """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are both drawn."""
+    """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are drawn."""
     seeds, persons, _ = sums.shape
     values = np.concatenate([METRICS[metric].value(np.stack([counts @ s for s in sums], axis=1))
                              for counts in draws(persons, replicates, seed)])      # [replicates, seeds]
@@ -145,7 +147,7 @@ def _percentiles(values, confidence):
     tail = (1 - confidence) / 2
     return (float(v) for v in np.nanquantile(values, [tail, 1 - tail]))
 
-
+# %% ../nbs/53_metrics.ipynb #04b8a3e7
 def _point(sums, metric):
     # with several seeds the estimate is the mean of the seeds' metrics, not the metric of pooled errors
     return float(METRICS[metric].value(sums.sum(1)).mean())
@@ -153,7 +155,7 @@ def _point(sums, metric):
 
 def bootstrap_interval(predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95,
                        seed: int = 0) -> Interval:
-    """Percentile bootstrap over people (and seeds) of `metric` for `predictions` (key, person, target, prediction[, seed])."""
+    """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed])."""
     sums = person_sums(predictions, metric)
     low, high = _percentiles(resampled(sums, metric, replicates, seed), confidence)
     return Interval(_point(sums, metric), low, high, int(predictions.key.nunique()), sums.shape[1])
@@ -172,18 +174,23 @@ class Difference(Interval):
     def better(self) -> bool:
         return self.high < 0 if self.metric in LOWER_IS_BETTER else self.low > 0
 
-
+# %% ../nbs/53_metrics.ipynb #21675aa2
 def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
-    ours, theirs = (dict(zip(p.key.astype(str), zip(p.person.astype(str), p.target))) for p in (first, second))
+    ours, theirs = (
+        dict(zip(p.key.astype(str), zip(p.person.astype(str), p.target, strict=True), strict=True))
+        for p in (first, second)
+    )
     if ours != theirs:
         differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        raise ValueError(f"a paired comparison needs the same photographs, persons and targets on both sides; {len(differ)} "
-                         f"differ, the first is {differ[0]!r}")
+        raise ValueError(
+            f"a paired comparison needs the same photographs, persons and targets on both sides; {len(differ)} "
+            f"differ, the first is {differ[0]!r}"
+        )
 
-
+# %% ../nbs/53_metrics.ipynb #6aeb0d8c
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, replicates: int = 2000,
                       confidence: float = 0.95, seed: int = 0) -> Difference:
-    """Bootstrap of metric(first) - metric(second) in which both see the same drawn people; ValueError if they differ."""
+    """Bootstrap of metric(first) - metric(second) in which both see the same drawn people."""
     _same_photographs(first, second)
     a, b = person_sums(first, metric), person_sums(second, metric)
     gap = resampled(a, metric, replicates, seed) - resampled(b, metric, replicates, seed, stream=1)
@@ -204,10 +211,10 @@ def majority(target) -> float:
     """Share of the most frequent target: the accuracy of the best constant answer."""
     return float(pd.Series(np.asarray(target)).value_counts(normalize=True).iloc[0])
 
-
+# %% ../nbs/53_metrics.ipynb #b31e5541
 def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 2000, confidence: float = 0.95,
               seed: int = 0) -> dict:
-    """Numbers of one probe: {"values": {"r2" or "accuracy/White" ...: value, low, high, n, persons}, counts and folds}."""
+    """Numbers of one probe: {"values": {"r2", "accuracy/White" ...: value, low, high, n, persons}, counts, folds}."""
     task = get_task(task)
     predictions = _check_predictions(predictions)
     values = {}

@@ -13,9 +13,9 @@ def rankme(embeddings: torch.Tensor) -> float:
     "Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1 to min(N, D)."
     if embeddings.ndim != 2 or not len(embeddings):
         raise ValueError(f"expected embeddings [N, D], found shape {tuple(embeddings.shape)}")
-    singular = torch.linalg.svdvals(torch.as_tensor(embeddings).double())
-    if not torch.isfinite(singular).all():
+    if not torch.isfinite(embeddings).all():
         raise ValueError("the embeddings hold values that are not finite")
+    singular = torch.linalg.svdvals(embeddings.double())
     p = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
     return torch.exp(torch.special.entr(p).sum()).item()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUCCESS', 'ShardError', 'DataAbsent', 'replacing', 'shard_paths', 'ShardWriter', 'write_shard', 'finished_stats',
            'write_manifest', 'read_manifest', 'remove_shards_from', 'tar_index', 'open_tar', 'read_labels',
-           'iter_samples', 'load_images']
+           'iter_samples', 'decode_square', 'load_images']
 
 # %% ../nbs/11_shards.ipynb #e70bf0c2
 import contextlib
@@ -254,8 +254,8 @@ def iter_samples(folder):
                 meta = json.loads(_read_member(read, path, f"{key}.json"))
                 yield key, _read_member(read, path, f"{key}.jpg"), meta
 
-# %% ../nbs/11_shards.ipynb #a6a5f5ab
-def _decode_square(jpeg: bytes, size: int, name: str) -> np.ndarray:
+# %% ../nbs/11_shards.ipynb #face366a
+def decode_square(jpeg: bytes, size: int, name: str) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(jpeg))
         image.draft("RGB", (size, size))
@@ -289,7 +289,7 @@ def _load_shard(folder, shard: dict, images: np.ndarray, pool: ThreadPoolExecuto
     with open_tar(path) as read:
         def fill(number):
             name = f"{keys[number]}.jpg"
-            images[number] = _decode_square(_read_member(read, path, name), images.shape[1], f"{path}: {name}")
+            images[number] = decode_square(_read_member(read, path, name), images.shape[1], f"{path}: {name}")
 
         for _ in pool.map(fill, range(len(keys)), chunksize=64):
             pass

@@ -68,7 +68,7 @@ def build(config: Pretrain) -> JEPA:
     predictor = Predictor(encoder.embed_dim, grid, cls, **config.predictor.model_dump())
     masking = create_masking(grid=grid, **config.masking.model_dump())
     weights = create_weights(grid=grid, **config.weights.model_dump())
-    return JEPA(encoder, predictor, masking, weights, config.teacher_input)
+    return JEPA(encoder, predictor, masking, weights, config.teacher_input, config.target_norm)
 
 
 def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:

@@ -5,8 +5,18 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score
 
-from mefem.metrics import (accuracy, bootstrap_interval, draws, mae, paired_difference, person_sums, r2, resampled, score,
-                           summarise)
+from mefem.metrics import (
+    accuracy,
+    bootstrap_interval,
+    draws,
+    mae,
+    paired_difference,
+    person_sums,
+    r2,
+    resampled,
+    score,
+    summarise,
+)
 
 
 def predictions(people=120, photos=1, noise=3.0, seed=0, seeds=1):
@@ -31,7 +41,9 @@ def test_definitions_are_scikit_learns(shift):
     assert accuracy(*classes) == accuracy_score(*classes)
 
 
-@pytest.mark.parametrize("metric, reference", [("r2", r2_score), ("mae", mean_absolute_error), ("accuracy", accuracy_score)])
+@pytest.mark.parametrize(
+    "metric, reference", [("r2", r2_score), ("mae", mean_absolute_error), ("accuracy", accuracy_score)]
+)
 def test_bootstrap_agrees_with_scipy(metric, reference):
     p = predictions()
     if metric == "accuracy":
@@ -51,8 +63,10 @@ def test_every_replicate_is_the_metric_of_the_drawn_photographs():
     p = predictions(people=15, photos=2)
     fast = resampled(person_sums(p, "r2"), "r2", 40, seed=7)
     order = sorted(p.person.unique())
-    for value, counts in zip(fast, np.concatenate(list(draws(15, 40, seed=7)))):
-        drawn = pd.concat([p[p.person == who] for who, times in zip(order, counts) for _ in range(int(times))])
+    for value, counts in zip(fast, np.concatenate(list(draws(15, 40, seed=7))), strict=True):
+        drawn = pd.concat(
+            [p[p.person == who] for who, times in zip(order, counts, strict=True) for _ in range(int(times))]
+        )
         assert np.isclose(value, r2_score(drawn.target, drawn.prediction))
 
 
@@ -74,7 +88,9 @@ def test_paired_difference_against_a_plain_loop():
     found = paired_difference(first, second, "mae", replicates=60, seed=2)
     gaps, order = [], sorted(first.person.unique())
     for counts in np.concatenate(list(draws(20, 60, seed=2))):
-        pick = np.concatenate([np.flatnonzero(first.person == who) for who, t in zip(order, counts) for _ in range(int(t))])
+        pick = np.concatenate(
+            [np.flatnonzero(first.person == who) for who, t in zip(order, counts, strict=True) for _ in range(int(t))]
+        )
         gaps.append(mae(first.target.iloc[pick], first.prediction.iloc[pick])
                     - mae(second.target.iloc[pick], second.prediction.iloc[pick]))
     assert np.allclose([found.low, found.high], np.quantile(gaps, [0.025, 0.975]))
@@ -120,8 +136,16 @@ def test_bad_input_is_refused():
 
 def test_summarise_scores_groups_apart():
     rng = np.random.default_rng(0)
-    p = pd.DataFrame({"key": np.arange(300).astype(str), "person": np.arange(300).astype(str), "fold": "test", "seed": 0,
-                      "target": rng.integers(0, 9, 300), "group": np.where(np.arange(300) < 90, "White", "non-White")})
+    p = pd.DataFrame(
+        {
+            "key": np.arange(300).astype(str),
+            "person": np.arange(300).astype(str),
+            "fold": "test",
+            "seed": 0,
+            "target": rng.integers(0, 9, 300),
+            "group": np.where(np.arange(300) < 90, "White", "non-White"),
+        }
+    )
     p["prediction"] = np.where(p.group == "White", p.target, 0)
     found = summarise(p, "fairface-age", replicates=200)["values"]
     assert found["accuracy/White"]["value"] == 1 and found["accuracy/White"]["n"] == 90

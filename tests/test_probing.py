@@ -6,9 +6,25 @@ import torch
 from torch import nn
 
 from mefem.features import Features
-from mefem.probing import (AttentivePooler, Candidate, LinearProbe, MLPProbe, PersonLeak, Split, StackedLinear, Task,
-                           TokenStore, check_split, make_splits, person_folds, probe, stacked_adamw, task_targets,
-                           train_heads, whiten)
+from mefem.probing import (
+    AttentivePooler,
+    Candidate,
+    LinearProbe,
+    MLPProbe,
+    PersonLeak,
+    Split,
+    StackedLinear,
+    Task,
+    TokenStore,
+    check_split,
+    make_splits,
+    person_folds,
+    probe,
+    stacked_adamw,
+    task_targets,
+    train_heads,
+    whiten,
+)
 
 
 def hand_set(head, seed=0):
@@ -29,8 +45,10 @@ def reference(head, c, x):
         attention.in_proj_bias.copy_(torch.cat([layer.bias[c, 0] for layer in layers]))
         attention.out_proj.weight.copy_(torch.eye(dim))
         attention.out_proj.bias.zero_()
-    norm = lambda layer, y: nn.functional.layer_norm(y, (dim,), layer.scale[c, 0], layer.shift[c, 0])
-    linear = lambda layer, y: nn.functional.linear(y, layer.weight[c].T, layer.bias[c, 0])
+    def norm(layer, y):
+        return nn.functional.layer_norm(y, (dim,), layer.scale[c, 0], layer.shift[c, 0])
+    def linear(layer, y):
+        return nn.functional.linear(y, layer.weight[c].T, layer.bias[c, 0])
     q, tokens = head.query[c].expand(len(x), 1, dim), norm(head.norm_tokens, x)
     y = q + attention(q, tokens, tokens, need_weights=False)[0]
     y = y + linear(head.contract, nn.functional.gelu(linear(head.expand, norm(head.norm_query, y))))
@@ -77,7 +95,7 @@ def test_pooler_gradients_are_those_of_the_plain_formula():
         attention_free.append(reference(head, c, x).square().sum())
     base = torch.stack(attention_free).sum()
     rng = np.random.default_rng(0)
-    for p, g in zip(wanted, ours):
+    for p, g in zip(wanted, ours, strict=True):
         i = tuple(int(rng.integers(s)) for s in p.shape)
         with torch.no_grad():
             p[i] += 1e-6
@@ -106,14 +124,14 @@ def test_constant_feature_is_harmless():
 def test_folds_keep_people_whole_and_balanced(people, photos, folds):
     rng = np.random.default_rng(people)
     persons = rng.permutation(np.repeat(np.arange(people), photos)).astype(str)
-    value = dict(zip(np.arange(people).astype(str), rng.gamma(2, 3, people)))
+    value = dict(zip(np.arange(people).astype(str), rng.gamma(2, 3, people), strict=True))
     targets = np.array([value[p] for p in persons])
     fold = person_folds(persons, targets, folds, seed=1)
     assert pd.Series(fold).groupby(persons).nunique().max() == 1 and set(fold) == set(range(folds))
     sizes = np.bincount([fold[persons == p][0] for p in set(persons)])
     assert np.ptp(sizes) <= 1
     ranked = sorted(value, key=value.get)                 # each run of `folds` neighbours covers all folds
-    of = dict(zip(persons, fold))
+    of = dict(zip(persons, fold, strict=True))
     for start in range(0, people - folds + 1, folds):
         assert {of[p] for p in ranked[start:start + folds]} == set(range(folds))
     assert np.array_equal(fold, person_folds(persons, targets, folds, seed=1))
@@ -139,8 +157,15 @@ def toy(n=120, k=5, d=8, signal=1.0, seed=0):
     bmi = (26 + 5 * rng.standard_normal(n // 2))[person]
     tokens = rng.standard_normal((n, k, d)).astype(np.float16)
     tokens[:, :, 0] += (signal * (bmi - 26) / 5)[:, None].astype(np.float16)
-    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": person.astype(str), "bmi": bmi,
-                           "split": np.where(person % 4, "train", "validation"), "sex": np.where(bmi > 26, "male", "female")})
+    labels = pd.DataFrame(
+        {
+            "key": np.arange(n).astype(str),
+            "person": person.astype(str),
+            "bmi": bmi,
+            "split": np.where(person % 4, "train", "validation"),
+            "sex": np.where(bmi > 26, "male", "female"),
+        }
+    )
     return Features("present", tokens, labels, {"encoder": "toy", "has_cls": True, "heads": 2, "tokens": k})
 
 
@@ -175,7 +200,7 @@ def test_candidates_side_by_side_equal_separate_runs_of_torch_adamw():
     for c, candidate in enumerate(grid):
         alone = MLPProbe(6, 5, 1)
         with torch.no_grad():
-            for p, s in zip(alone.parameters(), start):
+            for p, s in zip(alone.parameters(), start, strict=True):
                 p.copy_(s[c:c + 1])
         weights = [p for n, p in alone.named_parameters() if n.endswith("weight")]
         biases = [p for n, p in alone.named_parameters() if n.endswith("bias")]
@@ -185,7 +210,7 @@ def test_candidates_side_by_side_equal_separate_runs_of_torch_adamw():
             plain.zero_grad()
             (alone(x)[:, 0] - y).square().mean().backward()
             plain.step()
-        for p, q in zip(head.parameters(), alone.parameters()):
+        for p, q in zip(head.parameters(), alone.parameters(), strict=True):
             assert torch.allclose(p[c], q[0], atol=1e-6)
 
 
@@ -195,9 +220,11 @@ def test_best_epoch_is_kept():
     store = TokenStore(f.select("patches"), head.prepare)
     y = torch.as_tensor((f.labels.bmi.to_numpy() - 26) / 5).float()
     split = Split("s", np.arange(60), np.arange(60, 90), np.arange(90, 120))
-    info = train_heads(head, store, y, split, [Candidate(3e-2, 0.0), Candidate(1e-3, 0.0)], "regression", epochs=12, batch=16)
+    info = train_heads(
+        head, store, y, split, [Candidate(3e-2, 0.0), Candidate(1e-3, 0.0)], "regression", epochs=12, batch=16
+    )
     curve = np.array(info["curves"]["validation"])
-    assert info["best_epoch"][0] < len(curve) - 1                       # the fast candidate overfits, so the test means something
+    assert info["best_epoch"][0] < len(curve) - 1  # the fast candidate overfits, so the test means something
     with torch.no_grad():
         now = (head.predict(store[split.validation])[..., 0] - y[60:90]).square().mean(1)
     assert np.allclose(now, curve.min(0), atol=1e-6) and list(curve.argmin(0)) == info["best_epoch"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'WORK', 'VERSION', 'UNIT', 'FAULT_SHARES', 'FAIRFACE_NAMES', 'BMI_SOURCES', 'BLOOD', 'PUBLISHERS',
-           'NotOursError', 'make_unit', 'fairface_schema', 'simulate_dataset']
+           'NotOursError', 'make_unit', 'fairface_schema', 'simulate_dataset', 'is_ours', 'remove_simulated']
 
 # %% ../../nbs/23_publishers.ipynb #e74b95d9
 import hashlib
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/23_publishers.ipynb #d5fce555
+# %% ../../nbs/23_publishers.ipynb #ad264c00
 MARKER, WORK = "SIMULATED.json", ".simulating"
-VERSION = 1     # of what the simulator draws: raise it when pictures change, so that old ones are made anew
+VERSION = 2     # of what the simulator draws: raise it when pictures change, so that old ones are made anew
 UNIT = 64       # photographs a unit: what one process makes, and what a killed run loses at most
 FAULT_SHARES = {"facecaption": (0.03, 0.03, 0.015), "fairface": (0.0, 0.0, 0.0), "bmi": (0.01, 0.01, 0.01)}
 
@@ -49,7 +49,7 @@ def _faults(name, rng, n):
 
 
 def make_unit(name, seed, unit, photographs, size=320, repeats=False):
-    """The photographs of one unit: a table of people (one row a photograph, column `person`) and a list of `Photograph`.
+    """One unit's photographs: a table of people (one row a photograph, column `person`) and a list of `Photograph`.
 
     `repeats`: one to three photographs of each person (two on average) instead of one.
     """
@@ -78,7 +78,9 @@ def _write_table(path, table, **kwargs):
     import pyarrow as pa
     import pyarrow.parquet as pq
     buffer = io.BytesIO()
-    pq.write_table(table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False), buffer, **kwargs)
+    pq.write_table(
+        table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False), buffer, **kwargs
+    )
     _write(path, buffer.getvalue())
 
 
@@ -99,10 +101,16 @@ def _facecaption_rows(seed, unit, rows, shots):
     "The publisher's columns of one unit, and what became of each link: ok, dead, or never known."
     rng = np.random.default_rng(_stream("facecaption", seed, unit, 3))
     fate = rng.choice(["ok", "dead", "unknown"], size=len(rows), p=[0.92, 0.06, 0.02])
-    for i, (row, shot) in enumerate(zip(rows.itertuples(), shots)):
+    for i, (row, shot) in enumerate(zip(rows.itertuples(), shots, strict=True)):
         key = f"{unit:05d}{i:04d}"
         link = f"https://simulated.invalid/{key}.jpg"
-        url = "UNKNOWN" if fate[i] == "unknown" else f"{link}, https://mirror.invalid/{key}.jpg" if rng.random() < 0.05 else link
+        url = (
+            "UNKNOWN"
+            if fate[i] == "unknown"
+            else f"{link}, https://mirror.invalid/{key}.jpg"
+            if rng.random() < 0.05
+            else link
+        )
         box = [round(float(v), 1) for v in shot.box or (0, 0, 0, 0)]
         name = hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()[:24]
         text = _describe(row)
@@ -118,11 +126,20 @@ def _facecaption_unit(folder, seed, unit, photographs, size):
         for key, shot, fate, row in _facecaption_rows(seed, unit, rows, shots):
             published.append(row)
             ok = fate == "ok"
-            meta = {"_id": row["_id"], "box": row["box"], "url": row["url"].split(", ")[0], "key": key,
-                    "status": "success" if ok else "failed_to_download",
-                    "error_message": None if ok else "HTTP Error 404: Not Found" if fate == "dead" else "unknown url type: 'UNKNOWN'",
-                    **dict.fromkeys(("width", "height", "original_width", "original_height"), size if ok else None),
-                    "sha256": hashlib.sha256(shot.jpeg).hexdigest() if ok else None}
+            meta = {
+                "_id": row["_id"],
+                "box": row["box"],
+                "url": row["url"].split(", ")[0],
+                "key": key,
+                "status": "success" if ok else "failed_to_download",
+                "error_message": None
+                if ok
+                else "HTTP Error 404: Not Found"
+                if fate == "dead"
+                else "unknown url type: 'UNKNOWN'",
+                **dict.fromkeys(("width", "height", "original_width", "original_height"), size if ok else None),
+                "sha256": hashlib.sha256(shot.jpeg).hexdigest() if ok else None,
+            }
             downloaded.append(meta)
             if ok:
                 for ending, data in (("jpg", shot.jpeg), ("json", json.dumps(meta, indent=1).encode())):
@@ -130,23 +147,34 @@ def _facecaption_unit(folder, seed, unit, photographs, size):
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
     _write(folder / f"images/{unit:05d}.tar", archive.getvalue())
-    table = pd.DataFrame(downloaded).astype(dict.fromkeys(("width", "height", "original_width", "original_height"), "Int32"))
+    table = pd.DataFrame(downloaded).astype(
+        dict.fromkeys(("width", "height", "original_width", "original_height"), "Int32")
+    )
     _write_table(folder / f"images/{unit:05d}.parquet", table)
     _write_table(folder / WORK / f"{unit:05d}.parquet", pd.DataFrame(published))
     good = sum(meta["status"] == "success" for meta in downloaded)
-    _write_json(folder / f"images/{unit:05d}_stats.json", {
-        "count": len(downloaded), "successes": good, "failed_to_download": len(downloaded) - good, "failed_to_resize": 0,
-        "status_dict": pd.Series([m["error_message"] or "success" for m in downloaded]).value_counts().to_dict()})
+    _write_json(
+        folder / f"images/{unit:05d}_stats.json",
+        {
+            "count": len(downloaded),
+            "successes": good,
+            "failed_to_download": len(downloaded) - good,
+            "failed_to_resize": 0,
+            "status_dict": pd.Series([m["error_message"] or "success" for m in downloaded]).value_counts().to_dict(),
+        },
+    )
 
 
 def _facecaption_end(folder, units, settings):
     parts = [pd.read_parquet(folder / WORK / f"{unit:05d}.parquet") for unit in range(units)]
     _write_table(folder / "FaceCaption-15M.parquet", pd.concat(parts, ignore_index=True))
 
-# %% ../../nbs/23_publishers.ipynb #cda90b6f
+# %% ../../nbs/23_publishers.ipynb #4a2472f3
 FAIRFACE_NAMES = {
-    "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"], "gender": ["Male", "Female"],
-    "race": ["East Asian", "Indian", "Black", "White", "Middle Eastern", "Latino_Hispanic", "Southeast Asian"]}
+    "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
+    "gender": ["Male", "Female"],
+    "race": ["East Asian", "Indian", "Black", "White", "Middle Eastern", "Latino_Hispanic", "Southeast Asian"],
+}
 
 
 def fairface_schema():
@@ -168,9 +196,16 @@ def _fairface_unit(folder, seed, unit, photographs, size):
     rng = np.random.default_rng(_stream("fairface", seed, unit, 3))
     race = [FAIRFACE_NAMES["race"].index(RACE_NAMES[k]) for k in rows.race]
     age = np.searchsorted([3, 10, 20, 30, 40, 50, 60, 70], rows.age, side="right")
-    table = pa.Table.from_pydict({
-        "image": [{"bytes": shot.jpeg, "path": f"{unit * UNIT + i + 1}.jpg"} for i, shot in enumerate(shots)], "age": age,
-        "gender": rows.female, "race": race, "service_test": rng.random(len(rows)) < 0.46}, schema=fairface_schema())
+    table = pa.Table.from_pydict(
+        {
+            "image": [{"bytes": shot.jpeg, "path": f"{unit * UNIT + i + 1}.jpg"} for i, shot in enumerate(shots)],
+            "age": age,
+            "gender": rows.female,
+            "race": race,
+            "service_test": rng.random(len(rows)) < 0.46,
+        },
+        schema=fairface_schema(),
+    )
     _write_table(folder / WORK / f"{unit:05d}.parquet", table)
 
 
@@ -195,7 +230,7 @@ def _bmi_unit(folder, seed, unit, photographs, size):
     rng = np.random.default_rng(_stream("bmi", seed, unit, 3))
     source = np.array(BMI_SOURCES)[(rng.random(len(rows)) > 0.6).astype(int)][rows.person]
     names = [f"{unit:05d}{i:04d}.jpg" for i in range(len(rows))]
-    for name, where, shot in zip(names, source, shots):
+    for name, where, shot in zip(names, source, shots, strict=True):
         _write(folder / where / "images" / name, shot.jpeg)
     table = pd.DataFrame({
         "source": source, "image": names, "height": rows.height_cm.round(1), "weight": rows.weight_kg.round(1),
@@ -226,8 +261,10 @@ def _prepare(folder, name, settings):
     marker, partial = folder / MARKER, folder / WORK / MARKER
     known = marker if marker.exists() else partial if partial.exists() else None
     if known is None and found:
-        raise NotOursError(f"{folder}: holds {', '.join(sorted(found)[:5])} but no {MARKER}, so these are not simulated files; "
-                           f"nothing was touched. Expected: an empty or missing folder, or one that the simulator wrote")
+        raise NotOursError(
+            f"{folder}: holds {', '.join(sorted(found)[:5])} but no {MARKER}, so these are not simulated files; "
+            f"nothing was touched. Expected: an empty or missing folder, or one that the simulator wrote"
+        )
     if known and json.loads(known.read_text()) == settings:
         return known == marker
     for mine in (MARKER, *PUBLISHERS[name][2], WORK) if known else ():
@@ -255,13 +292,17 @@ def simulate_dataset(name, out, photographs, seed, size=320, jobs=None, progress
     if name not in PUBLISHERS:
         raise ValueError(f"name={name!r}: expected one of {', '.join(PUBLISHERS)}")
     if photographs < 1 or size < 256:
-        raise ValueError(f"photographs={photographs}, size={size}: expected at least 1 photograph of at least 256 pixels")
+        raise ValueError(
+            f"photographs={photographs}, size={size}: expected at least 1 photograph of at least 256 pixels"
+        )
     folder, settings = Path(out), _settings(name, photographs, seed, size, PUBLISHERS[name][3])
     if _prepare(folder, name, settings):
         return settings
     units = -(-photographs // UNIT)
     todo = [u for u in range(units) if not (folder / WORK / f"{u:05d}.done").exists()]
-    _run_units(name, folder, seed, size, [(u, min(UNIT, photographs - u * UNIT)) for u in todo], photographs, jobs, progress)
+    _run_units(
+        name, folder, seed, size, [(u, min(UNIT, photographs - u * UNIT)) for u in todo], photographs, jobs, progress
+    )
     PUBLISHERS[name][1](folder, units, settings)
     _write_json(folder / MARKER, settings)
     shutil.rmtree(folder / WORK)
@@ -279,6 +320,25 @@ def _run_units(name, folder, seed, size, todo, photographs, jobs, progress):
     jobs = min(jobs or os.cpu_count(), max(len(todo), 1))
     bar = tqdm(total=photographs, initial=photographs - sum(n for _, n in todo), desc=f"simulate {name}", unit="photo",
                disable=not progress, mininterval=0.5 if sys.stderr.isatty() else 10)
-    with bar, parallel_config("loky" if jobs > 1 else "sequential", n_jobs=jobs, **({"inner_max_num_threads": 1} if jobs > 1 else {})):
-        for done in Parallel(return_as="generator_unordered")(delayed(_run_unit)(name, folder, seed, u, n, size) for u, n in todo):
+    with (
+        bar,
+        parallel_config(
+            "loky" if jobs > 1 else "sequential", n_jobs=jobs, **({"inner_max_num_threads": 1} if jobs > 1 else {})
+        ),
+    ):
+        for done in Parallel(return_as="generator_unordered")(
+            delayed(_run_unit)(name, folder, seed, u, n, size) for u, n in todo
+        ):
             bar.update(done)
+
+# %% ../../nbs/23_publishers.ipynb #a5af9b52
+def is_ours(folder) -> bool:
+    "Whether the simulator wrote (or began to write) what is in `folder`."
+    return (Path(folder) / MARKER).exists() or (Path(folder) / WORK / MARKER).exists()
+
+
+def remove_simulated(name, folder) -> None:
+    "Remove the simulated files of data set `name` from `folder`; does nothing where the files are somebody else's."
+    for mine in (MARKER, *PUBLISHERS[name][2], WORK) if name in PUBLISHERS and is_ours(folder) else ():
+        path = Path(folder) / mine
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

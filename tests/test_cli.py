@@ -1,0 +1,106 @@
+"""The command `mefem`, run as a person would: real photographs where they are at hand, simulated ones elsewhere."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mefem.cli import app, stage_durations
+from mefem.models import create_encoder, save_encoder
+from mefem.shards import read_labels, read_manifest
+
+KWARGS = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)
+
+
+def mefem(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + result.stderr + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("e") / "encoder.safetensors", create_encoder(**KWARGS), "vit_small_patch16_224", KWARGS)
+
+
+def test_help_of_every_command():
+    for command in ([], ["simulate"], ["crop"], ["pretrain"], ["embed"], ["probe"], ["info"], ["info", "data"]):
+        assert "Usage" in mefem(*command, "--help").output
+
+
+def test_crop_and_embed_real_portraits(shared, tmp_path, encoder_file):
+    crops = tmp_path / "crops"
+    output = mefem("crop", shared / "frll", "-o", crops).output
+    assert "24  usable" in output
+    assert len(list(crops.glob("*.jpg"))) == 24
+    assert all(Image.open(p).size == (224, 224) for p in crops.glob("*.jpg"))
+    mefem("embed", shared / "frll", "-o", tmp_path / "e.parquet", "-e", encoder_file)
+    table = pd.read_parquet(tmp_path / "e.parquet")
+    assert (table.status == "success").sum() == 24 and np.stack(table.embedding).shape == (24, 32)
+    assert np.stack(table.embedding).std(0).max() > 0
+
+
+def test_crop_and_embed_fairface_through_the_reader(shared, tmp_path, encoder_file):
+    import pyarrow.parquet as pq
+
+    for split in ("train", "validation"):  # the first rows of the real files, in their own schema
+        source = shared / "fairface" / "0.25" / f"{split}-00000-of-00001.parquet"
+        target = tmp_path / "raw" / "0.25" / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pq.read_table(source).slice(0, 60), target)
+    mefem("crop", tmp_path / "raw", "--dataset", "fairface", "-o", tmp_path / "tight", code=1)  # 0.25 is too tight for the paper's crop
+    manifest = read_manifest(tmp_path / "tight")
+    assert manifest["usable"] == 0 and manifest["dropped"]["leaves the picture"] > 100
+    mefem("crop", tmp_path / "raw", "--dataset", "fairface", "--framing", "dataset", "-o", tmp_path / "own")
+    assert read_manifest(tmp_path / "own")["usable"] == 120
+    assert set(read_labels(tmp_path / "own").split) == {"train", "validation"}
+
+
+def test_bad_photographs_are_named_and_the_rest_unharmed(tmp_path, encoder_file):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "page.jpg").write_bytes(b"<html>not found</html>")
+    Image.new("RGB", (300, 300), "grey").save(photos / "grey.png")
+    result = mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, code=1)
+    for name in ("empty.jpg", "page.jpg", "grey.png"):
+        assert name in result.stderr
+    mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--no-detect")
+    table = pd.read_parquet(tmp_path / "e.parquet").set_index("file")
+    assert table.loc["grey.png", "status"] == "success" and table.loc["empty.jpg", "status"] != "success"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["embed", "nosuch", "-o", "x.parquet", "-e", "pixels"], "nosuch"),
+        (["embed", "{tmp}", "-o", "{tmp}/x.parquet", "-e", "{tmp}/none.safetensors"], "none.safetensors"),
+        (["pretrain", "--profile", "demmo"], "demmo"),
+        (["crop", "{tmp}/nosuch", "-o", "{tmp}/out"], "nosuch"),
+        (["crop", "{tmp}", "--dataset", "celebs", "-o", "{tmp}/out"], "celebs"),
+        (["simulate", "celebs", "{tmp}/out"], "celebs"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(tmp_path, arguments, named):
+    result = mefem(*[a.replace("{tmp}", str(tmp_path)) for a in arguments], code=1)
+    assert named in result.stderr and "Traceback" not in result.stderr
+
+
+def test_info_lists_data_and_weights(root, monkeypatch):
+    monkeypatch.chdir(root)
+    data = mefem("info", "data").output
+    for name in ("facecaption", "fairface", "bmi"):
+        assert name in data
+    weights = mefem("info", "weights").output
+    for name in ("farl", "franca", "buffalo"):
+        assert name in weights.lower()
+
+
+def test_stage_durations_come_from_papermill(tmp_path):
+    for i, name in enumerate(["b", "a"]):
+        about = {"metadata": {"papermill": {"duration": 1.5 + i, "start_time": f"2026-01-01T00:00:0{i}"}}}
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(about))
+    assert stage_durations(tmp_path) == [("b", 1.5), ("a", 2.5)]

@@ -1,0 +1,84 @@
+"""The graph and its notebooks: described, parameterised, free of definitions, and the same in every profile."""
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = sorted((ROOT / "nbs" / "stages").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+
+
+def stages() -> dict:
+    loaded = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    return {name: stage.get("do", stage) for name, stage in loaded.items()}
+
+
+def test_every_stage_is_described_and_runs_papermill_plainly():
+    for name, stage in stages().items():
+        assert stage["desc"], name
+        assert stage["cmd"].startswith(("papermill nbs/stages/", "jupyter nbconvert", "mefem info weights")), name
+
+
+def test_stages_depend_on_code_not_on_notebooks():
+    for name, stage in stages().items():
+        if name != "code":
+            assert not [d for d in stage.get("deps", []) if str(d).startswith("nbs")], name
+        if stage["cmd"].startswith("papermill"):
+            notebook = Path(stage["cmd"].split()[1]).stem
+            assert f"data/stages/{notebook}.py" in stage["deps"], name
+
+
+def test_deps_of_a_stage_cover_what_its_notebook_imports():
+    import mefem
+
+    package = Path(mefem.__file__).parent
+    for name, stage in stages().items():
+        if not stage["cmd"].startswith("papermill"):
+            continue
+        code = "\n".join(c.source for c in nbformat.read(ROOT / stage["cmd"].split()[1], 4).cells if c.cell_type == "code")
+        used = {n.module for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("mefem")}
+        for module in used:
+            path = module.replace(".", "/")
+            candidates = {f"{path}.py", path, path.rsplit("/", 1)[0]}
+            assert candidates & set(map(str, stage["deps"])) - {"mefem"}, f"{name} uses {module}, which is no dependency"
+        assert package.is_dir()
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda p: p.stem)
+def test_stage_notebooks_are_papermills(path):
+    notebook = nbformat.read(path, 4)
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, "exactly one cell is tagged parameters"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert "nbdev" not in cell.source and "#| export" not in cell.source
+            defined = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+            assert not defined, "a stage shows, it does not define"
+            assert not cell.outputs, "stage notebooks are committed without outputs: their executed copies are the outputs"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_read_like_chapters(path):
+    notebook = nbformat.read(path, 4)
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "\n> " in first.source
+    code = [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+    lines = sorted(len(c.strip().splitlines()) for c in code)
+    assert lines[len(lines) // 2] <= 16
+    assert sum(n > 40 for n in lines) <= 2, f"long cells: {lines[-5:]}"
+    ids = [c.id for c in notebook.cells]
+    assert len(ids) == len(set(ids))
+
+
+def test_dvc_reads_the_graph():
+    if not shutil.which("dvc"):
+        pytest.skip("dvc is not on PATH: the graph was not checked by dvc itself")
+    listed = subprocess.run(["dvc", "stage", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in ("simulate@bmi", "crop@fairface", "pretrain@main", "probe@mefem", "tables"):
+        assert name in listed

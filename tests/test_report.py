@@ -1,0 +1,223 @@
+"""Table 2 as a whole: every row of the paper, honest states, marks that follow the paired bootstrap, stable bytes."""
+import csv
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mefem.config import write_json
+from mefem.features import FEATURE_SETS
+from mefem.metrics import paired_difference
+from mefem.probing import ProbeResult
+from mefem.report import (
+    TABLE2_COLUMNS,
+    TABLE2_ROWS,
+    evaluate_encoder,
+    figure_learning,
+    figure_maskings,
+    figure_weights,
+    provenance,
+    scale_of,
+    table2,
+    tex,
+    write_result,
+    write_table2,
+)
+
+PAPER = """
+Franca	Large	Patches + CLS	0.425	3.744	0.904	0.538	0.529
+FaRL	Base	Patches	0.380	3.924	0.891	0.488	0.478
+FaRL	Base	CLS	0.445	3.604	0.904	0.563	0.574
+Buffalo	Small*	CLS	0.477	3.578	0.888	0.498	0.522
+MeFEm	Base	Patches	0.506	3.453	0.910	0.572	0.575
+MeFEm	Base	CLS	0.488	3.479	0.907	0.550	0.560
+MeFEm	Base	Patches + CLS	0.496	3.495	0.910	0.570	0.576
+"""
+
+
+def test_the_papers_numbers():
+    found = [[r.model, r.size, r.features, *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
+    assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
+    assert {(r.encoder, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
+        ("random", "cls"), ("random", "patches"), ("random", "patches+cls"), ("pixels", "cls")}
+
+
+def results(root, noise):
+    """Results of made-up predictions: encoder -> noise of its predictions."""
+    rng = np.random.default_rng(0)
+    n = 120
+    bmi, age = 26 + 5 * rng.standard_normal(n), rng.integers(0, 9, n)
+    for encoder, amount in noise.items():
+        for feature_set in FEATURE_SETS if encoder != "pixels" else ("cls",):
+            r = np.random.default_rng(len(encoder))
+            base = {
+                "key": np.arange(n).astype(str),
+                "person": (np.arange(n) // 2).astype(str),
+                "fold": "fold 0",
+                "seed": 0,
+            }
+            info = {"state": "present", "feature_set": feature_set, "encoder": encoder, "features": {"simulated": True}}
+            write_result(
+                root / encoder,
+                ProbeResult(
+                    pd.DataFrame(base | {"target": bmi, "prediction": bmi + amount * r.standard_normal(n)}),
+                    info | {"task": "bmi"},
+                ),
+                200,
+            )
+            write_result(
+                root / encoder,
+                ProbeResult(
+                    pd.DataFrame(
+                        base
+                        | {
+                            "target": age,
+                            "prediction": np.where(r.random(n) < 0.2 * amount, 0, age),
+                            "group": np.where(np.arange(n) % 3, "non-White", "White"),
+                        }
+                    ),
+                    info | {"task": "fairface-age"},
+                ),
+                200,
+            )
+    for encoder in ("farl", "franca", "buffalo"):
+        for task in ("bmi", "fairface-age"):
+            for feature_set in FEATURE_SETS:
+                write_json(root / encoder / f"{task}.{feature_set}.json", {"state": "weights absent", "values": {}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = results(tmp_path_factory.mktemp("results"), {"mefem": 1.0, "random": 3.0, "pixels": 1.0})
+    text = write_table2(
+        root, root / "figures", "demo", "width 128, depth 4", "1,600 simulated photographs", replicates=300
+    )
+    return root, text
+
+
+def test_every_cell_has_a_value_or_a_reason(run):
+    root, _ = run
+    rows = list(csv.DictReader((root / "figures" / "table2.csv").open()))
+    assert len(rows) == len(TABLE2_ROWS) * len(TABLE2_COLUMNS)
+    for row in rows:
+        if row["column"] == "CelebA accuracy":
+            assert row["state"] == "data absent"
+        elif row["model"] in ("FaRL", "Franca", "Buffalo"):
+            assert row["state"] == "weights absent"
+        else:
+            assert row["state"] == "present" and float(row["low"]) <= float(row["value"]) <= float(row["high"])
+        assert (row["state"] == "present") == bool(row["value"])
+
+
+def test_numbers_can_be_traced(run):
+    root, _ = run
+    for row in csv.DictReader((root / "figures" / "table2.csv").open()):
+        if row["state"] == "present":
+            found = json.loads((root / row["file"]).read_text())
+            metric = next(c.metric for c in TABLE2_COLUMNS if c.name == row["column"])
+            assert float(row["value"]) == pytest.approx(found["values"][metric]["value"], rel=1e-5)
+            assert (
+                int(row["n"]) == found["values"][metric]["n"]
+                and (root / row["file"]).with_name(found["predictions"]).is_file()
+            )
+
+
+def test_marks_follow_the_paired_bootstrap(run):
+    root, _ = run
+    cells = table2(root, replicates=300).set_index(["row", "column"])
+    ours, chance, pixels = (pd.read_parquet(root / e / "bmi.cls.parquet") for e in ("mefem", "random", "pixels"))
+    for column, metric in (("BMI r2", "r2"), ("BMI MAE", "mae")):
+        cell = cells.loc[("MeFEm / CLS", column)]
+        assert cell.beats_random is True and paired_difference(ours, chance, metric, 300).better
+        assert cell.beats_pixels is paired_difference(ours, pixels, metric, 300).better
+    assert cells.loc[("MeFEm / CLS", "BMI r2")].beats_pixels is False     # same noise, so no mark
+    assert cells.loc[("Random encoder / CLS", "BMI r2")].beats_random is None
+
+
+def test_markdown_names_the_scale_and_lines_up(run):
+    _, text = run
+    head, body = text.split("\n\n")[:2]
+    for part in ("profile demo", "120 photographs of 60 simulated people", "width 128", "1,600 simulated photographs",
+                 "not comparable with the paper"):
+        assert part in head
+    lines = body.splitlines()
+    assert len(lines) == 2 + len(TABLE2_ROWS) and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert lines[0].count("paper") == len(TABLE2_COLUMNS)
+    farl = next(line for line in lines if "FaRL" in line)
+    assert farl.count("not run: weights absent") == 4 and "not run: data absent" in farl and "0.380" in farl
+    assert re.search(r"MeFEm .* a ", body) and "most frequent age class" in text
+
+
+def test_real_people_are_called_real():
+    cells = pd.DataFrame({"state": ["present"], "column": ["BMI r2"], "n": [10], "persons": [5], "simulated": [False]})
+    assert "10 photographs of 5 real people" in scale_of(cells, "paper") and "Simulated" not in scale_of(cells, "paper")
+    assert "nothing has been run" in scale_of(cells.assign(state="data absent"), "paper")
+
+
+def test_latex(run):
+    root, _ = run
+    text = (root / "figures" / "table2.tex").read_text()
+    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){4-7}", r"\multicolumn{4}{c}{BMI dataset}"):
+        assert part in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line and "multicolumn" not in line]
+    assert {line.count("&") - line.count(r"\&") for line in rows} == {2 + 2 * len(TABLE2_COLUMNS)}
+    assert text.count("{") == text.count("}") and text.isascii()
+    assert re.search(r"\\midrule\nRandom encoder", text)
+    assert tex("a_b 50 % & r²") == r"a\_b 50 \% \& r$^2$"
+
+
+def test_equal_results_give_equal_bytes(run, tmp_path):
+    root, _ = run
+    for folder in ("a", "b"):
+        write_table2(root, tmp_path / folder, "demo", replicates=300)
+        figure_maskings(tmp_path / folder / "figure2.png")
+        figure_weights(tmp_path / folder / "figure3.png")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    assert b"matplotlib" not in (tmp_path / "a" / "figure2.png").read_bytes().lower()
+
+
+def test_evaluate_encoder(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "f").mkdir()
+    n = 60
+    np.save(tmp_path / "f" / "bmi.npy", rng.standard_normal((n, 5, 8)).astype(np.float16))
+    pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str),
+                  "bmi": 26 + rng.standard_normal(n)}).to_parquet(tmp_path / "f" / "bmi.parquet")
+    write_json(tmp_path / "f" / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
+                                             "encoder": "e", "simulated": True})
+    write_json(tmp_path / "f" / "fairface.json", {"state": "data absent", "reason": "not there"})
+    settings = dict(folds=2, epochs=2, batch=32, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2, hidden=4, heads=2)
+    frame = evaluate_encoder(tmp_path / "f", tmp_path / "r", bootstrap=100, seed=3, progress=False, **settings)
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {
+        f"{t}.{s}.json" for t in ("bmi", "fairface-age") for s in FEATURE_SETS
+    } | {f"bmi.{s}.parquet" for s in FEATURE_SETS}
+    found = json.loads((tmp_path / "r" / "bmi.patches.json").read_text())
+    assert found["state"] == "present" and found["seeds"] == [3] and found["recipe"]["epochs"] == 2
+    assert len(found["splits"]) == 2 and found["splits"][0]["chosen"] == 0 and found["head"] == "attentive"
+    assert json.loads((tmp_path / "r" / "fairface-age.cls.json").read_text())["state"] == "data absent"
+    assert len(frame[frame.task == "bmi"]) == 6
+    write_json(tmp_path / "f" / "bmi.json", {"state": "weights absent", "reason": "gone"})
+    evaluate_encoder(tmp_path / "f", tmp_path / "r", bootstrap=100, progress=False, **settings)
+    assert not list((tmp_path / "r").glob("*.parquet"))            # no stale predictions beside an absent result
+
+
+def test_learning_curve(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss,lr\n1,0.5,\n2,0.4,1e-3\n3,0.3,1e-3\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    for name in ("log.csv", "log.jsonl"):
+        assert figure_learning(tmp_path / name, tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "empty.csv").write_text("step,loss\n")
+    with pytest.raises(ValueError, match="empty.csv"):
+        figure_learning(tmp_path / "empty.csv", tmp_path / "f.png")
+    with pytest.raises(ValueError, match="'step'|none of the columns"):
+        figure_learning(tmp_path / "log.csv", tmp_path / "f.png", columns=("accuracy",))
+
+
+def test_provenance(root):
+    stamp = provenance(root, {"a": 1}, seed=4, started=0.0)
+    assert stamp["seed"] == 4 and len(stamp["settings"]) == 12 and stamp["hardware"]["cores"] >= 1
+    assert stamp["versions"]["torch"].count(".") == 2 and json.dumps(stamp)
