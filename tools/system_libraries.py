@@ -31,7 +31,7 @@ def missing() -> list[str]:
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on whatever Python there is
         print(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...", file=sys.stderr)
         return 1
     if not sys.platform.startswith("linux"):
