@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG_FIELDS', 'cosine', 'schedule', 'batch_indices', 'normalise', 'build', 'optimiser_of', 'device_of',
-           'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'cut_log', 'append_log', 'load_pictures', 'train',
-           'embedding_rank', 'pretrain']
+           'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'cut_log', 'append_log', 'train_rows',
+           'load_pictures', 'train', 'embedding_rank', 'pretrain']
 
 # %% ../nbs/45_training.ipynb #302e7ad5
 import csv
@@ -149,7 +149,15 @@ def append_log(path: Path, row: dict) -> None:
     with path.open("a") as f:
         f.write(",".join("" if row.get(key) is None else f"{row[key]:.6g}" for key in LOG_FIELDS) + "\n")
 
-# %% ../nbs/45_training.ipynb #d5ef4717
+# %% ../nbs/45_training.ipynb #78ce7023
+def train_rows(folder) -> np.ndarray:
+    "Rows of the crops in `folder` that may be trained on, bool [N]: all but those of an official split other than train."
+    from mefem.shards import read_labels
+
+    labels = read_labels(folder)
+    return (labels["split"] == "train").to_numpy() if "split" in labels else np.ones(len(labels), bool)
+
+
 def load_pictures(folders, size: int, memory_share: float = 0.5) -> np.ndarray:
     "All crops of the manifests in `folders` at `size` pixels, uint8 [N, size, size, 3]; absent sets are named and passed over."
     import psutil
@@ -169,7 +177,7 @@ def load_pictures(folders, size: int, memory_share: float = 0.5) -> np.ndarray:
     if needed > memory_share * free:
         raise MemoryError(f"{sum(n for _, n in present):,} pictures of {size} px take {needed / 2**30:.1f} GiB in memory, "
                           f"more than {memory_share:.0%} of the {free / 2**30:.1f} GiB that are free")
-    return np.concatenate([load_images(folder, size=size) for folder, _ in present])
+    return np.concatenate([load_images(folder, size=size)[train_rows(folder)] for folder, _ in present])
 
 # %% ../nbs/45_training.ipynb #bbf2f1cd
 def train(config: Pretrain, pictures: np.ndarray, folder: Path, resume: bool = True, progress: bool = True) -> JEPA:
