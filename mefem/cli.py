@@ -6,9 +6,8 @@
 __all__ = ['app', 'info', 'simulate', 'crop', 'pretrain', 'embed', 'probe', 'info_data', 'info_weights', 'stage_durations',
            'info_reproduction']
 
-# %% ../nbs/70_cli.ipynb #285e165d
+# %% ../nbs/70_cli.ipynb #44464c84
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +15,8 @@ import typer
 
 from .config import SettingsError, find_root, load_settings, pretrain_settings, write_json
 
-# %% ../nbs/70_cli.ipynb #9d225da2
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+# %% ../nbs/70_cli.ipynb #8efdb4e5
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="MeFEm: a face encoder pretrained by a joint embedding predictive architecture.")
 
 
@@ -136,8 +135,8 @@ def probe(features: Annotated[Path, typer.Argument(help="a folder of data/featur
         if out:
             write_json(out, numbers)
 
-# %% ../nbs/70_cli.ipynb #f9031f53
-info = typer.Typer(no_args_is_help=True, help="What is at hand: data sets, weights, and how the last reproduction went.")
+# %% ../nbs/70_cli.ipynb #584a051d
+info = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What is at hand: data sets, weights, and how the last reproduction went.")
 app.add_typer(info, name="info")
 
 
@@ -200,7 +199,3 @@ def info_reproduction():
         if not table.exists():
             raise FileNotFoundError("figures/table2.md is missing: run `make reproduce`")
         typer.echo(table.read_text(encoding="utf-8"))
-
-# %% ../nbs/70_cli.ipynb #62f4c85e
-if __name__ == "__main__":
-    sys.exit(app())

@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'Metric', 'score', 'r2', 'mae', 'accuracy', 'person_sums', 'draws', 'resampled',
-           'Interval', 'bootstrap_interval', 'Difference', 'paired_difference', 'majority', 'summarise']
+           'Interval', 'bootstrap_interval', 'Difference', 'paired_difference', 'majority', 'summarise',
+           'feature_sets_of', 'write_result', 'evaluate_encoder']
 
 # %% ../nbs/53_metrics.ipynb #db1479ea
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .probing import Task, get_task
+from .config import write_json
+from .features import FEATURE_SETS, load_features
+from .probing import ProbeResult, Task, get_task, probe
+from .shards import replacing
 
 # %% ../nbs/53_metrics.ipynb #7ea50442
 @dataclass(frozen=True)
@@ -228,3 +233,41 @@ def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 200
     return {"task": task.name, "n": int(predictions.key.nunique()), "persons": int(predictions.person.nunique()),
             "seeds": [int(s) for s in sorted(predictions.seed.unique())], "values": values, "folds": folds,
             "bootstrap": {"replicates": replicates, "confidence": confidence, "seed": seed, "unit": "person"}}
+
+# %% ../nbs/53_metrics.ipynb #61a2725d
+def feature_sets_of(meta: dict) -> tuple[str, ...]:
+    """The feature sets that an encoder has: one vector, patches alone, or all three."""
+    if not meta.get("has_cls", True):
+        return ("patches",)
+    return ("cls",) if meta.get("tokens") == 1 else FEATURE_SETS
+
+
+def write_result(out, result: ProbeResult, replicates: int = 2000) -> dict:
+    """Write a probe's numbers (and predictions) as `out`/<task>.<feature set>.json (.parquet); returns the numbers."""
+    info, stem = result.info, f"{result.info['task']}.{result.info['feature_set']}"
+    found = {**info, "values": {}}
+    table = Path(out) / f"{stem}.parquet"
+    table.unlink(missing_ok=True)
+    if result.state == "present":
+        with replacing(table) as temporary:
+            result.predictions.to_parquet(temporary)
+        found |= summarise(result.predictions, info["task"], replicates) | {"predictions": table.name}
+    write_json(Path(out) / f"{stem}.json", found)
+    return found
+
+# %% ../nbs/53_metrics.ipynb #cf17378d
+def evaluate_encoder(
+    features, out, tasks=("bmi", "fairface-age"), feature_sets=None, bootstrap: int = 2000, seed: int = 0, **probing
+) -> pd.DataFrame:
+    """Probe the features in a folder for all tasks and feature sets; one row per task, feature set and metric.
+
+    `probing` goes to `probe` (folds, epochs, lrs ...); results are written to `out`, see `write_result`."""
+    rows = []
+    for task in tasks:
+        loaded = load_features(features, get_task(task).dataset)
+        for feature_set in feature_sets or feature_sets_of(loaded.meta):
+            found = write_result(out, probe(loaded, task, feature_set, seeds=(seed,), **probing), bootstrap)
+            rows += [{"task": task, "features": feature_set, "metric": metric, **value}
+                     for metric, value in found["values"].items()] or [
+                         {"task": task, "features": feature_set, "metric": "", "state": found["state"]}]
+    return pd.DataFrame(rows)

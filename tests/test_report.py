@@ -9,12 +9,11 @@ import pytest
 
 from mefem.config import write_json
 from mefem.features import FEATURE_SETS
-from mefem.metrics import paired_difference
+from mefem.metrics import evaluate_encoder, paired_difference, write_result
 from mefem.probing import ProbeResult
 from mefem.report import (
     TABLE2_COLUMNS,
     TABLE2_ROWS,
-    evaluate_encoder,
     figure_learning,
     figure_maskings,
     figure_weights,
@@ -22,7 +21,6 @@ from mefem.report import (
     scale_of,
     table2,
     tex,
-    write_result,
     write_table2,
 )
 
