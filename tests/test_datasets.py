@@ -347,3 +347,27 @@ def test_iter_rows_is_a_slice(tmp_path, start, stop):
     pq.write_table(pa.table({"n": list(range(10))}), tmp_path / "t.parquet", row_group_size=3)
     found = list(iter_rows(tmp_path / "t.parquet", start, stop, batch=2))
     assert found == [(number, {"n": number}) for number in range(10)[start:stop]]
+
+
+def test_provide_never_touches_files_it_did_not_write(tmp_path):
+    from PIL import Image
+
+    from mefem.datasets.core import NOTE, provide_dataset
+    from mefem.simulate.publishers import MARKER, remove_simulated
+
+    root = tmp_path / "bmi"
+    assert provide_dataset("bmi", root)["state"] == "absent"  # nothing there: a note, which is no data
+    assert [p.name for p in root.iterdir()] == [NOTE]
+    images = root / "own" / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (300, 300)).save(images / "a.jpg")
+    (root / "own" / "labels.csv").write_text("image,height,weight,bmi,sex,person\na.jpg,170,70,24.2,female,p1\n")
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != NOTE}
+    for photographs in (0, 20):  # the publisher's files win over a profile that would simulate
+        assert provide_dataset("bmi", root, photographs=photographs)["state"] == "publisher"
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    remove_simulated("bmi", root)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    (root / MARKER).write_text("{}")  # now it counts as simulated: a profile without simulation empties it
+    assert provide_dataset("bmi", root)["state"] == "absent"
+    assert [p.name for p in root.iterdir()] == [NOTE]

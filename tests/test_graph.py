@@ -78,3 +78,13 @@ def test_dvc_reads_the_graph():
     listed = subprocess.run(["dvc", "stage", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in ("simulate@bmi", "crop@fairface", "pretrain@main", "probe@mefem", "tables"):
         assert name in listed
+
+
+def test_readme_shows_the_committed_table_and_stays_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) < 200
+    table = (ROOT / "figures" / "table2.md").read_text(encoding="utf-8")
+    for line in filter(str.strip, table.splitlines()):
+        assert line in readme, f"README.md does not show this line of figures/table2.md: {line[:100]}"
+    for picture in ("figure2_maskings.png", "figure3_weights.png", "table2.csv", "table2.tex", "provenance.json"):
+        assert (ROOT / "figures" / picture).stat().st_size > 0

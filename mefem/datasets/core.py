@@ -256,9 +256,9 @@ def provide_dataset(name: str, root, photographs: int = 0, seed: int = 0, size: 
     from mefem.simulate.publishers import is_ours, remove_simulated, simulate_dataset
 
     root, reader = Path(root), get_reader(name)
+    (root / NOTE).unlink(missing_ok=True)
     if not is_ours(root) and (found := reader.state(root))[0] == "present":
         return {"dataset": name, "state": "publisher", "reason": found[1]}
-    (root / NOTE).unlink(missing_ok=True)
     if photographs:
         simulate_dataset(name, root, photographs=photographs, seed=seed, size=size, jobs=jobs, progress=progress)
         return {"dataset": name, "state": "simulated", "reason": reader.state(root)[1]}
