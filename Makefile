@@ -19,11 +19,12 @@ help:
 libraries:
 	@$(PYTHON) tools/system_libraries.py
 
+# Debian 12's own pip (23.0) cannot resolve bleach's extra under constraints, hence a newer one first.
 # Rebuilt when what is to be installed changes; the marker is written last, so a broken install is not taken for a whole one.
 $(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "== environment: $(VENV) (first time: 3 to 6 minutes, 6 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt setuptools wheel
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --upgrade -c constraints.txt "pip>=24" setuptools wheel
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
