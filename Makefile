@@ -19,7 +19,6 @@ help:
 libraries:
 	@$(PYTHON) tools/system_libraries.py
 
-# Debian 12's own pip (23.0) cannot resolve bleach's extra under constraints, hence a newer one first.
 # Rebuilt when what is to be installed changes; the marker is written last, so a broken install is not taken for a whole one.
 $(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "== environment: $(VENV) (first time: 3 to 6 minutes, 6 GB)"
