@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..config import write_json
+
 # %% ../../nbs/23_publishers.ipynb #ad264c00
 MARKER, WORK = "SIMULATED.json", ".simulating"
 VERSION = 2     # of what the simulator draws: raise it when pictures change, so that old ones are made anew
@@ -82,10 +84,6 @@ def _write_table(path, table, **kwargs):
         table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False), buffer, **kwargs
     )
     _write(path, buffer.getvalue())
-
-
-def _write_json(path, value):
-    _write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 # %% ../../nbs/23_publishers.ipynb #1cab8e4d
 def _describe(row):
@@ -153,7 +151,7 @@ def _facecaption_unit(folder, seed, unit, photographs, size):
     _write_table(folder / f"images/{unit:05d}.parquet", table)
     _write_table(folder / WORK / f"{unit:05d}.parquet", pd.DataFrame(published))
     good = sum(meta["status"] == "success" for meta in downloaded)
-    _write_json(
+    write_json(
         folder / f"images/{unit:05d}_stats.json",
         {
             "count": len(downloaded),
@@ -267,10 +265,8 @@ def _prepare(folder, name, settings):
         )
     if known and json.loads(known.read_text()) == settings:
         return known == marker
-    for mine in (MARKER, *PUBLISHERS[name][2], WORK) if known else ():
-        path = folder / mine
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    _write_json(partial, settings)
+    remove_simulated(name, folder)
+    write_json(partial, settings)
     return False
 
 # %% ../../nbs/23_publishers.ipynb #9f1e05df
@@ -304,7 +300,7 @@ def simulate_dataset(name, out, photographs, seed, size=320, jobs=None, progress
         name, folder, seed, size, [(u, min(UNIT, photographs - u * UNIT)) for u in todo], photographs, jobs, progress
     )
     PUBLISHERS[name][1](folder, units, settings)
-    _write_json(folder / MARKER, settings)
+    write_json(folder / MARKER, settings)
     shutil.rmtree(folder / WORK)
     return settings
 
