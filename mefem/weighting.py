@@ -30,8 +30,8 @@ def uniform_weights(grid: int = 14) -> torch.Tensor:
 
 # %% ../nbs/41_weighting.ipynb #efa2fb9a
 def token_weights(weights: torch.Tensor, cls: bool = True) -> torch.Tensor:
-    "Weights in token order, float32 [N]: CLS first with weight 1 (eq. 5), then the patches of `weights` [grid, grid]."
-    flat = weights.flatten().float()
+    "Weights in token order [N], of the dtype of `weights` [grid, grid]: CLS first with weight 1 (eq. 5), then the patches."
+    flat = weights.flatten()
     return torch.cat([flat.new_ones(1), flat]) if cls else flat
 
 
