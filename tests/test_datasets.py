@@ -112,16 +112,25 @@ def test_facecaption_unfinished_shard_does_not_count(captions, tmp_path):
     assert Counter(photo.problem for photo in found)["not downloaded"] == 6
 
 
-def test_facecaption_truncated_download_stops_with_its_name(captions, tmp_path):
+def test_facecaption_truncated_shard_is_counted_and_made_anew_when_it_is_whole(captions, tmp_path):
+    crop_dataset("facecaption", captions, tmp_path / "whole", **QUICK)
     path = captions / "images/00001.tar"
-    path.write_bytes(path.read_bytes()[:2500])
-    with pytest.raises(ShardError, match="images/00001.tar is truncated"):
-        crop_dataset("facecaption", captions, tmp_path / "faces", **QUICK)
-    assert not (tmp_path / "faces/manifest.json").exists()
+    data = path.read_bytes()
+    path.write_bytes(data[:2500])
+    manifest = crop_dataset("facecaption", captions, tmp_path / "faces", **QUICK)
+    assert manifest["dropped"]["damaged shard"] == 5 and manifest["original"] == 12
+    assert read_labels(tmp_path / "faces")["_id"].tolist() == ["id0", "id4"], "the other shard is not harmed"
+    path.write_bytes(data)
+    crop_dataset("facecaption", captions, tmp_path / "faces", **QUICK)
+    assert digest(tmp_path / "faces") == digest(tmp_path / "whole")
+
+
+def test_facecaption_truncated_list_stops_with_its_name(captions, tmp_path):
     path = captions / "FaceCaption-15M.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DatasetError, match="FaceCaption-15M.parquet cannot be read"):
         crop_dataset("facecaption", captions, tmp_path / "faces", **QUICK)
+    assert not (tmp_path / "faces/manifest.json").exists()
 
 
 def test_facecaption_without_the_additional_columns(captions):
@@ -268,6 +277,244 @@ def test_bmi_portraits_through_the_detector(shared, tmp_path):
     Image.open(shared / "frll" / names[0]).crop((0, 0, 1350, 900)).save(tmp_path / "raw/own/images/cut.jpg")
     manifest = crop_dataset("bmi", tmp_path / "raw", tmp_path / "faces", jobs=1, progress=False)
     assert manifest["usable"] == 4 and manifest["dropped"] == {"leaves the picture": 1}
+
+
+# --- AVSpeech and other videos ----------------------------------------------------------------------------------------
+
+def clip_of(seed, frames=8, kind="mp4"):
+    "A clip of two seconds whose k-th frame is the pattern moved by k pixels."
+    from mefem.simulate.further import encode_clip, moved
+    return encode_clip(moved(read_image(photo(seed, 256)))[:frames], kind)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    rows = ["AAAAAAAAAAA,1.000000,3.000000,0.5,0.5", "AAAAAAAAAAA,7.500000,9.500000,0.5,0.5", "-_BBBBBBBB0,30.080000,33.0,0.1,0.9",
+            "CCCCCCCCCCC,0.000000,2.0,0.5,0.5", "DDDDDDDDDDD,0.000000,2.0,0.5,0.5", "0000000000E,5.000000,6.0,0.5,0.5"]
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "avspeech_train.csv").write_text("\n".join(rows) + "\n")
+    whole = clip_of(1)
+    for name, data in (("AAAAAAAAAAA_001.000000-003.000000.mp4", whole), ("AAAAAAAAAAA_7.5_9.5.mp4", clip_of(2)),
+                       ("-_BBBBBBBB0_030.080000-033.000000.mp4", whole[: len(whole) // 2]), ("CCCCCCCCCCC_0.00-2.00.mp4", b""),
+                       ("DDDDDDDDDDD_000.000000-002.000000.mp4", b"<html>gone</html>"), ("notes.txt", b"")):
+        (tmp_path / "clips" / name).write_bytes(data)
+    return tmp_path
+
+
+def test_avspeech_every_row_comes_back(clips):
+    photos = list(get_reader("avspeech").read(clips, "0"))
+    assert [found.problem for found in photos] == [None, None, "unreadable clip", "unreadable clip", "unreadable clip", "missing clip"]
+    assert [found.key for found in photos][:2] == ["00000000", "00000001"] and photos[2].labels["video"] == "-_BBBBBBBB0"
+    assert photos[2].centre == pytest.approx((0.1, 0.9))
+    assert get_reader("avspeech").original(clips) == 6
+
+
+def test_avspeech_takes_the_frame_that_the_row_says(clips):
+    from mefem.datasets.avspeech import frame_time
+    first, again = (next(iter(get_reader("avspeech").read(clips, "0"))) for _ in range(2))
+    assert first.data == again.data
+    taken, start = read_image(first.data).astype(int), read_image(photo(1, 256)).astype(int)
+    shift = int(np.ceil(frame_time("AAAAAAAAAAA", 1.0) * 4))  # four frames a second, one pixel a frame
+    errors = [np.abs(taken[:, 8:] - np.roll(start, k, axis=1)[:, 8:]).mean() for k in range(8)]
+    assert int(np.argmin(errors)) == shift
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi"])
+def test_video_shorter_than_the_moment_asked_for(tmp_path, kind):
+    path = tmp_path / f"short.{kind}"
+    path.write_bytes(clip_of(1, frames=2, kind=kind))
+    assert read_image(core.video_frame(path, 0.2)).shape == (256, 256, 3)
+    with pytest.raises(core.VideoError) as caught:
+        core.video_frame(path, 1.0)
+    assert caught.value.reason == "clip cut short"
+
+
+def test_without_pyav_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(DatasetError, match="pip install av"):
+        core.video_frame(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("line, number", [("AAAAAAAAAAA,3,1,0.5,0.5", 2), ("AAAAAAAAAAA,1,3,1.5,0.5", 2), ("AAAAAAAAAAA,1,3,,0.5", 2)])
+def test_avspeech_impossible_row_is_named(tmp_path, line, number):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "avspeech_train.csv").write_text(f"NANANANANAN,1,3,0.5,0.5\n{line}\n")
+    with pytest.raises(DatasetError, match=f"avspeech_train.csv, line {number}: AAAAAAAAAAA"):
+        get_reader("avspeech").original(tmp_path)
+
+
+def test_the_face_that_the_publisher_means(shared):
+    "Two real portraits side by side: the centre decides whose face is cropped, and a centre between walls gives none."
+    names = sorted((shared / "frll").glob("*.jpg"))[:2]
+    portraits = [Image.open(name).convert("RGB").resize((600, 600)) for name in names]
+    both = Image.new("RGB", (1200, 600))
+    for i, portrait in enumerate(portraits):
+        both.paste(portrait, (600 * i, 0))
+    crop = {"min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
+    def cropped(picture, centre):
+        jpeg, status, _ = core._crop_one(core.Photograph("k", encode_crop(np.asarray(picture)), centre=centre), crop)
+        return (read_image(jpeg).astype(int) if jpeg else None), status
+    for i, portrait in enumerate(portraits):
+        alone, _ = cropped(portrait, None)
+        ours, other = (cropped(both, ((0.5 + k) / 2, 0.5))[0] for k in (i, 1 - i))
+        assert np.abs(ours - alone).mean() < 0.7 * np.abs(other - alone).mean()
+    assert cropped(both, (0.5, 0.02)) == (None, "no face")
+
+
+# --- SFHQ ------------------------------------------------------------------------------------------------------------
+
+def test_sfhq_is_only_made_smaller(tmp_path):
+    for part, seed in ((1, 3), (4, 5)):
+        folder = tmp_path / f"raw/SFHQ_part{part}/images"
+        folder.mkdir(parents=True)
+        (folder / "a.b.jpg").write_bytes(photo(seed, 1024))
+    manifest = crop_dataset("sfhq", tmp_path / "raw", tmp_path / "faces", **QUICK)
+    assert (manifest["original"], manifest["usable"], manifest["crop"]["framing"]) == (2, 2, "dataset")
+    labels = read_labels(tmp_path / "faces")
+    assert labels.part.tolist() == [1, 4] and labels.key.tolist() == ["1_a_b", "4_a_b"]
+    whole = np.asarray(Image.fromarray(read_image(photo(5, 1024))).resize((64, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(load_images(tmp_path / "faces")[1] - whole).mean() < 2
+
+
+# --- CelebA ----------------------------------------------------------------------------------------------------------
+
+def make_celeba(root, rows=3, flat=False, value=None, count=None, partition=None):
+    "Attribute k of photograph i is 1 where (i + k) % 3 == 0; the second photograph has no file."
+    names = [f"A{k}" for k in range(40)]
+    values = [[1 if (i + k) % 3 == 0 else -1 for k in range(40)] for i in range(rows)]
+    if value is not None:
+        values[1][2] = value
+    lists = {"Anno/list_attr_celeba.txt": "\n".join([str(count or rows), " ".join(names) + " ", *(
+                 f"{i + 1:06d}.jpg " + " ".join(f"{v:2d}" for v in line) for i, line in enumerate(values)), ""]),
+             "Anno/identity_CelebA.txt": "".join(f"{i + 1:06d}.jpg {2880 + i // 2}\n" for i in range(rows)),
+             "Eval/list_eval_partition.txt": partition or "".join(f"{i + 1:06d}.jpg {i // 2}\n" for i in range(rows))}
+    for path, text in lists.items():
+        path = root / (path.split("/")[1] if flat else path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    images = root / ("img_celeba" if flat else "Img/img_celeba")
+    images.mkdir(parents=True)
+    for i in (0, *range(2, rows)):
+        (images / f"{i + 1:06d}.jpg").write_bytes(photo(i))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_celeba_labels_person_and_official_part(tmp_path, flat):
+    make_celeba(tmp_path / "raw", flat=flat)
+    manifest = crop_dataset("celeba", tmp_path / "raw", tmp_path / "faces", framing="dataset", **QUICK)
+    assert (manifest["original"], manifest["dropped"]) == (3, {"missing photograph": 1})
+    labels = read_labels(tmp_path / "faces")
+    assert labels.key.tolist() == ["000001", "000003"] and labels.person.tolist() == ["2880", "2881"]
+    assert labels.split.tolist() == ["train", "validation"]
+    assert [labels[f"A{k}"].tolist() for k in range(3)] == [[True, False], [False, True], [False, False]]
+    assert labels[[f"A{k}" for k in range(40)]].dtypes.eq(bool).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"value": 0}, "list_attr_celeba.txt, line 4: A2 is 0, expected -1 or 1"), ({"count": 7}, "line 1 says '7'"),
+    ({"partition": "000001.jpg 0\n"}, "list_eval_partition.txt has no line for 000002.jpg"),
+    ({"partition": "000001.jpg 0\n000002.jpg 3\n000003.jpg 0\n"}, "a part is 3"),
+    ({"partition": "000001.jpg train\n"}, "expected a file name and a number")])
+def test_celeba_broken_lists_are_named(tmp_path, change, message):
+    make_celeba(tmp_path, **change)
+    with pytest.raises(DatasetError) as caught:
+        get_reader("celeba").original(tmp_path)
+    assert message in str(caught.value)
+
+
+# --- MCD-rPPG --------------------------------------------------------------------------------------------------------
+
+PATIENTS = """patient_id,weight,height,bmi,age,sex,upper_ap,lower_ap,saturation,hemoglobin,glycated_hemoglobin,cholesterol,step,camera,view,video
+1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,FullHDwebcam,front,data/video/1020_FullHDwebcam_before.avi
+1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,USBVideo,side,video/1020_USBVideo_before.avi
+1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,after,FullHDwebcam,front,video/1020_FullHDwebcam_after.avi
+1021,60,160,23.4,30,F,110,70,,,5.0,4.0,before,FullHDwebcam,front,video/1021_FullHDwebcam_before.avi
+"""
+
+
+@pytest.fixture
+def patients(tmp_path):
+    (tmp_path / "video").mkdir()
+    (tmp_path / "db.csv").write_text(PATIENTS)
+    for name in ("1020_FullHDwebcam_before", "1021_FullHDwebcam_before"):
+        (tmp_path / f"video/{name}.avi").write_bytes(clip_of(4, kind="avi"))
+    return tmp_path
+
+
+def test_mcd_rppg_values_units_and_reasons(patients):
+    photos = list(get_reader("mcd-rppg").read(patients, "0"))
+    assert [found.problem for found in photos] == [None, "other camera", "missing clip", None]
+    first, last = photos[0].labels, photos[3].labels
+    assert first["hemoglobin"] == pytest.approx(15.0 * 0.6206) and first["bmi"] == pytest.approx(80 / 1.8**2)
+    assert (last["hemoglobin"], last["saturation"], last["sex"], last["bmi"]) == (None, None, "female", 23.4)
+    assert first["person"] == photos[2].labels["person"] == "mcd-rppg/1020" and first["step"] == "before"
+    assert read_image(photos[0].data).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("15.0", "9.3", "expected g/dl"), (",180,", ",1.80,", "line 2: height is '1.80', expected 50 to 272"), (",F,", ",W,", "line 5: sex is 'W'"),
+    ("1021,", ",", "line 5: patient_id is empty"), ("cholesterol,", "chol,", "no column 'cholesterol'"), (",98,", ",n/a,", "saturation is 'n/a'")])
+def test_mcd_rppg_impossible_tables_are_named(patients, old, new, message):
+    (patients / "db.csv").write_text(PATIENTS.replace(old, new))
+    with pytest.raises(DatasetError) as caught:
+        get_reader("mcd-rppg").original(patients)
+    assert message in str(caught.value) and "db.csv" in str(caught.value)
+
+
+# --- any folder ------------------------------------------------------------------------------------------------------
+
+def test_folder_with_and_without_a_table(tmp_path):
+    for name in ("b/2.PNG", "a/1.jpg", ".hidden/3.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(photo(1))
+    (tmp_path / "notes.txt").write_text("no picture")
+    reader = get_reader("folder")
+    photos = list(reader.read(tmp_path, "0"))
+    assert [found.labels for found in photos] == [{"file": name, "person": name} for name in ("a/1.jpg", "b/2.PNG")]
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbfimage,person,age,note\r\nb\\2.PNG,007,31,x\r\ngone.jpg,8,,\r\n")
+    photos = list(reader.read(tmp_path, "0"))
+    assert [found.problem for found in photos] == [None, "missing photograph", None] and reader.original(tmp_path) == 3
+    assert photos[0].labels == {"file": "b/2.PNG", "person": "007", "age": 31.0, "note": "x"}
+    assert photos[1].labels == {"file": "gone.jpg", "person": "8", "age": None, "note": None}
+
+
+@pytest.mark.parametrize("table, message", [
+    ("file,age\na.jpg,3\n", "no column 'image'"), ("image\n../a.jpg\n", "image is '../a.jpg'"),
+    ("image\na.jpg\na.jpg\n", "line 3: a.jpg stands there twice")])
+def test_folder_bad_tables_are_named(tmp_path, table, message):
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(DatasetError) as caught:
+        get_reader("folder").original(tmp_path)
+    assert message in str(caught.value) and "labels.csv" in str(caught.value)
+
+
+# --- across data sets ------------------------------------------------------------------------------------------------
+
+def labelled(folder, name, rows):
+    stats = write_shard(folder / name, 0, [(row["key"], photo(1, 64), {}) for row in rows], [{"status": SUCCESS, **row} for row in rows])
+    core.write_manifest(folder / name, name, len(rows), [stats], {"size": 64})
+
+
+def test_bmi_sources_are_joined_and_told_apart(tmp_path):
+    body = {"sex": "male", "age": 30.0, "height_cm": 170.0, "weight_kg": 70.0, "hemoglobin": 9.0}
+    labelled(tmp_path, "bmi", [{"key": "a", "source": "own", "person": "own/1", "bmi": 22.0, **body}])
+    labelled(tmp_path, "mcd-rppg", [{"key": "b", "source": "mcd-rppg", "person": "mcd-rppg/1", "bmi": None, **body},
+                                    {"key": "c", "source": "mcd-rppg", "person": "mcd-rppg/1", "bmi": 30.0, **body}])
+    joined = core.consolidated_bmi(tmp_path)
+    assert joined[["dataset", "row", "key", "source"]].to_numpy().tolist() == [["bmi", 0, "a", "own"], ["mcd-rppg", 1, "c", "mcd-rppg"]]
+    labelled(tmp_path, "mcd-rppg", [{"key": "b", "source": "mcd-rppg", "person": "own/1", "bmi": 25.0, **body}])
+    with pytest.raises(DatasetError, match="person 'own/1' is in two sources .* mcd-rppg, own"):
+        core.consolidated_bmi(tmp_path)
+
+
+def test_leaked_keys(tmp_path):
+    with pytest.raises(DatasetError, match="leaks.json is missing"):
+        core.leaked_keys(tmp_path, "sfhq")
+    (tmp_path / "leaks.json").write_text('{"leaked": {"sfhq": ["1", "2"]}}')
+    assert core.leaked_keys(tmp_path, "sfhq") == {"1", "2"} and core.leaked_keys(tmp_path, "avspeech") == set()
+    (tmp_path / "leaks.json").write_text("[]")
+    with pytest.raises(DatasetError, match="no list of leaked"):
+        core.leaked_keys(tmp_path, "sfhq")
 
 
 # --- the crop stage --------------------------------------------------------------------------------------------------

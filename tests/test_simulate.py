@@ -118,8 +118,8 @@ def test_jobs_and_resuming_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "UNIT", 3)
     S.simulate_dataset("facecaption", tmp_path / "one", photographs=7, seed=2, jobs=1, progress=False)
     real = S._run_units
-    def killed(name, folder, seed, size, todo, *rest):
-        real(name, folder, seed, size, todo[1:2], *rest)
+    def killed(name, todo, *rest):
+        real(name, todo[1:2], *rest)
         raise KeyboardInterrupt
     monkeypatch.setattr(S, "_run_units", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -175,9 +175,40 @@ def test_bmi_layout(made):
         assert (table.groupby("person")[["bmi", "sex"]].nunique() == 1).all().all()
 
 
+@pytest.mark.parametrize("name", list(S.PUBLISHERS))
+def test_the_real_reader_reads_every_row(made, name):
+    from mefem.datasets.core import get_reader
+    reader, root = get_reader(name), made / name
+    assert reader.state(root)[0] == "present"
+    photos = [photo for unit in reader.units(root) for photo in reader.read(root, unit)]
+    assert len(photos) == reader.original(root) == 16 and len({photo.key for photo in photos}) == 16
+    assert all((photo.data is None) == (photo.problem is not None) for photo in photos)
+    assert sum(photo.problem is None for photo in photos) >= 8
+
+
+@pytest.mark.parametrize("name", ["avspeech", "sfhq", "celeba", "mcd-rppg"])
+def test_the_same_settings_give_the_same_bytes(made, name, tmp_path):
+    S.simulate_dataset(name, tmp_path / name, photographs=16, seed=5, jobs=1, progress=False)
+    assert files_of(tmp_path / name) == files_of(made / name)
+
+
+def test_celeba_attributes_follow_the_people():
+    from mefem.simulate import further as F
+    rows, _ = S.make_unit("celeba", 1, 0, 64, 256)
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame([F.celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(F.CELEBA_ATTRIBUTES))
+    assert len(F.CELEBA_ATTRIBUTES) == 40 and set(table.to_numpy().ravel()) == {-1, 1}
+    assert ((table.Male == 1) == (rows.female == 0)).all() and ((table.Chubby == 1) == (rows.bmi > 30)).all()
+    assert (table[list(F.CELEBA_NEVER)] == -1).all(axis=None)
+    rare = {*F.CELEBA_NEVER, "Bald", "Blond_Hair", "Pale_Skin", "Rosy_Cheeks", "Blurry", "Wearing_Necktie", "Receding_Hairline"}
+    assert [name for name in table if name not in rare and table[name].nunique() == 1] == [], "an attribute that never varies"
+    one_hair = table[["Black_Hair", "Brown_Hair", "Blond_Hair", "Gray_Hair", "Bald"]].eq(1).sum(axis=1)
+    assert one_hair.max() == 1
+
+
 def test_people_differ_between_data_sets_and_seeds():
     one, two, three = (
-        P.sample_people(30, S._stream(name, seed, 0, 0)) for name, seed in (("bmi", 0), ("facecaption", 0), ("bmi", 1))
+        P.sample_people(30, S.stream(name, seed, 0, 0)) for name, seed in (("bmi", 0), ("facecaption", 0), ("bmi", 1))
     )
     assert not set(one.face_seed) & set(two.face_seed) and not set(one.face_seed) & set(three.face_seed)
 
@@ -225,7 +256,7 @@ def test_other_settings_replace_only_our_files(tmp_path):
     assert len(list(tmp_path.rglob("*.jpg"))) == 2 and json.loads((tmp_path / S.MARKER).read_text())["seed"] == 1
 
 
-@pytest.mark.parametrize("bad", [{"name": "celeba"}, {"photographs": 0}, {"size": 100}])
+@pytest.mark.parametrize("bad", [{"name": "celebb"}, {"photographs": 0}, {"size": 100}])
 def test_bad_arguments(bad, tmp_path):
     arguments = {"name": "bmi", "photographs": 2, "seed": 0, "size": 320} | bad
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIST_ROWS', 'NO_LINK', 'PROBLEMS', 'LIST_COLUMNS', 'IMAGE_COLUMNS', 'HOW_TO_OBTAIN', 'parse_box', 'first_link',
-           'list_files', 'write_links', 'image_shards', 'downloaded', 'stored_box', 'Reader', 'read_images',
-           'read_rest']
+           'check_schema', 'list_files', 'write_links', 'image_shards', 'downloaded', 'stored_box', 'Reader',
+           'read_images', 'read_rest']
 
 # %% ../../nbs/31_facecaption.ipynb #4894f986
 import json
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
+from ..config import replacing
 from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, require_columns, slices
-from ..shards import SUCCESS, open_tar, replacing
+from ..shards import SUCCESS, MemberRefused, open_tar
 
 # %% ../../nbs/31_facecaption.ipynb #72be598b
 LIST_ROWS = 100_000  # rows of the publisher's list in one unit
@@ -39,29 +41,40 @@ HOW_TO_OBTAIN = """FaceCaption-15M: list CC BY 4.0, the photographs belong to th
 def parse_box(text) -> tuple[float, float, float, float] | None:
     "The published box, a JSON string or a list of four numbers, as (x0, y0, x1, y1); None where it is neither."
     try:
-        values = [float(value) for value in (json.loads(text) if isinstance(text, str) else text)]
-    except (TypeError, ValueError):
+        values = json.loads(text) if isinstance(text, (str, bytes)) else text
+        box = tuple(map(float, values)) if isinstance(values, (list, tuple, np.ndarray)) else ()
+    except (TypeError, ValueError, OverflowError, RecursionError):  # no JSON, no numbers, too large, a thousand brackets
         return None
-    return tuple(values) if len(values) == 4 and np.isfinite(values).all() else None
+    return box if len(box) == 4 and all(map(math.isfinite, box)) else None
 
-
+# %% ../../nbs/31_facecaption.ipynb #4eaa97af
 def first_link(url) -> str | None:
     "The first of the links in a cell; None where there is none."
     link = str(url or "").split(", ")[0].strip()
     return None if link in NO_LINK else link
+
+# %% ../../nbs/31_facecaption.ipynb #2f1ebb39
+def check_schema(path, columns) -> None:
+    "`DatasetError` where a parquet file lacks one of `columns`, or `_id`, `url`, `key` or `status` is no text."
+    require_columns(path, columns, HOW_TO_OBTAIN)
+    schema = pq.read_schema(path)
+    for name in (name for name in columns if name != "box"):
+        kind = schema.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise DatasetError(f"{path}: column {name!r} is {kind}, expected text. {HOW_TO_OBTAIN}")
 
 # %% ../../nbs/31_facecaption.ipynb #f78e2297
 def list_files(root) -> list[Path]:
     "The publisher's own parquet file(s)."
     return sorted(Path(root).glob("FaceCaption*.parquet"))
 
-
+# %% ../../nbs/31_facecaption.ipynb #0ec7691e
 def write_links(root) -> Path:
     "Write `links.parquet` (url, _id, box: one link a row) beside the publisher's list, as input for img2dataset."
     schema = pa.schema([("url", pa.string()), ("_id", pa.string()), ("box", pa.string())])
     with replacing(Path(root) / "links.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for path in list_files(root):
-            require_columns(path, LIST_COLUMNS, HOW_TO_OBTAIN)
+            check_schema(path, LIST_COLUMNS)
             for part in pq.ParquetFile(path).iter_batches(LIST_ROWS, columns=list(LIST_COLUMNS)):
                 rows = [{**row, "url": first_link(row["url"])} for row in part.to_pylist()]
                 writer.write_table(pa.Table.from_pylist([row for row in rows if row["url"]], schema=schema))
@@ -73,7 +86,7 @@ def image_shards(root) -> list[Path]:
     images = Path(root) / "images"
     return [path for path in sorted(images.glob("*.parquet")) if (images / f"{path.stem}_stats.json").exists()]
 
-
+# %% ../../nbs/31_facecaption.ipynb #96bad498
 def _hash_ids(column: pa.ChunkedArray) -> np.ndarray:
     return pd.util.hash_array(np.asarray(column.to_pylist(), dtype=object), categorize=False)
 
@@ -82,7 +95,7 @@ def _hash_ids(column: pa.ChunkedArray) -> np.ndarray:
 def _hashes(shards: tuple[tuple[str, int, int], ...]) -> np.ndarray:
     parts = []
     for path, _, _ in shards:
-        require_columns(path, IMAGE_COLUMNS, HOW_TO_OBTAIN)
+        check_schema(path, IMAGE_COLUMNS)
         parts.append(_hash_ids(pq.read_table(path, columns=["_id"])["_id"]))
     hashes = np.concatenate([*parts, np.empty(0, np.uint64)])
     if len(unique := np.unique(hashes)) != len(hashes):
@@ -105,7 +118,7 @@ def stored_box(row: dict) -> tuple[float, float, float, float] | None:
     x, y = row["width"] / width, row["height"] / height
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
-
+# %% ../../nbs/31_facecaption.ipynb #0a06e4e2
 def _as_photograph(row: dict, read) -> Photograph:
     "A row of img2dataset's parquet; `read` takes a file's name to its bytes."
     labels = {"_id": row["_id"]}
@@ -116,6 +129,8 @@ def _as_photograph(row: dict, read) -> Photograph:
         return Photograph(row["key"], labels=labels, problem="bad box")
     try:
         return Photograph(row["key"], read(f"{row['key']}.jpg"), box, labels)
+    except MemberRefused as error:
+        return Photograph(row["key"], labels=labels, problem=str(error))
     except KeyError:
         return Photograph(row["key"], labels=labels, problem="missing photograph")
 
@@ -156,15 +171,15 @@ class Reader(core.Reader):
 def read_images(root, shard: str) -> Iterator[Photograph]:
     "The rows of one of img2dataset's shards."
     path = Path(root) / "images" / f"{shard}.parquet"
-    require_columns(path, IMAGE_COLUMNS, HOW_TO_OBTAIN)
-    with open_tar(path.with_suffix(".tar")) as read:
+    check_schema(path, IMAGE_COLUMNS)
+    with open_tar(path.with_suffix(".tar"), damaged=True) as read:
         for _, row in iter_rows(path, 0, count_rows(path), batch=1000):
             yield _as_photograph(row, read)
 
-
+# %% ../../nbs/31_facecaption.ipynb #358c7667
 def read_rest(root, path: Path, start: int) -> Iterator[Photograph]:
     "Those of `LIST_ROWS` rows of the publisher's list, from `start`, that are in none of img2dataset's shards."
-    require_columns(path, LIST_COLUMNS, HOW_TO_OBTAIN)
+    check_schema(path, LIST_COLUMNS)
     known = downloaded(root)
     rows = [row for _, row in iter_rows(path, start, start + LIST_ROWS, columns=["_id", "url"], batch=10_000)]
     hashes = _hash_ids(pa.chunked_array([[row["_id"] for row in rows]]))

@@ -22,7 +22,7 @@ import pandas as pd
 # %% ../../nbs/20_people.ipynb #563afff5
 # (folder, stem, negative and positive suffix, standard deviation between people)
 FACE_TRAITS = [
-    ("head", "head-scale-horiz", "decr", "incr", 0.22), ("head", "head-scale-vert", "decr", "incr", 0.22),
+    ("head", "head-scale-horiz", "decr", "incr", 0.13), ("head", "head-scale-vert", "decr", "incr", 0.22),
     ("head", "head-scale-depth", "decr", "incr", 0.2), ("head", "head-back-scale-depth", "decr", "incr", 0.3),
     ("forehead", "forehead-scale-vert", "decr", "incr", 0.35), ("forehead", "forehead-temple", "decr", "incr", 0.4),
     ("forehead", "forehead-trans", "backward", "forward", 0.3), ("forehead", "forehead-nubian", "decr", "incr", 0.25),
@@ -46,16 +46,16 @@ FACE_TRAITS = [
     ("mouth", "mouth-lowerlip-height", "decr", "incr", 0.35), ("mouth", "mouth-lowerlip-volume", "decr", "incr", 0.4),
     ("mouth", "mouth-cupidsbow", "decr", "incr", 0.4), ("mouth", "mouth-laugh-lines", "in", "out", 0.3),
     ("chin", "chin-bones", "decr", "incr", 0.4), ("chin", "chin-height", "decr", "incr", 0.3),
-    ("chin", "chin-width", "decr", "incr", 0.4), ("chin", "chin-prominent", "decr", "incr", 0.35),
-    ("chin", "chin-prognathism", "decr", "incr", 0.25), ("chin", "chin-jaw-drop", "decr", "incr", 0.3),
+    ("chin", "chin-width", "decr", "incr", 0.24), ("chin", "chin-prominent", "decr", "incr", 0.35),
+    ("chin", "chin-prognathism", "decr", "incr", 0.25), ("chin", "chin-jaw-drop", "decr", "incr", 0.18),
     ("chin", "chin-cleft", "decr", "incr", 0.3),
-    ("cheek", "cheek-bones", "decr", "incr", 0.4), ("cheek", "cheek-inner", "decr", "incr", 0.35),
-    ("cheek", "cheek-trans", "down", "up", 0.3), ("cheek", "cheek-volume", "decr", "incr", 0.35),
+    ("cheek", "cheek-bones", "decr", "incr", 0.24), ("cheek", "cheek-inner", "decr", "incr", 0.21),
+    ("cheek", "cheek-trans", "down", "up", 0.3), ("cheek", "cheek-volume", "decr", "incr", 0.21),
     ("ears", "ear-scale", "decr", "incr", 0.3), ("ears", "ear-wing", "decr", "incr", 0.35),
     ("ears", "ear-lobe", "decr", "incr", 0.4), ("ears", "ear-rot", "backward", "forward", 0.3),
-    ("neck", "neck-scale-horiz", "decr", "incr", 0.25), ("neck", "neck-scale-vert", "decr", "incr", 0.25),
-    ("neck", "neck-double", "decr", "incr", 0.2),
-    ("head", "head-fat", "decr", "incr", 0.15), ("head", "head-age", "decr", "incr", 0.15),
+    ("neck", "neck-scale-horiz", "decr", "incr", 0.15), ("neck", "neck-scale-vert", "decr", "incr", 0.25),
+    ("neck", "neck-double", "decr", "incr", 0.12),
+    ("head", "head-fat", "decr", "incr", 0.09), ("head", "head-age", "decr", "incr", 0.15),
 ]
 HEAD_SHAPES = ["oval", "round", "square", "rectangular", "triangular", "diamond", "invertedtriangular"]
 # The fat layer of trunk and limbs: what the weight slider lacks beyond its ends (folder, stem, share)
@@ -413,7 +413,7 @@ def _with_body(people, target, rng):
     height, mass, bmi = np.concatenate([measure_bodies(body_vertices(phenotypes[k], adiposity[k])) for k in parts], 1)
     people = people.assign(
         adiposity=adiposity,
-        facial_adiposity=2.0 * adiposity - 0.3 + rng.normal(0, 0.28, len(people)),
+        facial_adiposity=2.2 * adiposity - 0.3 + rng.normal(0, 0.15, len(people)),
         height_cm=100 * height,
         weight_kg=mass,
         bmi=bmi,
