@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'HALF_MAX', 'PICTURES', 'select_tokens', 'as_rgb', 'as_encoder', 'embed', 'face_crop', 'embed_usable',
-           'FaceEmbedder', 'Features', 'load_features', 'decode_ahead', 'extract_features', 'to_half', 'features_of',
-           'photographs_in', 'crop_photographs', 'embed_photographs']
+           'FaceEmbedder', 'Features', 'load_features', 'decode_ahead', 'code_version', 'faces_hash',
+           'extract_features', 'to_half', 'features_of', 'photographs_in', 'crop_photographs', 'embed_photographs']
 
 # %% ../nbs/51_features.ipynb #a79495e1
+import hashlib
 import json
 import os
 from collections import deque
@@ -23,10 +24,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from .config import write_atomic, write_json
+from .config import settings_hash, write_atomic, write_json
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
 from .faces import Unusable, crop_face, crop_image, detector_model, encode_crop, open_image, read_image
-from .shards import decode_square, iter_samples, load_images, read_labels, read_manifest, replacing
+from .shards import DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest, replacing
 
 # %% ../nbs/51_features.ipynb #e81a44f6
 FEATURE_SETS = ("cls", "patches", "patches+cls")
@@ -207,17 +208,58 @@ def _absent(out, dataset: str, reason: str, state: str = "data absent", **about)
     write_json(Path(out) / f"{dataset}.json", meta)
     return meta
 
+# %% ../nbs/51_features.ipynb #2f1bb7fc
+def code_version(*modules: str) -> str:
+    """12 hexadecimal digits of a SHA-256 over the source of these modules of the package."""
+    import mefem
+
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update((Path(mefem.__file__).parent / f"{module}.py").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def faces_hash(faces) -> str:
+    """12 hexadecimal digits of a SHA-256 over manifest, crops and labels in a folder of shards."""
+    digest = hashlib.sha256((Path(faces) / "manifest.json").read_bytes())
+    for shard in read_manifest(faces)["shards"]:
+        for suffix in (".tar", ".parquet"):
+            with (Path(faces) / f"{shard['name']}{suffix}").open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+# %% ../nbs/51_features.ipynb #dd456754
+def _features_key(encoder: FrozenEncoder, faces, **about) -> dict:
+    """What the features follow from, and the hash of it all."""
+    made_of = {**encoder.about(), "faces_hash": faces_hash(faces),
+               "code": code_version("encoders", "features", "models", "faces", "shards"), **about}
+    return made_of | {"key": settings_hash(made_of)}
+
+
+def _finished(out, dataset: str, key: str) -> dict | None:
+    """The account in `out` if it has this key and its files are there."""
+    about = Path(out) / f"{dataset}.json"
+    if not all((Path(out) / f"{dataset}{suffix}").is_file() for suffix in (".json", ".npy", ".parquet")):
+        return None
+    found = json.loads(about.read_text())
+    return found if found.get("key") == key else None
+
 # %% ../nbs/51_features.ipynb #d51ae71d
 def extract_features(encoder, faces, out, batch: int = 64, device=None, threads: int = 2, progress: bool = True,
                      **about) -> dict:
     """Tokens of all crops of one data set: `out`/<dataset>.npy (float16 [N, K, D]), .parquet (labels), .json (account).
 
-    `faces` is a folder of crops; where its data set is absent, only the account is written. Returns the account."""
+    `faces` is a folder of crops; where its data set is absent, only the account is written. Features that are there and
+    follow from the same encoder, crops and code are left as they are. Returns the account."""
     manifest = read_manifest(faces)
     dataset, out = manifest["dataset"], Path(out)
     if manifest["state"] != "present":
         return _absent(out, dataset, manifest["reason"], **about)
-    encoder, labels = as_encoder(encoder, device), read_labels(faces)
+    encoder = as_encoder(encoder, device)
+    made_of = _features_key(encoder, faces, **about)
+    if found := _finished(out, dataset, made_of["key"]):
+        return found
+    labels = read_labels(faces)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{dataset}.json").unlink(missing_ok=True)      # what is about to change may not call itself finished
     with replacing(out / f"{dataset}.npy") as temporary:
@@ -225,7 +267,7 @@ def extract_features(encoder, faces, out, batch: int = 64, device=None, threads:
     with replacing(out / f"{dataset}.parquet") as temporary:
         labels.to_parquet(temporary)
     meta = {"state": "present", "dataset": dataset, "n": len(labels), "simulated": manifest["simulated"],
-            "original": manifest["original"], **encoder.about(), **about}
+            "original": manifest["original"], **made_of}
     write_json(out / f"{dataset}.json", meta)
     return meta
 
@@ -261,24 +303,30 @@ def features_of(source: str, faces: list, out, fit_on: list = (), fit_limit: int
     """Features of the encoder `source` (see `load_encoder`; paths relative to `root`) for each folder of crops.
 
     Returns {dataset: account}. "pixels" is fitted on the first `fit_limit` crops of the folders `fit_on`."""
-    about = {"source": source}
+    about, missing = {"source": source}, [f for f in faces if not (Path(f) / "manifest.json").is_file()]
+    states = {Path(f).name: _absent(out, Path(f).name, f"no crops in {Path(f).name}: not among `datasets`, or never cropped",
+                                    **about) for f in missing}
+    faces = {read_manifest(f)["dataset"]: f for f in faces if f not in missing}
     try:
         encoder = load_encoder(_from_root(source, root), device=device)
+        if isinstance(encoder, PixelEncoder) and encoder.axes is None:
+            _fit_pixels(encoder, fit_on, fit_limit)
+            save_pixels(Path(out) / "pixels.safetensors", encoder)
     except WeightsAbsent as error:
-        return {m["dataset"]: _absent(out, m["dataset"], str(error), "weights absent", **about)
-                for m in map(read_manifest, faces)}
-    if isinstance(encoder, PixelEncoder) and encoder.axes is None:
-        folders = [f for f in fit_on if read_manifest(f)["state"] == "present"]
-        if not folders:
-            return {m["dataset"]: _absent(out, m["dataset"], "no unlabelled faces to fit the PCA on", **about)
-                    for m in map(read_manifest, faces)}
-        share = -(-fit_limit // len(folders))
-        encoder.fit(np.concatenate([load_images(f, encoder.image_size, share) for f in folders]))
-        save_pixels(Path(out) / "pixels.safetensors", encoder)
+        return states | {name: _absent(out, name, str(error), "weights absent", **about) for name in faces}
+    except DataAbsent as error:
+        return states | {name: _absent(out, name, str(error), **about) for name in faces}
     encoder.name = source
-    return {
-        read_manifest(f)["dataset"]: extract_features(encoder, f, out, batch, progress=progress, **about) for f in faces
-    }
+    return states | {name: extract_features(encoder, f, out, batch, progress=progress, **about) for name, f in faces.items()}
+
+
+def _fit_pixels(encoder: PixelEncoder, folders, limit: int) -> None:
+    """Fit the PCA on the first `limit` crops of the folders, an equal share of each."""
+    folders = [f for f in folders if (Path(f) / "manifest.json").is_file() and read_manifest(f)["state"] == "present"]
+    if not folders:
+        raise DataAbsent("no unlabelled faces to fit the PCA on")
+    share = -(-limit // len(folders))
+    encoder.fit(np.concatenate([load_images(f, encoder.image_size, share) for f in folders]))
 
 # %% ../nbs/51_features.ipynb #4d9eff1c
 def _from_root(source: str, root) -> str:

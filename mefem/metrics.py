@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'Metric', 'score', 'r2', 'mae', 'accuracy', 'person_sums', 'draws', 'resampled',
-           'Interval', 'bootstrap_interval', 'Difference', 'paired_difference', 'majority', 'summarise',
-           'feature_sets_of', 'write_result', 'evaluate_encoder']
+           'Interval', 'label_sums', 'bootstrap_interval', 'Difference', 'paired_difference', 'paired_differences',
+           'majority', 'summarise', 'feature_sets_of', 'result_stem', 'write_result', 'probe_cell', 'cells_of',
+           'evaluate', 'evaluate_encoder']
 
 # %% ../nbs/53_metrics.ipynb #db1479ea
+import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .config import write_json
-from .features import FEATURE_SETS, load_features
-from .probing import ProbeResult, Task, get_task, probe
+from .config import settings_hash, write_json
+from .features import FEATURE_SETS, code_version, load_features
+from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
 from .shards import replacing
 
 # %% ../nbs/53_metrics.ipynb #7ea50442
@@ -53,16 +58,30 @@ def _accuracy_terms(target, prediction):
     return np.stack([np.ones_like(target), (target == prediction).astype(float)], axis=-1)
 
 
+def _recall_terms(target, prediction):
+    """For each class up to the largest target: is it this one, and was it found; [N, 2 * classes]."""
+    is_class = target[:, None] == np.arange(target.max() + 1)
+    found = is_class & (target == prediction)[:, None]
+    return np.stack([is_class, found], axis=-1).reshape(len(target), -1).astype(float)
+
+
+def _recall_value(sums):
+    count, found = sums[..., ::2], sums[..., 1::2]
+    there = count > 0                                          # a draw may miss a class: its recall is not known
+    return (found / np.where(there, count, 1)).sum(-1) / np.maximum(there.sum(-1), 1)
+
+
 METRICS = {
     "r2": Metric("r2", _r2_terms, _r2_value),
     "mae": Metric("mae", _mae_terms, _mean_value),
     "accuracy": Metric("accuracy", _accuracy_terms, _mean_value),
+    "balanced_accuracy": Metric("balanced_accuracy", _recall_terms, _recall_value),
 }
 LOWER_IS_BETTER = {"mae"}
 
 # %% ../nbs/53_metrics.ipynb #25be78b2
 def score(metric: str, target, prediction) -> float:
-    """The metric `"r2"`, `"mae"` or `"accuracy"` of predictions [N] against targets [N]."""
+    """The metric "r2", "mae", "accuracy" or "balanced_accuracy" of predictions [N] against targets [N]."""
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is unknown, expected one of {sorted(METRICS)}")
     target, prediction = np.asarray(target, float), np.asarray(prediction, float)
@@ -123,10 +142,13 @@ def draws(persons: int, replicates: int, seed: int = 0, chunk: int = 4_000_000) 
 
 
 def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, stream: int = 0) -> np.ndarray:
-    """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are drawn."""
-    seeds, persons, _ = sums.shape
-    values = np.concatenate([METRICS[metric].value(np.stack([counts @ s for s in sums], axis=1))
-                             for counts in draws(persons, replicates, seed)])      # [replicates, seeds]
+    """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are drawn.
+
+    `sums` may be [labels, seeds, persons, k]: then the mean over the labels, all on the same drawn people."""
+    *labels, seeds, persons, k = sums.shape
+    values = [METRICS[metric].value(np.stack([counts @ s for s in sums.reshape(-1, persons, k)], axis=1))
+              for counts in draws(persons, replicates, seed)]
+    values = np.concatenate(values).reshape(replicates, -1, seeds).mean(1)         # [replicates, seeds]
     if seeds == 1:
         return values[:, 0]
     chosen = np.random.default_rng([seed, persons, 1 + stream]).integers(seeds, size=values.shape)
@@ -152,18 +174,32 @@ def _percentiles(values, confidence):
     tail = (1 - confidence) / 2
     return (float(v) for v in np.nanquantile(values, [tail, 1 - tail]))
 
+# %% ../nbs/53_metrics.ipynb #13b385c5
+def label_sums(predictions: pd.DataFrame, metric: str) -> np.ndarray:
+    """`person_sums` of each label, [labels, seeds, persons, k]; predictions without labels are one label."""
+    if "label" not in predictions:
+        return person_sums(predictions, metric)[None]
+    parts = [person_sums(part, metric) for _, part in predictions.groupby("label", observed=True)]
+    if len({part.shape[:2] for part in parts}) > 1:
+        raise ValueError(f"{metric}: every label needs the same people and seeds")
+    # a label of which nobody has the last class has fewer sums; a class with a count of zero does not matter
+    width = max(part.shape[2] for part in parts)
+    return np.stack([np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[2]))) for part in parts])
+
 # %% ../nbs/53_metrics.ipynb #04b8a3e7
 def _point(sums, metric):
     # with several seeds the estimate is the mean of the seeds' metrics, not the metric of pooled errors
-    return float(METRICS[metric].value(sums.sum(1)).mean())
+    return float(METRICS[metric].value(sums.sum(-2)).mean())
 
 
 def bootstrap_interval(predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95,
                        seed: int = 0) -> Interval:
-    """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed])."""
-    sums = person_sums(predictions, metric)
+    """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed, label]).
+
+    With labels, the metric is the mean over the labels."""
+    sums = label_sums(predictions, metric)
     low, high = _percentiles(resampled(sums, metric, replicates, seed), confidence)
-    return Interval(_point(sums, metric), low, high, int(predictions.key.nunique()), sums.shape[1])
+    return Interval(_point(sums, metric), low, high, int(predictions.key.nunique()), sums.shape[-2])
 
 # %% ../nbs/53_metrics.ipynb #6885ac73
 @dataclass(frozen=True)
@@ -179,14 +215,17 @@ class Difference(Interval):
     def better(self) -> bool:
         return self.high < 0 if self.metric in LOWER_IS_BETTER else self.low > 0
 
-# %% ../nbs/53_metrics.ipynb #21675aa2
+# %% ../nbs/53_metrics.ipynb #590f0493
+def _photographs(predictions: pd.DataFrame) -> pd.DataFrame:
+    """What two predictions must share to be compared: key, person, target (and label)."""
+    columns = ["key", "person", *(["label"] if "label" in predictions else [])]
+    return predictions[columns].astype(str).assign(target=predictions.target.astype(float)).drop_duplicates()
+
+
 def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
-    ours, theirs = (
-        dict(zip(p.key.astype(str), zip(p.person.astype(str), p.target, strict=True), strict=True))
-        for p in (first, second)
-    )
-    if ours != theirs:
-        differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    sides = _photographs(first).merge(_photographs(second), how="outer", indicator="side")
+    differ = sorted(set(sides.key[sides.side != "both"]))
+    if differ:
         raise ValueError(
             f"a paired comparison needs the same photographs, persons and targets on both sides; {len(differ)} "
             f"differ, the first is {differ[0]!r}"
@@ -196,18 +235,35 @@ def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, replicates: int = 2000,
                       confidence: float = 0.95, seed: int = 0) -> Difference:
     """Bootstrap of metric(first) - metric(second) in which both see the same drawn people."""
-    _same_photographs(first, second)
-    a, b = person_sums(first, metric), person_sums(second, metric)
-    gap = resampled(a, metric, replicates, seed) - resampled(b, metric, replicates, seed, stream=1)
-    low, high = _percentiles(gap, confidence)
-    return Difference(_point(a, metric) - _point(b, metric), low, high, int(first.key.nunique()), a.shape[1], metric)
+    return next(paired_differences({"first": first, "second": second}, metric, replicates, confidence, seed))[2]
 
-# %% ../nbs/53_metrics.ipynb #facc211a
+
+def paired_differences(predictions: dict[str, pd.DataFrame], metric: str, replicates: int = 2000, confidence: float = 0.95,
+             seed: int = 0) -> Iterator[tuple[str, str, Difference]]:
+    """(first, second, difference) for each pair of named predictions, each resampled once.
+
+    The generator of `draws` depends on the seed and the number of people alone, so all see the same drawn people."""
+    reference = next(iter(predictions.values()))
+    sums = {}
+    for name, frame in predictions.items():
+        _same_photographs(reference, frame)
+        sums[name] = label_sums(frame, metric)
+    # seeds, in contrast to people, are drawn for each side on its own: those of two encoders have nothing in common
+    values = {name: resampled(part, metric, replicates, seed, stream) for stream, (name, part) in enumerate(sums.items())}
+    n = int(reference.key.nunique())
+    for a, b in combinations(predictions, 2):
+        low, high = _percentiles(values[a] - values[b], confidence)
+        gap = _point(sums[a], metric) - _point(sums[b], metric)
+        yield a, b, Difference(gap, low, high, n, sums[a].shape[-2], metric)
+
+# %% ../nbs/53_metrics.ipynb #43d7bcb6
 def _groups(predictions: pd.DataFrame, task: Task) -> Iterator[tuple[str, pd.DataFrame]]:
+    """All predictions, then those of each group or of each label with "/name"."""
     yield "", predictions
-    if task.group and "group" in predictions:
-        for name in task.group_names:
-            part = predictions[predictions.group == name]
+    by = "label" if task.kind == "multilabel" else "group"
+    if by in predictions:
+        for name in task.classes if by == "label" else task.group_names:
+            part = predictions[predictions[by] == name]
             if part.person.nunique() > 1:
                 yield f"/{name}", part
 
@@ -216,7 +272,25 @@ def majority(target) -> float:
     """Share of the most frequent target: the accuracy of the best constant answer."""
     return float(pd.Series(np.asarray(target)).value_counts(normalize=True).iloc[0])
 
-# %% ../nbs/53_metrics.ipynb #b31e5541
+
+def _constant_answer(part: pd.DataFrame) -> float:
+    """The accuracy of the best constant answer, with labels the mean over them."""
+    if "label" not in part:
+        return majority(part.target)
+    return float(part.groupby("label", observed=True).target.apply(majority).mean())
+
+# %% ../nbs/53_metrics.ipynb #623b6de7
+def _numbers(part: pd.DataFrame, task: Task, **bootstrap) -> dict[str, dict]:
+    """The task's metrics of these predictions, and for classes the balanced accuracy."""
+    numbers = {metric: asdict(bootstrap_interval(part, metric, **bootstrap)) for metric in task.metrics}
+    if task.kind != "regression":
+        numbers["accuracy"]["majority"] = _constant_answer(part)
+    if "balanced" in part:
+        adjusted = part.assign(prediction=part.balanced)
+        numbers["balanced_accuracy"] = asdict(bootstrap_interval(adjusted, "balanced_accuracy", **bootstrap))
+    return numbers
+
+
 def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 2000, confidence: float = 0.95,
               seed: int = 0) -> dict:
     """Numbers of one probe: {"values": {"r2", "accuracy/White" ...: value, low, high, n, persons}, counts, folds}."""
@@ -224,10 +298,8 @@ def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 200
     predictions = _check_predictions(predictions)
     values = {}
     for suffix, part in _groups(predictions, task):
-        for metric in task.metrics:
-            values[metric + suffix] = asdict(bootstrap_interval(part, metric, replicates, confidence, seed))
-        if task.kind == "classification":
-            values[task.metrics[0] + suffix]["majority"] = majority(part.target)
+        found = _numbers(part, task, replicates=replicates, confidence=confidence, seed=seed)
+        values |= {metric + suffix: number for metric, number in found.items()}
     folds = {str(fold): {m: score(m, part.target, part.prediction) for m in task.metrics}
              for fold, part in predictions.groupby("fold")} if "fold" in predictions else {}
     return {"task": task.name, "n": int(predictions.key.nunique()), "persons": int(predictions.person.nunique()),
@@ -242,32 +314,118 @@ def feature_sets_of(meta: dict) -> tuple[str, ...]:
     return ("cls",) if meta.get("tokens") == 1 else FEATURE_SETS
 
 
-def write_result(out, result: ProbeResult, replicates: int = 2000) -> dict:
+def result_stem(task: str, feature_set: str, head: str | None = None) -> str:
+    """Name of a probe's files; the head is named where it is not the paper's for this feature set."""
+    usual = "mlp" if feature_set == "cls" else "attentive"
+    return f"{task}.{feature_set}" + (f".{head}" if head not in (None, usual) else "")
+
+
+def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> dict:
     """Write a probe's numbers (and predictions) as `out`/<task>.<feature set>.json (.parquet); returns the numbers."""
-    info, stem = result.info, f"{result.info['task']}.{result.info['feature_set']}"
-    found = {**info, "values": {}}
-    table = Path(out) / f"{stem}.parquet"
-    table.unlink(missing_ok=True)
+    info = result.info
+    stem = result_stem(info["task"], info["feature_set"], info.get("head"))
+    found, table, path = {**info, **about, "values": {}}, Path(out) / f"{stem}.parquet", Path(out) / f"{stem}.json"
+    for old in (path, table):                  # what is about to change may not call itself finished
+        old.unlink(missing_ok=True)
     if result.state == "present":
         with replacing(table) as temporary:
             result.predictions.to_parquet(temporary)
         found |= summarise(result.predictions, info["task"], replicates) | {"predictions": table.name}
-    write_json(Path(out) / f"{stem}.json", found)
+    write_json(path, found)
     return found
 
-# %% ../nbs/53_metrics.ipynb #cf17378d
-def evaluate_encoder(
-    features, out, tasks=("bmi", "fairface-age"), feature_sets=None, bootstrap: int = 2000, seed: int = 0, **probing
-) -> pd.DataFrame:
-    """Probe the features in a folder for all tasks and feature sets; one row per task, feature set and metric.
+# %% ../nbs/53_metrics.ipynb #3cfcc38c
+def _result_key(features, task: Task, loaded_meta: dict, **settings) -> str:
+    labels = Path(features) / f"{task.dataset}.parquet"
+    return settings_hash({"features": loaded_meta, "task": asdict(task), "code": code_version("probing", "metrics"),
+                          "labels": hashlib.sha256(labels.read_bytes()).hexdigest() if labels.is_file() else None,
+                          **settings})
 
-    `probing` goes to `probe` (folds, epochs, lrs ...); results are written to `out`, see `write_result`."""
+
+def _finished(out, stem: str, key: str) -> dict | None:
+    """The result in `out` if it has this key and its predictions are there."""
+    path = Path(out) / f"{stem}.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    whole = "predictions" not in found or (Path(out) / found["predictions"]).is_file()
+    return found if whole and found.get("key") == key else None
+
+# %% ../nbs/53_metrics.ipynb #009871bf
+@contextlib.contextmanager
+def _one_thread():
+    """One thread for PyTorch: cells run side by side instead, and numbers do not depend on the number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def probe_cell(features, out, task: str | Task, feature_set: str, head: str | None = None, bootstrap: int = 2000,
+               device: str = "cpu", memory: int = 4 << 30, progress: bool = False, **probing) -> dict:
+    """One probe of the features in a folder, from features to the file in `out`; taken as it is where it is finished."""
+    task = get_task(task)
+    loaded = load_features(features, task.dataset)
+    key = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
+    if found := _finished(out, result_stem(task.name, feature_set, head), key):
+        return found
+    about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
+    with _one_thread():
+        try:
+            result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
+        except TooFewLabels as error:
+            result = ProbeResult(pd.DataFrame(), {**about, "state": "too few labels", "reason": str(error)})
+        return write_result(out, result, bootstrap, key=key)
+
+# %% ../nbs/53_metrics.ipynb #685e63ea
+def cells_of(features, tasks, feature_sets=None, linear: bool = False) -> list[tuple]:
+    """(cost, task, feature set, head) of all probes that the features in a folder allow; cost counts tokens."""
+    cells = []
+    for task in map(get_task, tasks):
+        meta = load_features(features, task.dataset).meta
+        for feature_set in feature_sets or feature_sets_of(meta):
+            size = meta.get("n", 0) * (1 if feature_set == "cls" else meta.get("tokens", 1))
+            cells.append((size * (5 if task.split == "folds" else 1), task, feature_set, None))
+            if linear and feature_set != "patches+cls":        # the mean of all tokens is that of the patches, nearly
+                cells.append((meta.get("n", 0), task, feature_set, "linear"))
+    return cells
+
+
+def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = True,
+             jobs: int | None = None, device: str = "auto", seed: int = 0, seeds: int = 1, memory: int = 4 << 30,
+             progress: bool = True, **probing) -> pd.DataFrame:
+    """Probe {encoder: (folder of features, folder for results)}; one row per encoder, task, feature set, head, metric.
+
+    `jobs` processes (None: one a core; one on a GPU) share `memory` bytes; `seeds` repeats each probe from `seed`
+    upwards; `probing` goes to `probe_cell` (folds, epochs, lrs, bootstrap ...)."""
+    import joblib
+    from tqdm import tqdm
+
+    from mefem.config import choose_device
+
+    device = str(choose_device(device))
+    jobs = jobs or (joblib.cpu_count() if device == "cpu" else 1)
+    plan = [(*cell, name) for name, (features, _) in folders.items() for cell in cells_of(features, tasks, feature_sets, linear)]
+    plan.sort(key=lambda cell: -cell[0])
+    options = {"device": device, "memory": memory // jobs, "seeds": tuple(range(seed, seed + seeds)), **probing}
+    work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(
+        joblib.delayed(probe_cell)(*folders[name], task, feature_set, head, **options)
+        for _, task, feature_set, head, name in plan)
     rows = []
-    for task in tasks:
-        loaded = load_features(features, get_task(task).dataset)
-        for feature_set in feature_sets or feature_sets_of(loaded.meta):
-            found = write_result(out, probe(loaded, task, feature_set, seeds=(seed,), **probing), bootstrap)
-            rows += [{"task": task, "features": feature_set, "metric": metric, **value}
-                     for metric, value in found["values"].items()] or [
-                         {"task": task, "features": feature_set, "metric": "", "state": found["state"]}]
-    return pd.DataFrame(rows)
+    for (_, task, feature_set, head, name), found in zip(plan, tqdm(work, total=len(plan), desc="probes", mininterval=10,
+                                                                    disable=not progress), strict=True):
+        cell = {"encoder": name, "task": task.name, "features": feature_set, "head": found.get("head") or head}
+        rows += [cell | {"metric": metric, **value} for metric, value in found["values"].items()] or [
+            cell | {"metric": "", "state": found["state"]}]
+    return pd.DataFrame(rows).sort_values(["encoder", "task", "features", "head"], kind="stable", ignore_index=True)
+
+# %% ../nbs/53_metrics.ipynb #3679852c
+def evaluate_encoder(features, out, tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = False, jobs: int = 1,
+                     **settings) -> pd.DataFrame:
+    """`evaluate` for the features of one encoder in a folder; one row per task, feature set and metric."""
+    found = evaluate({Path(features).name: (features, out)}, tasks, feature_sets, linear, jobs, **settings)
+    return found.drop(columns="encoder")

@@ -1,6 +1,7 @@
 """Each loader against an independent forward pass in double precision, from random weights in the publisher's keys."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from mefem.encoders import (
     align_face,
     franca_positions,
     load_encoder,
-    load_timm,
     nominal_points,
     resize,
     save_pixels,
@@ -53,7 +53,9 @@ def test_own_checkpoint(tmp_path, cls):
         assert torch.allclose(encoder.tokens_of(faces), encode_tokens(model, x), atol=1e-5)
     assert torch.equal(load_encoder(tmp_path, device="cpu").tokens_of(faces), encoder.tokens_of(faces))
     chance = load_encoder(f"random:{path}", device="cpu")
-    assert chance.about() | {"encoder": ""} == encoder.about() | {"encoder": ""}
+    other = {"encoder": "", "encoder_hash": ""}
+    assert chance.about() | other == encoder.about() | other and chance.fingerprint() != encoder.fingerprint()
+    assert chance.fingerprint() == load_encoder(f"random:{path}", device="cpu").fingerprint()
     assert torch.equal(chance.tokens_of(faces), load_encoder(f"random:{path}", device="cpu").tokens_of(faces))
     assert not torch.allclose(chance.tokens_of(faces), encoder.tokens_of(faces), atol=0.1)
 
@@ -81,6 +83,7 @@ def test_every_key_that_does_not_fit_is_named(tmp_path):
     torch.save(state, tmp_path / "bad.pth.tar")
     with pytest.raises(WeightsMismatch) as error:
         load_encoder(tmp_path / "bad.pth.tar")
+    assert len(error.value.faults) == 3
     for part in (
         "bad.pth.tar",
         "missing: blocks.1.norm1.weight",
@@ -176,6 +179,7 @@ def test_farl(tmp_path):
     torch.save({"state_dict": {f"visual.{k}": v for k, v in state.items()} | text, "epoch": 16}, tmp_path / "farl.pth")
     encoder = load_encoder(f"farl:{tmp_path / 'farl.pth'}", device="cpu")
     assert (encoder.tokens, encoder.dim, encoder.heads) == (197, 128, 2)
+    assert set(encoder.dropped) == {*text, "visual.proj"} and encoder.about()["keys_left_out"] == 4
     x = (torch.from_numpy(FACES).double().permute(0, 3, 1, 2) / 255
          - torch.tensor([0.48145466, 0.4578275, 0.40821073]).double().view(3, 1, 1)
          ) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).double().view(3, 1, 1)
@@ -257,6 +261,7 @@ def test_franca(tmp_path):
     torch.save({"teacher": {f"module.{k}": v for k, v in teacher.items()}}, tmp_path / "franca.pth")
     encoder = load_encoder(f"franca:{tmp_path / 'franca.pth'}", device="cpu")
     assert (encoder.tokens, encoder.dim, encoder.heads) == (257, 128, 2)
+    assert set(encoder.dropped) == {*heads, "mask_token"}
     x = encoder.prepare(FACES).double()
     wanted = franca_forward({k: v.double() for k, v in state.items()}, x, 2, 4)
     assert torch.allclose(encoder.tokens_of(FACES).double(), wanted, atol=5e-5)
@@ -374,7 +379,9 @@ def test_pixels_are_scikit_learns_pca_and_come_back_from_disk(tmp_path):
         load_encoder("pixels").tokens_of(FACES)
 
 
-@pytest.mark.parametrize("name, tokens, dim", [("vit_tiny_patch16_224", 197, 192), ("resnet18", 50, 512)])
+@pytest.mark.parametrize("name, tokens, dim", [
+    ("vit_tiny_patch16_224", 197, 192), ("resnet18", 50, 512), ("resmlp_12_224", 197, 384), ("swin_tiny_patch4_window7_224", 50, 768),
+    ("vit_pwee_patch16_reg1_gap_256", 256, 256)])
 def test_random_timm_models(name, tokens, dim):
     a = load_encoder(f"random:{name}", device="cpu")
     assert (a.tokens, a.dim) == (tokens, dim)
@@ -389,13 +396,48 @@ def test_random_weights_leave_the_global_generator_alone():
     assert torch.equal(a, torch.rand(1))
 
 
-def test_timm_offline(monkeypatch):
+@pytest.fixture
+def empty_caches(monkeypatch, tmp_path):
+    """No weights anywhere, and a network that must not be asked."""
+    import socket
+
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("MEFEM_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("weights were asked for over the network"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_timm_weights_are_never_fetched_unasked(empty_caches):
+    for name in ("timm:resnet10t", "resnet10t"):
+        with pytest.raises(WeightsAbsent, match="never fetched unasked(.|\n)*random:resnet10t"):
+            load_encoder(name)
+    for name in ("timm:resnet_what", "random:resnet_what"):
+        with pytest.raises(ValueError, match="timm knows no model 'resnet_what'"):
+            load_encoder(name)
+
+
+@pytest.mark.parametrize("place", ["{}/resnet10t.safetensors", "{}/torch/checkpoints/resnet10t_176_c3-f3215ab1.pth"])
+def test_timm_weights_from_where_they_lie(empty_caches, place):
+    """A plain timm name, with its authors' size, mean and std; the classifier of the file is left out."""
     import timm
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **k: (_ for _ in ()).throw(
-        OSError("no network")) if pretrained else create(name, **k))
-    with pytest.raises(WeightsAbsent, match="resnet18.*could not be fetched"):
-        load_timm("timm:resnet18", "resnet18")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    model = timm.create_model("resnet10t").eval()
+    file = Path(place.format(empty_caches))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (save_file if file.suffix == ".safetensors" else torch.save)(model.state_dict(), str(file))
+    encoder = load_encoder("resnet10t", device="cpu")
+    assert (encoder.image_size, encoder.tokens, encoder.dim) == (176, 1 + 6 * 6, 512)
+    with torch.no_grad():
+        found, features = encoder.tokens_of(FACES), model.forward_features(encoder.prepare(FACES))
+    assert torch.allclose(found[:, 1:], features.flatten(2).transpose(1, 2), atol=1e-4)
+    assert torch.allclose(found[:, 0], features.mean((2, 3)), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mefem-s", "mefem-b", "farl", "franca", "buffalo"])

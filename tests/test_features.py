@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 
 from mefem import features as module
+from mefem.config import write_json
 from mefem.encoders import PixelEncoder, freeze
 from mefem.features import (
     FaceEmbedder,
@@ -160,9 +161,28 @@ def test_extraction_and_back(encoder, tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
+def test_features_are_kept_until_encoder_crops_or_code_change(encoder, tmp_path, monkeypatch):
+    faces, out = make_faces(tmp_path / "faces"), tmp_path / "out"
+    meta = extract_features(encoder, faces, out, progress=False)
+    assert {"encoder_hash", "faces_hash", "code", "key"} <= set(meta)
+    monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("extracted again"))
+    assert extract_features(encoder, faces, out, progress=False) == meta
+    other = freeze("small", create_encoder("vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3),
+                   IMAGENET_MEAN, IMAGENET_STD, device="cpu")
+    for change in (lambda: extract_features(other, faces, out, progress=False),
+                   lambda: extract_features(encoder, make_faces(tmp_path / "fewer", 6), out, progress=False)):
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            change()
+        write_json(out / "bmi.json", meta)                              # a failure took the account away
+    monkeypatch.setattr(module, "code_version", lambda *_: "another")
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        extract_features(encoder, faces, out, progress=False)
+
+
 def test_a_failure_leaves_nothing_that_calls_itself_finished(encoder, tmp_path, monkeypatch):
     faces, out = make_faces(tmp_path / "faces"), tmp_path / "out"
     extract_features(encoder, faces, out, progress=False)
+    (out / "bmi.parquet").unlink()                     # no longer whole, so it has to be made again
     calls = iter(range(10))
     monkeypatch.setattr(module, "to_half", lambda t: to_half(t) if next(calls) == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -186,6 +206,8 @@ def test_absence_travels(encoder, tmp_path):
     assert meta["state"] == "data absent" and meta["reason"] == "not downloaded"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["bmi.json"]
     assert load_features(tmp_path / "out", "bmi").state == "data absent"
+    never = features_of("pixels", [tmp_path / "celeba"], tmp_path / "n", progress=False)
+    assert never["celeba"]["state"] == "data absent" and "never cropped" in never["celeba"]["reason"]
     found = features_of("buffalo:gone.onnx", [make_faces(tmp_path / "faces2")], tmp_path / "b", progress=False)
     assert (
         found["bmi"]["state"] == "weights absent" and "licence" in load_features(tmp_path / "b", "bmi").meta["reason"]

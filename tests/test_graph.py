@@ -76,7 +76,7 @@ def test_dvc_reads_the_graph():
     if not shutil.which("dvc"):
         pytest.skip("dvc is not on PATH: the graph was not checked by dvc itself")
     listed = subprocess.run(["dvc", "stage", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in ("simulate@bmi", "crop@fairface", "pretrain@main", "probe@mefem", "tables"):
+    for name in ("simulate@bmi", "crop@fairface", "pretrain@main", "features", "probe", "tables"):
         assert name in listed
 
 

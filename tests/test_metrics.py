@@ -3,20 +3,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, mean_absolute_error, r2_score
 
+from mefem.config import write_json
 from mefem.metrics import (
     accuracy,
     bootstrap_interval,
     draws,
+    evaluate,
     mae,
     paired_difference,
+    paired_differences,
     person_sums,
     r2,
     resampled,
     score,
     summarise,
 )
+from mefem.probing import Task
 
 
 def predictions(people=120, photos=1, noise=3.0, seed=0, seeds=1):
@@ -152,3 +156,121 @@ def test_summarise_scores_groups_apart():
     assert found["accuracy/non-White"]["value"] == (p.target[90:] == 0).mean()
     assert found["accuracy/White"]["majority"] == p.target[:90].value_counts().max() / 90
     assert summarise(p, "fairface-age", replicates=200) == summarise(p, "fairface-age", replicates=200)
+
+
+def attributes(people=40, photos=2, seed=0):
+    """Predictions of three attributes, of which nobody has the third in this test part."""
+    rng = np.random.default_rng(seed)
+    n = people * photos
+    parts = [pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // photos).astype(str), "label": name,
+                           "target": (rng.random(n) < share).astype(float)}) for name, share in (("A", 0.3), ("B", 0.5), ("C", 0))]
+    p = pd.concat(parts, ignore_index=True)
+    p["prediction"] = np.where(rng.random(len(p)) < 0.8, p.target, 1 - p.target)
+    return p.assign(fold="test", balanced=p.prediction)
+
+
+@pytest.mark.parametrize("metric, reference", [("accuracy", accuracy_score), ("balanced_accuracy", balanced_accuracy_score)])
+def test_mean_over_attributes_and_its_bootstrap(metric, reference):
+    """Point and interval against a plain loop: the same drawn people for every attribute, then the mean."""
+    import warnings
+
+    p = attributes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # scikit-learn remarks on predictions of a class that nobody has
+        whole = np.mean([reference(part.target, part.prediction) for _, part in p.groupby("label")])
+        order, values = sorted(p.person.unique()), []
+        for counts in np.concatenate(list(draws(40, 60, seed=3))):
+            drawn = pd.concat([p[p.person == who] for who, times in zip(order, counts, strict=True) for _ in range(int(times))])
+            values.append(np.mean([reference(part.target, part.prediction) for _, part in drawn.groupby("label")]))
+    found = bootstrap_interval(p, metric, replicates=60, seed=3)
+    assert np.allclose([found.value, found.low, found.high], [whole, *np.quantile(values, [0.025, 0.975])])
+    assert (found.n, found.persons) == (80, 40)
+
+
+def test_attributes_are_kept_each():
+    p, task = attributes(), Task("t", "d", "", "multilabel", classes=("A", "B", "C"))
+    values = summarise(p, task, replicates=200)["values"]
+    assert set(values) == {m + s for m in ("accuracy", "balanced_accuracy") for s in ("", "/A", "/B", "/C")}
+    for name in "ABC":
+        part = p[p.label == name]
+        assert np.isclose(values[f"accuracy/{name}"]["value"], accuracy_score(part.target, part.prediction))
+        assert np.isclose(values[f"accuracy/{name}"]["majority"], max(part.target.mean(), 1 - part.target.mean()))
+    assert np.isclose(values["accuracy"]["majority"], np.mean([values[f"accuracy/{name}"]["majority"] for name in "ABC"]))
+
+
+def test_all_pairs_at_once_are_the_pairs_one_by_one():
+    frames = {str(noise): predictions(people=30, photos=2, noise=noise) for noise in (1.0, 2.0, 4.0)}
+    found = {(a, b): gap for a, b, gap in paired_differences(frames, "r2", 300, seed=1)}
+    assert set(found) == {("1.0", "2.0"), ("1.0", "4.0"), ("2.0", "4.0")}
+    for (a, b), gap in found.items():
+        assert gap == paired_difference(frames[a], frames[b], "r2", 300, seed=1)
+    with pytest.raises(ValueError, match="same photographs.*'3'"):
+        paired_difference(frames["1.0"], frames["2.0"].assign(person=lambda f: f.person.where(f.key != "3", "else")), "r2")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Features of two made-up encoders of one set with few people."""
+    rng = np.random.default_rng(0)
+    n = 48
+    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": rng.standard_normal(n)})
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "bmi.npy", rng.standard_normal((n, 5, 8)).astype(np.float16))
+        labels.to_parquet(tmp_path / name / "bmi.parquet")
+        write_json(tmp_path / name / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
+                                                  "encoder": name, "encoder_hash": name * 12, "faces_hash": "f" * 12})
+    return {name: (tmp_path / name, tmp_path / "r" / name) for name in ("a", "b")}
+
+
+SHORT = dict(folds=2, epochs=2, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, hidden=4, progress=False)
+
+
+def test_a_number_can_be_followed_to_encoder_crops_split_and_seed(folders):
+    import json
+
+    numbers = evaluate(folders, ("bmi",), jobs=1, seed=3, seeds=2, **SHORT)
+    assert set(numbers.features) == {"cls", "patches", "patches+cls"} and set(numbers["head"]) == {"mlp", "attentive", "linear"}
+    out = folders["a"][1]
+    assert {p.stem for p in out.glob("*.json")} == {"bmi.cls", "bmi.patches", "bmi.patches+cls", "bmi.cls.linear", "bmi.patches.linear"}
+    for path in out.glob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["features"]["encoder_hash"] == "a" * 12 and found["features"]["faces_hash"] == "f" * 12
+        assert found["seeds"] == found["recipe"]["seeds"] == [3, 4] and len(found["splits"]) == 4 and len(found["key"]) == 12
+        kept = pd.read_parquet(out / found["predictions"])
+        assert (kept.groupby(["seed", "key"]).size() == 1).all() and len(kept) == 2 * 48
+        again = np.mean([r2(part.target, part.prediction) for _, part in kept.groupby("seed")])
+        assert np.isclose(again, found["values"]["r2"]["value"])
+
+
+def test_results_are_kept_until_something_changes(folders, monkeypatch):
+    import mefem.metrics as module
+
+    def files():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders["a"][1].iterdir()}
+
+    evaluate(folders, ("bmi",), ("cls",), jobs=1, **SHORT)
+    before = files()
+    monkeypatch.setattr(module, "probe", lambda *_, **__: pytest.fail("probed again"))
+    again = evaluate(folders, ("bmi",), ("cls",), jobs=1, **SHORT)
+    assert files() == before and len(again) == 2 * 2 * 2
+    monkeypatch.undo()
+    evaluate(folders, ("bmi",), ("cls",), jobs=1, **(SHORT | {"epochs": 3}))
+    assert all(files()[p] != before[p] for p in before)                     # another setting, other numbers
+    labels = folders["a"][0] / "bmi.parquet"
+    pd.read_parquet(labels).assign(bmi=lambda f: f.bmi + 1).to_parquet(labels)
+    evaluate(folders, ("bmi",), ("cls",), jobs=1, **(SHORT | {"epochs": 3}))
+    assert pd.read_parquet(folders["a"][1] / "bmi.cls.parquet").target.mean() > 0.5
+
+
+def test_processes_side_by_side_give_the_same_numbers(folders, tmp_path):
+    one = evaluate(folders, ("bmi",), jobs=1, **SHORT)
+    elsewhere = {name: (features, tmp_path / "two" / name) for name, (features, _) in folders.items()}
+    assert evaluate(elsewhere, ("bmi",), jobs=2, **SHORT).equals(one)
+
+
+def test_too_few_people_are_a_state_not_an_error(folders):
+    labels = folders["a"][0] / "bmi.parquet"
+    pd.read_parquet(labels).assign(bmi=21.0).to_parquet(labels)
+    found = evaluate(folders, ("bmi",), ("cls",), linear=False, jobs=1, **SHORT).set_index("encoder")
+    assert found.state["a"] == "too few labels" and found.metric["b"].tolist() == ["r2", "mae"]

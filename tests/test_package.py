@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 ORDER = ["config", "faces", "shards", "simulate", "datasets", "masking", "weighting", "models", "jepa", "monitoring", "training",
-         "encoders", "features", "probing", "metrics", "report", "cli"]
+         "encoders", "features", "probing", "metrics", "report", "ablations", "fairness", "pictures", "datasheets", "cli", "__main__"]
 
 
 def imported(path: Path, root: Path) -> set[str]:

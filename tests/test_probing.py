@@ -7,6 +7,9 @@ from torch import nn
 
 from mefem.features import Features
 from mefem.probing import (
+    CELEBA_ATTRIBUTES,
+    LOSSES,
+    TASKS,
     AttentivePooler,
     Candidate,
     LinearProbe,
@@ -16,7 +19,10 @@ from mefem.probing import (
     StackedLinear,
     Task,
     TokenStore,
+    TooFewLabels,
+    answers_of,
     check_split,
+    class_shares,
     make_splits,
     person_folds,
     probe,
@@ -297,3 +303,145 @@ def test_bad_settings_are_refused():
 def test_copies_start_alike():
     layer = StackedLinear(4, 3, 2)
     assert all(torch.equal(layer.weight[0], layer.weight[c]) for c in range(4))
+
+
+# -- attributes, rare classes, official splits --------------------------------------------------------------------------
+
+QUIZ = Task("quiz", "toy", "answers", "multilabel", classes=("Bald", "Smiling"), split="official")
+
+
+def quiz(**kwargs):
+    """Two attributes, the first rare and written in the tokens, the second a coin; a split in three."""
+    f = toy(n=600, **kwargs)
+    rng = np.random.default_rng(5)
+    bald = (rng.random(300) < 0.1).repeat(2)
+    f.tokens[:, :, 1] += 3 * bald[:, None].astype(np.float16)
+    f.labels["Bald"], f.labels["Smiling"] = bald, rng.random(600) < 0.5
+    f.labels["split"] = np.select([np.arange(600) < 400, np.arange(600) < 480], ["train", "validation"], "test")
+    return f
+
+
+def test_attributes_are_predicted_at_once_on_the_official_split():
+    f = quiz()
+    result = probe(f, QUIZ, "patches", **(QUICK | {"epochs": 12}))
+    p, split = result.predictions, result.info["splits"]
+    assert len(split) == 1 and split[0]["n"] == {"train": 400, "validation": 80, "test": 120}
+    assert sorted(p.key.unique()) == sorted(f.labels.key[f.labels.split == "test"]) and len(p) == 240
+    wide = p.pivot(index="key", columns="label", values="target").loc[f.labels.key[480:]]
+    assert np.array_equal(wide[["Bald", "Smiling"]], f.labels[["Bald", "Smiling"]][480:].astype(float))
+    hit = (p.target == p.prediction).groupby(p.label, observed=True).mean()
+    assert hit["Bald"] > 0.95 and 0.3 < hit["Smiling"] < 0.7
+
+
+@pytest.mark.parametrize("write", [lambda a: a, lambda a: a.astype(int), lambda a: 2 * a.astype(int) - 1, lambda a: a.astype(object)])
+def test_attributes_as_their_publishers_write_them(write):
+    labels = quiz().labels
+    wanted = labels[["Bald", "Smiling"]].to_numpy(float)
+    labels[["Bald", "Smiling"]] = labels[["Bald", "Smiling"]].apply(write)
+    assert np.array_equal(task_targets(labels, QUIZ), wanted)
+
+
+def test_attributes_that_are_missing_or_no_answer():
+    f = quiz()
+    f.labels["Bald"] = f.labels.Bald.astype(object)
+    f.labels.loc[500, "Bald"] = None
+    result = probe(f, QUIZ, "cls", **QUICK)
+    assert result.info["without_label"] == 1 and "500" not in set(result.predictions.key)
+    f.labels.loc[500, "Bald"] = "perhaps"
+    with pytest.raises(ValueError, match="'perhaps' of column 'Bald'"):
+        probe(f, QUIZ, "cls", **QUICK)
+    with pytest.raises(ValueError, match="no column 'Smiling'"):
+        probe(Features("present", f.tokens, f.labels.drop(columns="Smiling"), f.meta), QUIZ, "cls", **QUICK)
+    f = quiz()
+    f.labels.loc[599, "split"] = "val"
+    with pytest.raises(ValueError, match="'val' in the column split"):
+        probe(f, QUIZ, "cls", **QUICK)
+
+
+def test_a_person_in_two_official_parts_is_refused():
+    f = quiz()
+    f.labels.loc[599, "person"] = f.labels.person[450]
+    with pytest.raises(PersonLeak, match=f"validation and test.*'{f.labels.person[450]}'"):
+        probe(f, QUIZ, "cls", **QUICK)
+
+
+def test_binary_cross_entropy_is_torchs_for_each_copy():
+    g = torch.Generator().manual_seed(0)
+    logits, answers = torch.randn(3, 7, 4, generator=g), (torch.rand(7, 4, generator=g) < 0.5).float()
+    wanted = torch.stack([nn.functional.binary_cross_entropy_with_logits(copy, answers) for copy in logits])
+    assert torch.allclose(LOSSES["multilabel"](logits, answers), wanted)
+
+
+def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
+    """Two Gaussians at -1 and 1, the second one in fifty: adjusted, the boundary must come back to the middle."""
+    x = np.linspace(-3, 3, 601)
+    shares = np.array([0.98, 0.02])
+    logits = np.stack([np.log(shares[0]) - (x + 1) ** 2 / 2, np.log(shares[1]) - (x - 1) ** 2 / 2], axis=-1)
+    found = answers_of(logits, "classification", shares)
+    assert x[found["prediction"].argmax()] > 1.9 and abs(x[found["balanced"].argmax()]) < 0.011
+    yes = (logits[:, 1] - logits[:, 0])[:, None]
+    found = answers_of(yes, "multilabel", shares[1:])
+    assert x[found["prediction"].argmax()] > 1.9 and abs(x[found["balanced"].argmax()]) < 0.011
+    assert np.allclose(class_shares(np.array([[1, 0], [1, 0], [0, 0]]), 2), [3 / 5, 1 / 5])       # one more of each
+
+
+def test_rare_attributes_are_found_when_asked_for():
+    p = probe(quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,)})).predictions      # too short to be sure of itself
+    rare = p[(p.label == "Bald") & (p.target == 1)]
+    assert (rare.balanced == 1).mean() > 0.8 > 0.5 > (rare.prediction == 1).mean()
+
+
+def test_the_papers_tasks():
+    assert len(set(CELEBA_ATTRIBUTES)) == 40 and {"Male", "Young", "5_o_Clock_Shadow", "No_Beard"} < set(CELEBA_ATTRIBUTES)
+    assert TASKS["celeba"].outputs == 40 and TASKS["celeba"].split == "official"
+    columns = {t.target: t.unit for t in TASKS.values() if t.dataset == "mcd-rppg"}
+    assert columns == {"hemoglobin": "mmol/l", "glycated_hemoglobin": "%", "cholesterol": "mmol/l", "upper_ap": "mmHg",
+                       "lower_ap": "mmHg", "saturation": "%"}
+
+
+def test_too_few_people_is_an_error_of_its_own():
+    f = toy(n=6)
+    for task, settings in (("bmi", {"folds": 5}), ("bmi-sex", {"folds": 4})):
+        with pytest.raises(TooFewLabels):
+            probe(f, task, "cls", **(QUICK | settings))
+
+
+def test_heads_on_one_vector_see_the_mean_of_the_patches():
+    f = toy()
+    g = Features("present", np.asarray(f.tokens[:, 1:], np.float32).mean(1, keepdims=True), f.labels, f.meta | {"tokens": 1})
+    a, b = (probe(x, "bmi", s, head="linear", **QUICK).predictions for x, s in ((f, "patches"), (g, "cls")))
+    assert np.allclose(a.prediction, b.prediction, atol=1e-4)
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, pandas as pd
+from mefem.features import Features
+from mefem.probing import probe
+
+n, k, d = 200_000, 197, 768                                    # CelebA by a ViT-B: 60 GB
+tokens = np.lib.format.open_memmap(sys.argv[1], "w+", np.float16, (n, k, d))     # a sparse file: only what is written takes space
+labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": np.arange(n).astype(str), "bmi": np.nan})
+rows = np.arange(0, n, n // 60)[:60]
+labels.loc[rows, "bmi"] = np.linspace(20, 30, 60)
+for row in rows:
+    tokens[row] = labels.bmi[row] / 10
+tokens = np.load(sys.argv[1], mmap_mode="r")
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 30), used + (1 << 30)))   # one GiB more, not sixty
+features = Features("present", tokens, labels, {"has_cls": True, "heads": 12, "tokens": k})
+settings = dict(folds=2, epochs=1, batch=16, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2, progress=False)
+print(len(probe(features, "bmi", "patches+cls", memory=64 << 20, **settings).predictions), "predicted")
+try:
+    probe(features, "bmi", "patches+cls", memory=1 << 40, **settings)
+except (MemoryError, RuntimeError):
+    print("in memory it does not fit")
+"""
+
+
+def test_features_larger_than_memory(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "tokens.npy")], capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["60 predicted", "in memory it does not fit"], done.stdout + done.stderr[-2000:]

@@ -9,19 +9,24 @@ import pytest
 
 from mefem.config import write_json
 from mefem.features import FEATURE_SETS
-from mefem.metrics import evaluate_encoder, paired_difference, write_result
+from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
 from mefem.probing import ProbeResult
 from mefem.report import (
+    TABLE2,
     TABLE2_COLUMNS,
     TABLE2_ROWS,
+    TABLE3,
+    TABLE3_COLUMNS,
+    TABLE3_ROWS,
     figure_learning,
     figure_maskings,
     figure_weights,
     provenance,
+    results_table,
     scale_of,
-    table2,
     tex,
     write_table2,
+    write_table3,
 )
 
 PAPER = """
@@ -35,7 +40,17 @@ MeFEm	Base	Patches + CLS	0.496	3.495	0.910	0.570	0.576
 """
 
 
+PAPER3 = """
+MeFEm	Base	Patches	0.233	0.948	0.089	0.47	-0.060	0.621	0.136	10.8	-0.060	7.15	0.073	0.8
+MeFEm	Base	CLS	0.263	0.952	0.076	0.49	-0.084	0.640	0.058	11.8	-0.090	7.20	-0.557	1.3
+MeFEm	Base	Patches + CLS	0.234	0.959	0.055	0.48	-0.015	0.623	0.115	11.2	-0.054	7.14	0.081	0.8
+Baseline	—	Video superpixels	—	—	—	0.41	—	0.60	—	12.8	—	8.39	—	0.9
+"""
+
+
 def test_the_papers_numbers():
+    third = [[r.model, r.size, r.features, *(v or "—" for v in r.paper)] for r in TABLE3_ROWS if r.paper]
+    assert third == [line.split("\t") for line in PAPER3.strip().splitlines()]
     found = [[r.model, r.size, r.features, *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
     assert {(r.encoder, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
@@ -80,6 +95,8 @@ def results(root, noise):
                 ),
                 200,
             )
+    for feature_set in FEATURE_SETS:
+        write_json(root / "mefem" / f"celeba.{feature_set}.json", {"state": "data absent", "values": {}})
     for encoder in ("farl", "franca", "buffalo"):
         for task in ("bmi", "fairface-age"):
             for feature_set in FEATURE_SETS:
@@ -91,7 +108,7 @@ def results(root, noise):
 def run(tmp_path_factory):
     root = results(tmp_path_factory.mktemp("results"), {"mefem": 1.0, "random": 3.0, "pixels": 1.0})
     text = write_table2(
-        root, root / "figures", "demo", "width 128, depth 4", "1,600 simulated photographs", replicates=300
+        root, root / "figures", "demo", model="width 128, depth 4", pretraining="1,600 simulated photographs", replicates=300
     )
     return root, text
 
@@ -102,7 +119,7 @@ def test_every_cell_has_a_value_or_a_reason(run):
     assert len(rows) == len(TABLE2_ROWS) * len(TABLE2_COLUMNS)
     for row in rows:
         if row["column"] == "CelebA accuracy":
-            assert row["state"] == "data absent"
+            assert row["state"] == ("data absent" if row["model"] == "MeFEm" else "no result")
         elif row["model"] in ("FaRL", "Franca", "Buffalo"):
             assert row["state"] == "weights absent"
         else:
@@ -125,14 +142,36 @@ def test_numbers_can_be_traced(run):
 
 def test_marks_follow_the_paired_bootstrap(run):
     root, _ = run
-    cells = table2(root, replicates=300).set_index(["row", "column"])
+    cells, pairs = results_table(root, TABLE2, replicates=300)
+    cells = cells.set_index(["row", "column"])
     ours, chance, pixels = (pd.read_parquet(root / e / "bmi.cls.parquet") for e in ("mefem", "random", "pixels"))
     for column, metric in (("BMI r2", "r2"), ("BMI MAE", "mae")):
         cell = cells.loc[("MeFEm / CLS", column)]
         assert cell.beats_random is True and paired_difference(ours, chance, metric, 300).better
         assert cell.beats_pixels is paired_difference(ours, pixels, metric, 300).better
     assert cells.loc[("MeFEm / CLS", "BMI r2")].beats_pixels is False     # same noise, so no mark
-    assert cells.loc[("Random encoder / CLS", "BMI r2")].beats_random is None
+    assert pd.isna(cells.loc[("Random encoder / CLS", "BMI r2")].beats_random)
+
+
+def test_every_pair_is_compared_and_the_best_is_found(run):
+    root, _ = run
+    cells, pairs = results_table(root, TABLE2, replicates=300)
+    frames = {f"{r.model} / {r.features}": pd.read_parquet(root / r.encoder / f"bmi.{r.feature_set}.parquet")
+              for r in TABLE2_ROWS if r.encoder in ("mefem", "random", "pixels")}
+    found = pairs[pairs.column == "BMI MAE"]
+    assert len(found) == len(frames) * (len(frames) - 1) // 2
+    for pair in found.itertuples():
+        gap = paired_difference(frames[pair.first], frames[pair.second], "mae", 300)
+        assert (pair.difference, pair.low, pair.high) == (gap.value, gap.low, gap.high)
+        assert pair.better == ("" if not gap.beyond_noise else pair.first if gap.better else pair.second)
+    column = cells[(cells.column == "BMI MAE") & (cells.state == "present")].set_index("row")
+    best = column.value.astype(float).idxmin()                             # of an error, the least is the best
+    assert column.best[best] is True and column.best.astype(bool).sum() == 1
+    for row in column.index.drop(best):
+        gap = paired_difference(frames[row], frames[best], "mae", 300)
+        assert column.near_best[row] == (not gap.beyond_noise)
+    written = pd.read_csv(root / "figures" / "table2_pairs.csv")
+    assert len(written) == len(pairs) and list(written.better.fillna("")) == list(pairs.better)
 
 
 def test_markdown_names_the_scale_and_lines_up(run):
@@ -145,8 +184,9 @@ def test_markdown_names_the_scale_and_lines_up(run):
     assert len(lines) == 2 + len(TABLE2_ROWS) and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert lines[0].count("paper") == len(TABLE2_COLUMNS)
     farl = next(line for line in lines if "FaRL" in line)
-    assert farl.count("not run: weights absent") == 4 and "not run: data absent" in farl and "0.380" in farl
-    assert re.search(r"MeFEm .* a ", body) and "most frequent age class" in text
+    assert farl.count("not run: weights absent") == 4 and "not run: no result" in farl and "0.380" in farl
+    assert next(line for line in lines if "MeFEm" in line).count("not run: data absent") == 1
+    assert re.search(r"MeFEm .*\] a", body) and "most frequent answer" in text and body.count("**") == 2 * 4
 
 
 def test_real_people_are_called_real():
@@ -158,6 +198,7 @@ def test_real_people_are_called_real():
 def test_latex(run):
     root, _ = run
     text = (root / "figures" / "table2.tex").read_text()
+    assert text.count(r"\textbf{0.") + text.count(r"\textbf{1.") == 4 and text.count(r"\begin{tabular}") == 1
     for part in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){4-7}", r"\multicolumn{4}{c}{BMI dataset}"):
         assert part in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line and "multicolumn" not in line]
@@ -165,6 +206,46 @@ def test_latex(run):
     assert text.count("{") == text.count("}") and text.isascii()
     assert re.search(r"\\midrule\nRandom encoder", text)
     assert tex("a_b 50 % & r²") == r"a\_b 50 \% \& r$^2$"
+
+
+def test_table3_from_probe_to_paper(tmp_path):
+    """Six values probed in a multi-encoder run; two blocks of columns, the baseline quoted, absent data said to be absent."""
+    rng = np.random.default_rng(0)
+    n = 60
+    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str)})
+    for column in ("hemoglobin", "glycated_hemoglobin", "cholesterol", "upper_ap", "lower_ap"):
+        labels[column] = 5 + rng.standard_normal(n)
+    labels["saturation"] = 98.0                                            # nothing to regress
+    tokens = rng.standard_normal((n, 5, 8)).astype(np.float16)
+    tokens[:, :, 0] += (labels.hemoglobin - 5).to_numpy(np.float16)[:, None] * 2
+    for name in ("mefem", "random"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "mcd-rppg.npy", tokens if name == "mefem" else rng.standard_normal(tokens.shape).astype(np.float16))
+        labels.to_parquet(tmp_path / name / "mcd-rppg.parquet")
+        write_json(tmp_path / name / "mcd-rppg.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
+                                                       "encoder": name, "simulated": True})
+    (tmp_path / "pixels").mkdir()
+    write_json(tmp_path / "pixels" / "mcd-rppg.json", {"state": "data absent", "reason": "not there", "tokens": 1})
+    tasks = tuple(dict.fromkeys(column.task for column in TABLE3_COLUMNS))
+    evaluate({name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")}, tasks, linear=False,
+             jobs=1, folds=2, epochs=40, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, progress=False)
+    text = write_table3(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
+    blocks = [block for block in text.split("\n\n") if block.startswith("| Model")]
+    assert len(blocks) == 2 and all(len(block.splitlines()) == 2 + len(TABLE3_ROWS) for block in blocks)
+    assert "Haemoglobin (mmol/l) r²" in blocks[0] and "Saturation (%) MAE" in blocks[1]
+    baseline = next(line for line in blocks[1].splitlines() if "Baseline" in line)
+    assert [c.strip() for c in baseline.split("|")[1:-1]] == ["Baseline", "—", "Video superpixels", *["", "", "", "12.8", "", "", "", "8.39",
+                                                                                               "", "", "", "0.9"]]
+    cells = pd.read_csv(tmp_path / "figures" / "table3.csv").set_index(["row", "column"])
+    cell = cells.loc[("MeFEm / Patches", "Haemoglobin (mmol/l) r2")]
+    assert cell.state == "present" and cell.beats_random == True and cell.paper == 0.233   # noqa: E712
+    assert cells.loc[("MeFEm / CLS", "Saturation (%) r2")].state == "too few labels"
+    assert cells.loc[("PCA of pixels / Components", "Saturation (%) r2")].state == "data absent"
+    assert cells.loc[("Baseline / Video superpixels", "Saturation (%) r2")].state == "as published"
+    assert "60 photographs of 30 simulated people" in text and "whole video, as reported" in text
+    latex = (tmp_path / "figures" / "table3.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == 2 and latex.count("{") == latex.count("}")
+    assert TABLE3.columns == TABLE3_COLUMNS
 
 
 def test_equal_results_give_equal_bytes(run, tmp_path):

@@ -1,0 +1,235 @@
+"""Table 4: the paper's rows and claims, verdicts from paired intervals, runs that resume and never go stale."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from mefem import ablations
+from mefem.ablations import (
+    LABELS,
+    ORDERINGS,
+    TABLE4_ROWS,
+    VERDICTS,
+    comparisons,
+    orderings,
+    rows_of,
+    run_ablations,
+    summary_of,
+    table4,
+    verdict,
+    write_table4,
+)
+from mefem.config import SettingsError, ablation_settings, load_settings
+from mefem.metrics import paired_difference, write_result
+from mefem.probing import ProbeResult
+from mefem.shards import write_manifest, write_shard
+
+PAPER = """
+Patches	Stripes 2/14	—	Circular	0.291	4.206
+Patches	Stripes 3/14	—	Circular	0.447	3.666
+Patches	Stripes 4/14	—	Circular	0.368	4.001
+Patches	Quadrants	—	Circular	0.305	3.698
+Patches	Multiblock	—	Circular	0.371	3.961
+Patches	Stripes 3/14	0.5	Uniform	0.321	4.070
+CLS	Stripes 3/14	0.5	Uniform	0.169	4.693
+Patches + CLS	Stripes 3/14	0.5	Uniform	0.330	4.066
+Patches	Stripes 3/14	0.0	Circular	0.388	3.752
+CLS	Stripes 3/14	0.0	Circular	0.353	4.084
+Patches + CLS	Stripes 3/14	0.0	Circular	0.378	3.697
+Patches	Stripes 3/14	0.5	Circular	0.398	3.631
+CLS	Stripes 3/14	0.5	Circular	0.430	3.781
+Patches + CLS	Stripes 3/14	0.5	Circular	0.437	3.625
+Patches	Stripes 3/14	1.0	Circular	0.444	3.631
+CLS	Stripes 3/14	1.0	Circular	0.389	3.939
+Patches + CLS	Stripes 3/14	1.0	Circular	0.446	3.627
+"""
+
+
+def test_rows_are_the_papers():
+    found = [[LABELS[r.feature_set], r.masking, r.p, r.weights, *(f"{v:.3f}" for v in r.paper)] for r in TABLE4_ROWS]
+    assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "demo", "study", "fairface", "paper"])
+def test_runs_differ_only_in_what_their_row_says(root, profile):
+    settings = load_settings(root / "params.yaml", profile)
+    base = ablation_settings(settings, "cls05").model_dump()
+    names = {"stripes": "Stripes", "quadrant": "Quadrants", "multiblock": "Multiblock"}
+    for row in TABLE4_ROWS:
+        config = ablation_settings(settings, row.run)
+        masking = names[config.masking.kind] + (f" {config.masking.width}/14" if config.masking.kind == "stripes" else "")
+        p = config.masking.cls_in_source
+        assert (row.masking, row.p, row.weights) == (masking, "—" if p is None else f"{p:.1f}", config.weights.kind.capitalize())
+        same = config.model_dump()
+        assert same | {"masking": 0, "weights": 0} == base | {"masking": 0, "weights": 0}  # pictures and all else are equal
+        assert (same["masking"]["k"], same["weights"]["r0"]) == (base["masking"]["k"], base["weights"]["r0"])
+    for run in settings.ablations:
+        ablation_settings(settings, run)
+    with pytest.raises(SettingsError, match="'nobody' is not one of"):
+        ablation_settings(settings, "nobody")
+
+
+def made_up(folder, settings, quality, people=150, seeds=(0,)):
+    "Results of made-up predictions: (run, feature set) -> spread of its error."
+    truth = 26 + 5 * np.random.default_rng(0).standard_normal(people)
+    names = np.arange(people).astype(str)
+    for i, row in enumerate(rows_of(settings)):
+        if (amount := quality(row)) is None:
+            continue
+        frames = [pd.DataFrame({"key": names, "person": names, "fold": "fold 0", "seed": s, "target": truth,
+                                "prediction": truth + amount * np.random.default_rng([i, s]).standard_normal(people)}) for s in seeds]
+        info = {"task": "bmi", "feature_set": row.feature_set, "state": "present", "features": {"simulated": True},
+                "run": {"pictures": 99, "parameters": 10**5, "settings": ablation_settings(settings, row.run).model_dump(mode="json")}}
+        write_result(folder / row.run, ProbeResult(pd.concat(frames), info), 200)
+    return folder
+
+
+@pytest.fixture()
+def settings(root):
+    return load_settings(root / "params.yaml", "smoke")
+
+
+def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
+    quality = {"stripes3": 1.0, "multiblock": 3.0, "quadrant": 0.2, "stripes2": 1.0, "stripes4": 1.02}
+    made_up(tmp_path, settings, lambda row: quality.get(row.run))
+    found = orderings(tmp_path, replicates=400).set_index("claim")
+    assert found.verdict["Stripes beat multiblock"] == "confirmed"
+    assert found.verdict["Stripes beat quadrants"] == "contradicted"
+    assert found.verdict["Width 3 beats width 4"] == "cannot be told apart"
+    assert found.verdict["P = 1 sacrifices CLS"] == "not run"
+    frames = [pd.read_parquet(tmp_path / run / "bmi.patches.parquet") for run in ("stripes3", "multiblock")]
+    gap = paired_difference(*frames, "r2", 400)
+    assert tuple(found.loc["Stripes beat multiblock", ["gap", "low", "high"]]) == (gap.value, gap.low, gap.high)
+    assert found.paper["Stripes beat multiblock"] == pytest.approx(0.447 - 0.371)
+    words = summary_of(found.reset_index())
+    assert "13 orderings" in words and "confirms 1, contradicts 1" in words and "9 could not be tested" in words
+
+
+def test_an_interval_that_holds_zero_tells_nothing():
+    assert [verdict(*pair) for pair in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))] == [
+        VERDICTS[0], VERDICTS[1], VERDICTS[2], VERDICTS[2], VERDICTS[2]]
+
+
+def test_claims_are_pairs_of_rows_in_the_papers_order(settings):
+    paper = {(row.run, row.feature_set): row.paper[0] for row in TABLE4_ROWS}
+    assert all(paper[better] > paper[worse] for _, better, worse in ORDERINGS)
+    assert len({claim for claim, *_ in comparisons(settings)}) == len(comparisons(settings)) > len(ORDERINGS)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, seeds):
+    results = made_up(tmp_path / "results", settings, lambda row: 2.0 + len(row.run) / 20, seeds=seeds)
+    text = write_table4(results, tmp_path / "a", settings, 200)
+    assert text == write_table4(results, tmp_path / "b", settings, 200)
+    names = {"table4.md", "table4.csv", "table4_orderings.csv", "table4.tex", "table4.json", "table4.png"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == names
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    rows = rows_of(settings)
+    cells = pd.read_csv(tmp_path / "a" / "table4.csv")
+    assert len(cells) == 2 * len(rows) and (cells.state == "present").all()
+    for row in TABLE4_ROWS:
+        labels = [LABELS[row.feature_set], row.masking, row.p, row.weights]
+        (line,) = [x for x in text.splitlines() if [part.strip() for part in x.split("|")[1:5]] == labels]
+        assert f" {row.paper[0]:.3f} " in line and f" {row.paper[1]:.3f} " in line
+        stored = json.loads((results / row.run / f"bmi.{row.feature_set}.json").read_text())["values"]["r2"]
+        assert f"{stored['value']:.3f} [{stored['low']:.3f}, {stored['high']:.3f}]" in line
+    assert "Simulated people" in text and "equal for all rows" in text and summary_of(orderings(results, replicates=200)) in text
+    assert ("One pretraining a row" in text) == (len(seeds) == 1)
+    assert (cells.seeds == len(seeds)).all() and set(cells.pictures) == {4 * 16}
+    tex = (tmp_path / "a" / "table4.tex").read_text()
+    assert tex.count("{") == tex.count("}") and "²" not in tex and "—" not in tex
+
+
+def test_rows_that_were_not_run_say_so(tmp_path, settings):
+    text = write_table4(tmp_path / "nothing", tmp_path, settings, 200)
+    assert text.count("not run: no result") == 2 * len(rows_of(settings)) and "nothing has been run" in text
+    assert table4(tmp_path / "nothing").value.isna().all()
+
+
+# ---- the runs themselves, tiny
+
+
+def make_faces(folder, dataset, count, state="present"):
+    rng, keys = np.random.default_rng(len(dataset)), [f"{i:09d}" for i in range(count)]
+
+    def jpeg():
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)).save(out, "JPEG")
+        return out.getvalue()
+
+    if state == "absent":
+        return write_manifest(folder, dataset, 0, [], {"size": 112}, state="absent", reason="not downloaded")
+    table = [{"key": k, "person": k, "bmi": 20.0 + i % 9, "status": "success", "error_message": None} for i, k in enumerate(keys)]
+    stats = [write_shard(folder, 0, [(k, jpeg(), {}) for k in keys], table)]
+    return write_manifest(folder, dataset, count, stats, {"size": 112}, simulated=True)
+
+
+@pytest.fixture()
+def home(root, tmp_path):
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    smoke = params["profiles"]["smoke"]
+    smoke["pretrain"] |= {"batch": 4, "encoder": {"name": "vit_small_patch16_224", "kwargs": {
+        "img_size": 112, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}}, "predictor": {"dim": 8, "depth": 1, "heads": 2}}
+    smoke["ablation"] = {"pretrain": {"steps": 2, "checkpoint_every": 2, "log_every": 2}, "seeds": [0, 1], "extra": ["share25"], "jobs": 1}
+    smoke["probing"] |= {"epochs": 1, "bootstrap": 100, "lrs": [1e-3], "weight_decays": [0.1]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+    make_faces(tmp_path / "data" / "faces" / "facecaption", "facecaption", 8)
+    make_faces(tmp_path / "data" / "faces" / "bmi", "bmi", 16)
+    return tmp_path
+
+
+def test_runs_are_made_once_resume_and_never_go_stale(home, monkeypatch):
+    settings = load_settings(home / "params.yaml")
+    trained = []
+    monkeypatch.setattr(ablations, "_pretrained", lambda encoder_of, *rest, real=ablations._pretrained: (
+        trained.append(rest[0].name), real(encoder_of, *rest))[1])
+    runs = ["stripes3", "cls1"]
+    results = run_ablations(settings, home, runs, progress=False)
+    assert sorted(trained) == sorted(f"{run}-{seed}" for run in runs for seed in (0, 1))
+    assert sorted(p.name for p in (results / "stripes3").iterdir()) == ["bmi.patches.json", "bmi.patches.parquet"]
+    assert len(list((results / "cls1").iterdir())) == 6
+    both = pd.read_parquet(results / "cls1" / "bmi.cls.parquet")
+    assert both.groupby("seed").size().to_dict() == {0: 16, 1: 16}
+    about = json.loads((results / "cls1" / "bmi.cls.json").read_text())
+    assert about["seeds"] == [0, 1] and about["run"]["settings"]["masking"]["cls_in_source"] == 1.0
+    assert not list((home / "data" / "ablations").rglob("*.npy"))  # features do not stay
+
+    trained.clear()
+    run_ablations(settings, home, runs, progress=False)
+    assert trained == []  # finished, of the same settings, data and code
+    (home / "data" / "ablations" / "cls1-0" / "done.json").unlink()  # killed while probing
+    again = run_ablations(settings, home, runs, progress=False)
+    assert trained == ["cls1-0"]
+    pd.testing.assert_frame_equal(pd.read_parquet(again / "cls1" / "bmi.cls.parquet"), both)
+
+    trained.clear()
+    encoder = home / "data" / "runs" / "ablations" / "stripes3-0" / "encoder.safetensors"
+    before = encoder.read_bytes()
+    make_faces(home / "data" / "faces" / "facecaption", "facecaption", 9)  # other pictures: everything again
+    run_ablations(settings, home, ["stripes3"], progress=False)
+    assert sorted(trained) == ["stripes3-0", "stripes3-1"] and encoder.read_bytes() != before
+
+
+def test_two_at_a_time_give_what_one_at_a_time_gives(home):
+    settings = load_settings(home / "params.yaml")
+    results = run_ablations(settings, home, ["share25"], jobs=1, progress=False)
+    one = pd.read_parquet(results / "share25" / "bmi.patches.parquet")
+    for folder in (home / "data" / "ablations", home / "data" / "runs"):
+        folder.rename(folder.with_name(folder.name + "-before"))
+    run_ablations(settings, home, ["share25"], jobs=2, progress=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(results / "share25" / "bmi.patches.parquet"), one)
+
+
+def test_absent_data_are_a_state_and_train_nothing(home, capsys):
+    settings = load_settings(home / "params.yaml")
+    make_faces(home / "data" / "faces" / "bmi", "bmi", 0, "absent")
+    results = run_ablations(settings, home, progress=False)
+    assert not (home / "data" / "runs").exists() and "ablations not run: bmi: data absent" in capsys.readouterr().out
+    assert write_table4(results, home / "figures", settings, 100).count("not run: bmi: data absent") == 2 * len(rows_of(settings))
+    with pytest.raises(ValueError, match="runs that Table 4 does not have: nobody"):
+        run_ablations(settings, home, ["nobody"])
