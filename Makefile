@@ -6,15 +6,19 @@ INSTALLED := $(VENV)/.installed
 # Stages call papermill, jupyter and python by name: the environment's own come first.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
+# Threads that wait must not spin: beside any other busy program a spinning barrier costs ten times the work.
+export OMP_WAIT_POLICY := PASSIVE
 # A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env reproduce test lab libraries lint notebooks unit smoke
+.PHONY: help env reproduce test lab bench bench-crop libraries lint notebooks unit smoke
 
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
 	@echo "make test        all checks, as CI runs them"
 	@echo "make lab         JupyterLab on nbs/"
+	@echo "make bench       pictures per second of a training step, beside I-JEPA's (minutes; nobody's CI runs it)"
+	@echo "make bench-crop  photographs a second of the crop stage, beside the plain way; needs a quiet machine"
 
 libraries:
 	@$(PYTHON) tools/system_libraries.py
@@ -56,3 +60,9 @@ smoke:
 
 lab: env
 	jupyter lab --notebook-dir=nbs
+
+bench: env
+	python benchmarks/step.py --out data/bench/step.json
+
+bench-crop: env
+	python benchmarks/crop.py --write benchmarks/rates.json

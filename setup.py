@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["mefem", "mefem.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "buffalo": ["onnxruntime"]},
+    extras_require={"dev": settings["dev_requirements"].split(), "buffalo": ["onnxruntime"], "video": ["av"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

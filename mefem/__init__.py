@@ -12,7 +12,8 @@ _PUBLIC = {
     "FaceEmbedder": "features", "load_settings": "config",
 }
 _MODULES = {"config", "faces", "shards", "simulate", "datasets", "masking", "weighting", "models", "jepa", "monitoring",
-            "training", "encoders", "features", "probing", "metrics", "report", "cli"}
+            "training", "encoders", "features", "probing", "metrics", "report", "fairness", "pictures",
+            "cli"}
 
 
 def __getattr__(name):

@@ -8,12 +8,13 @@ __all__ = ['app', 'info', 'simulate', 'crop', 'pretrain', 'embed', 'probe', 'inf
 
 # %% ../nbs/70_cli.ipynb #44464c84
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .config import SettingsError, find_root, load_settings, pretrain_settings, write_json
+from .config import DiskFull, SettingsError, find_root, load_settings, pretrain_settings, write_json
 
 # %% ../nbs/70_cli.ipynb #8efdb4e5
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -27,24 +28,25 @@ class _Plainly:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, (SettingsError, ValueError, FileNotFoundError, NotADirectoryError, MemoryError, FloatingPointError)) or (
+        if isinstance(error, (SettingsError, ValueError, DiskFull, FileNotFoundError, NotADirectoryError, MemoryError, FloatingPointError)) or (
                 isinstance(error, RuntimeError) and type(error).__module__.startswith("mefem")):
             typer.echo(f"mefem: {error}", err=True)
             raise typer.Exit(1) from None
 
 # %% ../nbs/70_cli.ipynb #341207cf
 @app.command()
-def simulate(dataset: Annotated[str, typer.Argument(help="facecaption, fairface or bmi")],
+def simulate(dataset: Annotated[str, typer.Argument(help="avspeech, bmi, celeba, facecaption, fairface, mcd-rppg or sfhq")],
              out: Annotated[Path, typer.Argument(help="folder to write, in the publisher's layout")],
              photographs: Annotated[int, typer.Option("--photographs", "-n", min=1)] = 100,
              seed: Annotated[int, typer.Option(min=0)] = 0,
-             size: Annotated[int, typer.Option(min=64, help="pixels per side")] = 320,
+             size: Annotated[int, typer.Option(min=256, help="pixels per side")] = 320,
+             variety: Annotated[float, typer.Option(min=0, max=1, help="of light, background, clothes, camera: 0 one studio, 1 everywhere")] = 1.0,
              jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None):
     "Photographs of simulated people with known bodies, in a publisher's own format."
     from mefem.simulate.publishers import simulate_dataset
 
     with _Plainly():
-        simulate_dataset(dataset, out, photographs=photographs, seed=seed, size=size, jobs=jobs)
+        simulate_dataset(dataset, out, photographs=photographs, seed=seed, size=size, variety=variety, jobs=jobs)
         typer.echo(f"{photographs} photographs of {dataset} in {out}")
 
 # %% ../nbs/70_cli.ipynb #e74c5a2c
@@ -55,8 +57,9 @@ def crop(source: Annotated[Path, typer.Argument(help="a folder of photographs, o
          size: Annotated[int, typer.Option(min=32, help="pixels per side of a crop")] = 224,
          min_side: Annotated[int, typer.Option(min=1, help="least pixels of the original")] = 224,
          scale: Annotated[float, typer.Option(help="side of the square / longer side of the face's box")] = 2.0,
-         framing: Annotated[str, typer.Option(help="paper, or dataset (the publisher's own framing)")] = "paper",
-         jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None):
+         framing: Annotated[str | None, typer.Option(help="paper, or dataset (the publisher's own framing); default: what the data set needs")] = None,
+         jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None,
+         cluster: Annotated[str | None, typer.Option(envvar="MEFEM_CLUSTER", help="address of a Dask scheduler to work on")] = None):
     "Square face crops, as in the paper; every photograph is used or counted under the reason why not."
     with _Plainly():
         if dataset is None:
@@ -65,8 +68,11 @@ def crop(source: Annotated[Path, typer.Argument(help="a folder of photographs, o
             account = crop_photographs(source, out, size=size, min_side=min_side, scale=scale, jobs=jobs)
         else:
             from mefem.datasets.core import crop_dataset
+            from mefem.shards import on_cluster
 
-            manifest = crop_dataset(dataset, source, out, size=size, min_side=min_side, scale=scale, framing=framing, jobs=jobs)
+            with on_cluster(cluster):
+                manifest = crop_dataset(dataset, source.resolve(), out.resolve(), size=size, min_side=min_side, scale=scale,
+                                        framing=framing, jobs=jobs)
             if manifest["state"] == "absent":
                 raise FileNotFoundError(manifest["reason"])
             account = {"usable": manifest["usable"], **manifest["dropped"]}
@@ -77,21 +83,26 @@ def crop(source: Annotated[Path, typer.Argument(help="a folder of photographs, o
 
 # %% ../nbs/70_cli.ipynb #1959d477
 @app.command()
-def pretrain(run: Annotated[str, typer.Option(help="name of the run, data/runs/<run>")] = "main",
+def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of the run, data/runs/<run>; --name under torchrun")] = "main",
              profile: Annotated[str | None, typer.Option(help="of params.yaml; default: the one in force")] = None,
              width: Annotated[int | None, typer.Option(help="of the stripes, patches")] = None,
              masking: Annotated[str | None, typer.Option(help="stripes, quadrant, multiblock")] = None,
              steps: Annotated[int | None, typer.Option(min=1)] = None,
              seed: Annotated[int | None, typer.Option(min=0)] = None,
-             resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings")] = True):
-    "Pretrain an encoder on the crops in data/faces, with the settings of params.yaml."
-    from mefem.config import run_changes
+             settings: Annotated[Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of all of these")] = None,
+           resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings")] = True):
+    """Pretrain an encoder on the crops in data/faces, with the settings of params.yaml.
+
+    One process; under torchrun, one of several: torchrun --nproc-per-node 8 -m mefem pretrain"""
+    from mefem.config import read_pretrain, run_changes
     from mefem.training import pretrain as run_pretraining
 
     with _Plainly():
         changes = run_changes(masking=masking, width=width, steps=steps, seed=seed)
-        config = pretrain_settings(load_settings(profile=profile), run, **changes)
-        typer.echo(run_pretraining(config, resume=resume, run=run, root=find_root()))
+        config = read_pretrain(settings) if settings else pretrain_settings(load_settings(profile=profile), run, **changes)
+        path = run_pretraining(config, resume=resume, run=run, root=find_root())
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(path)
 
 # %% ../nbs/70_cli.ipynb #e995513e
 @app.command()
@@ -119,6 +130,7 @@ def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photogra
 def probe(features: Annotated[Path, typer.Argument(help="a folder of data/features")],
           task: Annotated[str, typer.Option(help="bmi, fairface-age ...")] = "bmi",
           feature_set: Annotated[str, typer.Option(help="cls, patches or patches+cls")] = "patches",
+          head: Annotated[str | None, typer.Option(help="attentive, mlp or linear; default: as in the paper")] = None,
           out: Annotated[Path | None, typer.Option("--out", "-o", help="write the numbers as JSON too")] = None,
           folds: Annotated[int, typer.Option(min=2)] = 5, epochs: Annotated[int, typer.Option(min=1)] = 20,
           seed: Annotated[int, typer.Option(min=0)] = 0):
@@ -127,9 +139,9 @@ def probe(features: Annotated[Path, typer.Argument(help="a folder of data/featur
     from mefem.probing import probe as run_probe
 
     with _Plainly():
-        result = run_probe(features, task, feature_set, folds=folds, epochs=epochs, seeds=(seed,))
-        if result.state == "absent":
-            raise FileNotFoundError(f"{features}: {result.info['reason']}")
+        result = run_probe(features, task, feature_set, head=head, folds=folds, epochs=epochs, seeds=(seed,))
+        if result.state != "present":
+            raise FileNotFoundError(f"{features}: {result.state}: {result.info['reason']}")
         numbers = summarise(result.predictions, task)
         typer.echo(json.dumps(numbers, indent=1))
         if out:
