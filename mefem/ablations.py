@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import mefem
-from .config import Settings, ablation_settings, settings_hash, write_atomic, write_json
+from .config import Settings, ablation_settings, settings_hash, torch_threads, write_atomic, write_json
 from .features import FEATURE_SETS
 from .metrics import evaluate_encoder, paired_difference, write_result
 from .probing import ProbeResult
@@ -173,10 +173,10 @@ def workers(device: str = "auto", jobs: int | None = None) -> tuple[int, int]:
 def _work(settings, root, run, seed, feature_sets, pictures, threads, slot) -> tuple[str, int]:
     import torch
 
-    torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
-    ablate(settings, root, run, seed, feature_sets, pictures)
+    with torch_threads(threads):
+        ablate(settings, root, run, seed, feature_sets, pictures)
     return run, seed
 
 # %% ../nbs/62_ablations.ipynb #6aec2992

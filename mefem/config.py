@@ -7,7 +7,7 @@ __all__ = ['DatasetName', 'Fraction', 'Count', 'SettingsError', 'DiskFull', 'rep
            'find_root', 'Section', 'Simulate', 'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor', 'Optimiser',
            'Runtime', 'Pretrain', 'Features', 'Probing', 'Ablation', 'Profile', 'Settings', 'read_yaml',
            'load_settings', 'pretrain_settings', 'read_pretrain', 'ablation_settings', 'run_changes', 'settings_hash',
-           'choose_device']
+           'choose_device', 'torch_threads']
 
 # %% ../nbs/00_config.ipynb #30b3918a
 import contextlib
@@ -375,3 +375,16 @@ def choose_device(name=None):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device {str(device)!r} was asked for, but torch sees no GPU; set device: auto or cpu")
     return device
+
+# %% ../nbs/00_config.ipynb #4808a7c8
+@contextlib.contextmanager
+def torch_threads(count: int):
+    "PyTorch computes with `count` threads inside this block, and with as many as before after it."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

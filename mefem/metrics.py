@@ -9,7 +9,6 @@ __all__ = ['METRICS', 'LOWER_IS_BETTER', 'Metric', 'score', 'r2', 'mae', 'accura
            'evaluate', 'evaluate_encoder']
 
 # %% ../nbs/53_metrics.ipynb #db1479ea
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import settings_hash, write_json
+from .config import settings_hash, torch_threads, write_json
 from .features import FEATURE_SETS, code_version, load_features
 from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
 from .shards import replacing
@@ -352,19 +351,6 @@ def _finished(out, stem: str, key: str) -> dict | None:
     return found if whole and found.get("key") == key else None
 
 # %% ../nbs/53_metrics.ipynb #009871bf
-@contextlib.contextmanager
-def _one_thread():
-    """One thread for PyTorch: cells run side by side instead, and numbers do not depend on the number of cores."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def probe_cell(features, out, task: str | Task, feature_set: str, head: str | None = None, bootstrap: int = 2000,
                device: str = "cpu", memory: int = 4 << 30, progress: bool = False, **probing) -> dict:
     """One probe of the features in a folder, from features to the file in `out`; taken as it is where it is finished."""
@@ -374,7 +360,7 @@ def probe_cell(features, out, task: str | Task, feature_set: str, head: str | No
     if found := _finished(out, result_stem(task.name, feature_set, head), key):
         return found
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
-    with _one_thread():
+    with torch_threads(1):  # cells run side by side instead, and numbers do not depend on the number of cores
         try:
             result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
         except TooFewLabels as error:

@@ -6,9 +6,9 @@
 __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures', 'train_rows', 'shard_lengths',
            'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'normalise',
            'GlobalBatchJEPA', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
-           'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order', 'random_state',
-           'restore_random', 'save_run', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check',
-           'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets', 'data_print', 'load_pictures',
+           'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order', 'arithmetic_of',
+           'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens',
+           'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets', 'data_print', 'load_pictures',
            'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
@@ -490,6 +490,10 @@ def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: 
         jepa.load_state_dict(state["jepa"])
         optimiser.load_state_dict(state["optimiser"])
         restore_random(state["random"])
+        before, now = state.get("arithmetic", "what its checkpoint does not say"), arithmetic_of(world, device)
+        if before != now and world.rank == 0:
+            print(f"this run goes on with {now}; until step {state['step']} it had {before}. The result will not be the same "
+                  "to the last bit as that of a run without the change", flush=True)
     if world.size > 1:
         forward = torch.nn.parallel.DistributedDataParallel(jepa, broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.compile:
@@ -507,6 +511,12 @@ def resume_order(sampler: dict, pictures, folder) -> Order:
                               f"{len(sampler['lengths'])} shards; now there are {sum(lengths):,} in {len(lengths)}: bring the old "
                               "ones back, or remove the folder")
     return Order(lengths, sampler["seed"], window)
+
+
+def arithmetic_of(world: World, device: torch.device) -> str:
+    "What the last bits of a sum depend on, in words: PyTorch, the device, the processes and, on a CPU, the threads of each."
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    return f"PyTorch {torch.__version__} on {device.type}, processes: {world.size}{threads}"
 
 
 def random_state() -> dict:
@@ -530,7 +540,7 @@ def save_run(run: Run, step: int) -> None:
     if run.chief:
         sampler = {"lengths": list(map(int, run.order.lengths)), "window": run.order.window, "seed": run.order.seed}
         state = {"step": step, "settings": settings_hash(run.config), "data": run.data, "sampler": sampler,
-                 "random": random_state(), "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
+                 "arithmetic": arithmetic_of(run.world, run.device), "random": random_state(), "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
         save_checkpoint(run.folder, state, run.config.runtime.keep)
     run.world.wait()
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -216,8 +217,9 @@ def test_runs_are_made_once_resume_and_never_go_stale(home, monkeypatch):
 
 
 def test_two_at_a_time_give_what_one_at_a_time_gives(home):
-    settings = load_settings(home / "params.yaml")
+    settings, threads = load_settings(home / "params.yaml"), torch.get_num_threads()
     results = run_ablations(settings, home, ["share25"], jobs=1, progress=False)
+    assert torch.get_num_threads() == threads  # one at a time is this process: what it does next must not depend on it
     one = pd.read_parquet(results / "share25" / "bmi.patches.parquet")
     for folder in (home / "data" / "ablations", home / "data" / "runs"):
         folder.rename(folder.with_name(folder.name + "-before"))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import mefem.training as training
-from mefem.config import Pretrain, SettingsError, settings_hash, write_json
+from mefem.config import Pretrain, SettingsError, settings_hash, torch_threads, write_json
 from mefem.shards import load_images, read_labels, write_manifest, write_shard
 from mefem.training import CheckpointError, Order, ShardPictures, World, batches, load_pictures, train
 
@@ -284,6 +284,20 @@ def test_random_states_are_part_of_a_checkpoint(tmp_path, pictures):
     (tmp_path / "step_00000012.pt").unlink()
     torch.rand(5)
     assert same(straight, weights(train(dropping, pictures, tmp_path, progress=False)))
+
+
+def test_another_number_of_threads_is_told(tmp_path, pictures, capsys):
+    with torch_threads(1):
+        train(config(), pictures, tmp_path, progress=False)
+    (tmp_path / "step_00000012.pt").unlink()
+    with torch_threads(2):
+        train(config(), pictures, tmp_path, progress=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "last bit" in line]
+    assert "threads: 2; until step 8 it had" in line and "threads: 1." in line
+    (tmp_path / "step_00000012.pt").unlink()
+    with torch_threads(1):  # the newest checkpoint is from before the change again
+        train(config(), pictures, tmp_path, progress=False)
+    assert "last bit" not in capsys.readouterr().out
 
 
 def test_checkpoint_of_other_settings_or_pictures_is_refused_and_kept(tmp_path, pictures):
