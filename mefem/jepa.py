@@ -80,24 +80,27 @@ def draw_targets(weights: torch.Tensor, count: int, generator=None, u=None) -> t
     return place, factor.to(weights.dtype)
 
 # %% ../nbs/43_jepa.ipynb #03ea36bc
-def epps_pulley(x: torch.Tensor, points: int = 17, reach: float = 5.0) -> torch.Tensor:
-    "The Epps-Pulley statistic against N(0, 1) of `x` [n, ...] over its first axis: [...]; differentiable."
+def epps_pulley(x: torch.Tensor, points: int = 17, reach: float = 5.0, mean=lambda x: x, processes: int = 1) -> torch.Tensor:
+    """The Epps-Pulley statistic against N(0, 1) of `x` [n, ...] over its first axis: [...]; differentiable.
+
+    `mean` averages a tensor over `processes`, which have n values each."""
     t = torch.linspace(-reach, reach, points, device=x.device, dtype=x.dtype)
     normal = torch.exp(-t.square() / 2)  # its characteristic function, and the window
     angle = x[..., None] * t  # [n, ..., points]
-    gap = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()
-    return len(x) * torch.trapezoid(gap * normal, t, dim=-1)
+    gap = (mean(angle.cos().mean(0)) - normal).square() + mean(angle.sin().mean(0)).square()
+    return processes * len(x) * torch.trapezoid(gap * normal, t, dim=-1)
 
 
-def sigreg(tokens: torch.Tensor, slices: int = 64, places: int = 16, generator=None) -> torch.Tensor:
+def sigreg(tokens: torch.Tensor, slices: int = 64, places: int = 16, generator=None, **over) -> torch.Tensor:
     """SIGReg of `tokens` [B, N, D]: the mean Epps-Pulley statistic over `slices` random directions and `places` random tokens.
 
-    Each token is compared with the same place in the other pictures, or else "every picture alike" would pass the test."""
+    Each token is compared with the same place in the other pictures, or else "every picture alike" would pass the test.
+    `over`: `mean` and `processes` of `epps_pulley`."""
     z = at_least_float32(tokens)
     draw = {"generator": generator, "device": z.device}
     directions = F.normalize(torch.randn(z.shape[-1], slices, dtype=z.dtype, **draw), dim=0)  # [D, M]
     chosen = torch.rand(z.shape[1], **draw).argsort()[:places]
-    return epps_pulley(z[:, chosen] @ directions).mean()
+    return epps_pulley(z[:, chosen] @ directions, **over).mean()
 
 # %% ../nbs/43_jepa.ipynb #a6ba531c
 class JEPA(nn.Module):
@@ -161,7 +164,7 @@ class JEPA(nn.Module):
             spreads.append(torch.stack([spread(target.detach().float()), spread(predicted.detach().float())]))
         loss = torch.stack(losses).mean()
         if self.sigreg:
-            loss = (1 - self.sigreg) * loss + self.sigreg * sigreg(everything, generator=generator)
+            loss = (1 - self.sigreg) * loss + self.sigreg * self.regulariser(everything, generator)
         target_spread, prediction_spread = torch.stack(spreads).mean(0)
         return {"loss": loss, "target_spread": target_spread, "prediction_spread": prediction_spread}
 
@@ -179,8 +182,19 @@ class JEPA(nn.Module):
         weights = self.weights[target]
         if self.target_share == 1:
             return target, weights
-        place, factor = draw_targets(weights, max(1, round(self.target_share * target.shape[1])), generator)
+        count = max(1, round(self.target_share * target.shape[1]))
+        place, factor = draw_targets(weights, count, u=self.chance(len(weights), generator, weights.device))
         return target.gather(1, place), factor
+
+    # What is drawn for, or taken over, the whole batch: `mefem.training` overrides these where processes share one.
+
+    def chance(self, samples: int, generator, device) -> torch.Tensor:
+        "The numbers that decide which targets are asked, float64 [samples, 1] in [0, 1)."
+        return torch.rand(samples, 1, generator=generator, device=device, dtype=torch.float64)
+
+    def regulariser(self, everything: torch.Tensor, generator) -> torch.Tensor:
+        "SIGReg of the student's tokens of the whole picture, a scalar."
+        return sigreg(everything, generator=generator)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from .config import Pretrain, SettingsError, choose_device, find_root, settings_hash, write_atomic, write_json
-from .jepa import JEPA, normalise_targets
+from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
 from .models import IMAGENET_MEAN, IMAGENET_STD, Predictor, create_encoder, encode_tokens, save_encoder
 from .monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
@@ -304,13 +304,29 @@ def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> tor
 
 # %% ../nbs/45_training.ipynb #c4fc2063
 class GlobalBatchJEPA(JEPA):
-    "JEPA whose targets are normalised over the pictures of all processes, where that is over pictures."
+    "JEPA whose statistics and draws are those of the whole batch, of which this process has a part."
+
+    @property
+    def world(self) -> World:
+        return World(dist.get_rank(), dist.get_world_size())
 
     def targets(self, images, index, everything=None):
         "As in `JEPA`; `mefem.jepa.normalise_targets` with sums over all processes."
         if self.target_norm == "layer":
             return super().targets(images, index, everything)
-        return normalise_targets(everything, index, self.target_norm, mean=World(size=dist.get_world_size()).mean)
+        return normalise_targets(everything, index, self.target_norm, mean=self.world.mean)
+
+    def chance(self, samples, generator, device):
+        "This process's part of what one process would draw for all."
+        whole = samples * self.world.size
+        return super().chance(whole, generator, device)[self.world.part(whole)]
+
+    def regulariser(self, everything, generator):
+        "`mefem.jepa.sigreg` over the pictures of all processes; gradients flow through the mean to each of them."
+        from torch.distributed.nn.functional import all_reduce
+
+        size = self.world.size
+        return sigreg(everything, generator=generator, mean=lambda x: all_reduce(x) / size, processes=size)
 
 # %% ../nbs/45_training.ipynb #472d27a8
 def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
@@ -344,6 +360,8 @@ def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
     Raises `CheckpointError` where it cannot be written, e.g. on a full disk; the older ones are untouched then."""
     path = folder / f"step_{state['step']:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
+    for left in folder.glob(".step_*.pt.*"):
+        left.unlink()  # of a process that was killed while it wrote: as large as a checkpoint, and never of use again
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as f:
@@ -656,6 +674,9 @@ def train(config: Pretrain, pictures, folder: Path, resume: bool = True, progres
                 bar.write(f"stopped after step {done}, its checkpoint is written: the same command goes on from there")
                 stop.leave(stopping)
             bar.update()
+    if run.bad:
+        raise FloatingPointError(f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; the newest "
+                                 f"checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip")
     return run.jepa.eval()
 
 # %% ../nbs/45_training.ipynb #badb44ab

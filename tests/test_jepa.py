@@ -307,6 +307,18 @@ def test_epps_pulley_is_its_integral():
     assert epps_pulley(torch.from_numpy(x)).item() == pytest.approx(exact, rel=1e-2)
 
 
+def test_sigreg_is_the_mean_statistic_over_drawn_directions():
+    "LeJEPA's SIGReg once more: unit directions, one integral each, n times the squared distance of characteristic functions."
+    n, dim, slices = 20, 6, 5
+    z = torch.randn(n, 3, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = sigreg(z, slices=slices, places=3, generator=torch.Generator().manual_seed(2)).item()
+    a = torch.randn(dim, slices, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).numpy()
+    x = z.numpy() @ (a / np.linalg.norm(a, axis=0))  # [n, places, slices]
+    t = np.linspace(-5, 5, 17)
+    gap = np.abs(np.exp(1j * x[..., None] * t).mean(0) - np.exp(-t**2 / 2)) ** 2
+    assert found == pytest.approx((n * integrate.trapezoid(gap * np.exp(-t**2 / 2), t)).mean(), rel=1e-10)
+
+
 def test_sigreg_pulls_collapsed_tokens_apart():
     torch.manual_seed(0)
     z = (0.01 * torch.randn(64, 4, 8)).requires_grad_()

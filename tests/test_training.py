@@ -329,7 +329,9 @@ def test_truncated_newest_checkpoint_falls_back(tmp_path, pictures, capsys):
 
 def test_full_disk_leaves_the_old_checkpoints(tmp_path):
     """The kernel's own limit on a file's size stands in for the disk: the write itself fails, in the middle."""
+    (tmp_path / ".step_00000002.pt.1").write_bytes(b"what a killed process was writing")
     training.save_checkpoint(tmp_path, {"step": 4, "x": torch.zeros(10)})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"]
     before = (tmp_path / "step_00000004.pt").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
@@ -361,6 +363,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures):
     with pytest.raises(FloatingPointError, match="not finite at three checks in a row"):
         train(config(checkpoint_every=50, **wild), pictures, tmp_path, progress=False)
     assert not list(tmp_path.glob("step_*.pt"))  # a broken state is never saved over a good one
+
+
+def test_a_loss_that_is_not_finite_at_the_end_makes_no_encoder(tmp_path, pictures):
+    "One bad check is no three in a row, but what it leaves must not become the encoder."
+    wild = config(steps=12, log_every=12, checkpoint_every=12, precision="fp32", optimiser=dict(lr=1e8, start_lr=1e8, warmup=0))
+    with pytest.raises(FloatingPointError, match="not finite at the last step, 12"):
+        training.pretrain(wild, root=tmp_path, pictures=pictures, progress=False)
+    assert not list(tmp_path.rglob("encoder.safetensors")) and not list(tmp_path.rglob("step_*.pt"))
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, pictures, monkeypatch):
@@ -439,16 +449,16 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     write_shards(tmp_path / "data" / "faces" / "facecaption")
     (tmp_path / "params.yaml").write_text("profile: none\n")
-    runs = {}
-    for norm, store in (("layer", "memory"), ("batch", "shards")):
+    runs, beyond = {}, dict(sigreg=0.05, target_share=0.25)
+    for kind, store, changes in (("layer", "memory", {}), ("batch", "shards", dict(target_norm="batch")), ("beyond", "memory", beyond)):
         for processes in (1, 2):
-            settings = config(precision="fp32", target_norm=norm, log_every=1, flip=True, steps=8, runtime=dict(processes=processes, pictures=store, window=2, workers=1))
-            name = f"{norm}{processes}"
+            settings = config(precision="fp32", log_every=1, flip=True, steps=8, runtime=dict(processes=processes, pictures=store, window=2, workers=1), **changes)
+            name = f"{kind}{processes}"
             path = training.launch(settings, run=name, root=tmp_path)
             assert path.exists() and json.loads((path.parent / "run.json").read_text())["pictures"] == 32
             runs[name] = [float(row["loss"]) for row in csv.DictReader((path.parent / "log.csv").open())]
-        assert len(runs[f"{norm}1"]) == 8
-        assert runs[f"{norm}2"] == pytest.approx(runs[f"{norm}1"], rel=1e-5)
+        assert len(runs[f"{kind}1"]) == 8
+        assert runs[f"{kind}2"] == pytest.approx(runs[f"{kind}1"], rel=1e-5)
     assert runs["layer1"] != pytest.approx(runs["batch1"], rel=1e-3)
 
 
