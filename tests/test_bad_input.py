@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_datasets import QUICK, digest, facecaption_row, make_facecaption, make_fairface, photo
@@ -422,6 +422,36 @@ def test_fuzz_csv(tmp_path_factory, content):
         assert "fuzz.csv" in str(error)
         return
     assert all(set(bmi.REQUIRED) <= set(row) and all(type(row[name]) is str for name in row if name != bmi.LINE) for row in rows)
+
+
+LISTS = {  # data set -> (its list, how it begins)
+    "folder": ("labels.csv", "image,person,age\n"), "avspeech": ("avspeech_train.csv", "AAAAAAAAAAA,1,3,0.5,0.5\n"),
+    "mcd-rppg": ("db.csv", "patient_id,sex,weight,height,bmi,age,upper_ap,lower_ap,saturation,hemoglobin,glycated_hemoglobin,"
+                           "cholesterol,step,camera,video\n7,f,60,160,,30,,,,,,,before,x,7.avi\n"),
+    "fairface": ("fairface_label_train.csv", "file,age,gender,race,service_test\ntrain/1.jpg,3-9,Male,Black,True\n"),
+    "celeba": ("list_attr_celeba.txt", "1\n" + " ".join(f"A{k}" for k in range(40)) + "\n000001.jpg" + " -1" * 40 + "\n")}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.one_of(st.binary(max_size=120), st.text(max_size=120).map(lambda text: text.encode("utf-8", "replace"))),
+       keep=st.booleans())
+def test_fuzz_lists_of_all_publishers(tmp_path, name, data, keep):
+    "Any bytes in the place of a publisher's list, or behind its beginning: rows, or a DatasetError that names the file."
+    file, head = LISTS[name]
+    for folder in ("clips", "video", "images", "1.25/train", "img_celeba"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "fairface_label_val.csv").write_text("file,age,gender,race\n")
+    for other in ("identity_CelebA.txt", "list_eval_partition.txt"):
+        (tmp_path / other).write_text("000001.jpg 1\n")
+    (tmp_path / file).write_bytes(head.encode() * keep + data)
+    reader = get_reader(name)
+    try:
+        rows = [photo for unit in reader.units(tmp_path) for photo in reader.read(tmp_path, unit)]
+    except DatasetError as error:
+        assert tmp_path.name in str(error) and any(word in str(error) for word in (file, "identity", "partition"))
+    else:
+        assert len(rows) == reader.original(tmp_path) and len({row.key for row in rows}) == len(rows)
 
 
 @settings(max_examples=100, deadline=None)

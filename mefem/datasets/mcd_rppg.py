@@ -39,7 +39,7 @@ def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
         wrong = table[name].str.strip().ne("") & ~values.between(low, high)
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
-            raise DatasetError(f"{path}, line {row + 2}: {name} is {table[name].iat[row]!r}, expected {low} to {high}")
+            raise DatasetError(f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected {low} to {high}")
         out[name] = values
     return table.assign(**out)
 
@@ -52,9 +52,9 @@ def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
                            f"looks like mmol/l. Restore the publisher's column")
     if not (known := table.sex.str.strip().str.lower().isin(SEXES)).all():
         row = int((~known).to_numpy().argmax())
-        raise DatasetError(f"{path}, line {row + 2}: sex is {table.sex.iat[row]!r}, expected male, female or nothing")
+        raise DatasetError(f"{path}, line {table.index[row]}: sex is {table.sex.iat[row]!r}, expected male, female or nothing")
     if (empty := table.patient_id.str.strip().eq("")).any():
-        raise DatasetError(f"{path}, line {int(empty.to_numpy().argmax()) + 2}: patient_id is empty")
+        raise DatasetError(f"{path}, line {table.index[int(empty.to_numpy().argmax())]}: patient_id is empty")
     return table.assign(hemoglobin=table.hemoglobin * G_DL)
 
 
