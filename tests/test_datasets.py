@@ -635,6 +635,57 @@ def test_absent_data_are_a_state_not_an_error(name, tmp_path):
     assert not list((tmp_path / "faces").glob("*.tar")), "shards of an earlier state do not stay"
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_readme_and_error_say_how_to_obtain_it(name, tmp_path):
+    from mefem.config import find_root
+
+    reader = get_reader(name)
+    assert reader.how_to_obtain in (find_root() / "data/README.md").read_text(encoding="utf-8")
+    assert reader.how_to_obtain in reader.state(tmp_path)[1]
+    assert (f"--fetch {name}" in reader.how_to_obtain) == (reader.hub is not None)
+
+
+def test_only_what_is_asked_for_is_fetched_and_where_it_is_read(tmp_path, monkeypatch):
+    import fnmatch
+    import inspect
+
+    import huggingface_hub
+
+    signature, calls = inspect.signature(huggingface_hub.snapshot_download), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments))
+    core.fetch_dataset("mcd-rppg", tmp_path / "mcd-rppg")
+    call, = calls
+    assert (call["repo_id"], call["repo_type"], call["local_dir"]) == ("kyegorov/mcd_rppg", "dataset", tmp_path / "mcd-rppg")
+    names = ["db.csv", "video/1020_FullHDwebcam_before.avi", "video/1020_USBVideo_before.avi", "ppg/1020.csv"]
+    wanted = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in call["allow_patterns"])]
+    assert wanted == names[:2], "the frontal camera's videos and the table"
+    with pytest.raises(DatasetError, match="celeba is not at Hugging Face.*\n.*mmlab"):
+        core.fetch_dataset("celeba", tmp_path)
+    (tmp_path / "SIMULATED.json").write_text("{}")
+    with pytest.raises(DatasetError, match="simulated people"):
+        core.fetch_dataset("fairface", tmp_path)
+    assert len(calls) == 1
+
+
+def test_a_fetch_that_breaks_off_says_how_to_go_on(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("reset by peer")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(DatasetError, match="fairface .*HuggingFaceM4.*reset by peer.*the same command goes on"):
+        core.fetch_dataset("fairface", tmp_path)
+
+
+def test_disk_use(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_bytes(bytes(700))
+    (tmp_path / "d").write_bytes(bytes(30))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert core.disk_use(tmp_path / "a") == (1, 700) and core.disk_use(tmp_path / "gone") == (0, 0)
+    assert core.disk_use(tmp_path)[0] == 3
+
+
 def test_a_row_lost_by_a_reader_is_noticed(captions, tmp_path, monkeypatch):
     whole = facecaption.read_images
     monkeypatch.setattr(facecaption, "read_images", lambda *args: list(whole(*args))[1:])

@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'LEAKS', 'DatasetError', 'Photograph', 'Reader', 'get_reader',
            'file_version', 'row_groups', 'count_rows', 'iter_rows', 'require_columns', 'slices', 'is_simulated',
            'read_text', 'read_csv', 'VideoError', 'video_frame', 'fingerprint', 'FaceAt', 'crop_unit', 'crop_dataset',
-           'provide_dataset', 'first_photographs', 'leaked_keys', 'consolidated_bmi']
+           'provide_dataset', 'first_photographs', 'fetch_dataset', 'disk_use', 'leaked_keys', 'consolidated_bmi']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
@@ -57,6 +58,7 @@ class Reader(ABC):
 
     name: str
     how_to_obtain: str  # licence and command, for whoever does not have the data
+    hub: tuple[str, list[str]] | None = None  # Hugging Face: the data set's name there, and the files that are read
     has_boxes = False  # whether the publisher gives boxes, so that no detector is needed
     framing = "paper"  # "dataset" for pictures that come framed and are only made smaller
 
@@ -401,6 +403,38 @@ def first_photographs(name: str, root, count: int) -> list[Photograph]:
     reader = get_reader(name)
     rows = (photo for unit in reader.units(root) for photo in reader.read(root, unit))
     return list(islice((photo for photo in rows if photo.data is not None), count))
+
+# %% ../../nbs/30_datasets.ipynb #4457cf70
+def fetch_dataset(name: str, root) -> Path:
+    """Fetch a data set that is at Hugging Face into `root` = data/raw/<name>; a second call goes on where the first stopped.
+
+    `DatasetError` where it is not there, cannot be reached, or `root` holds simulated people."""
+    reader, root = get_reader(name), Path(root)
+    if reader.hub is None:
+        raise DatasetError(f"{name} is not at Hugging Face and cannot be fetched by this command. {reader.how_to_obtain}")
+    if is_simulated(root):
+        raise DatasetError(f"{root} holds simulated people; remove that folder first, so that the two are never mixed")
+    from huggingface_hub import snapshot_download
+
+    (root / NOTE).unlink(missing_ok=True)
+    try:
+        snapshot_download(reader.hub[0], repo_type="dataset", allow_patterns=reader.hub[1], local_dir=root)
+    except (OSError, ValueError, RuntimeError) as error:  # as many kinds as huggingface_hub and its HTTP library have
+        raise DatasetError(f"{name} ({reader.hub[0]} at Hugging Face) could not be fetched: {error}. What has arrived stays in "
+                           f"{root}; the same command goes on from there") from error
+    return root
+
+
+def disk_use(folder) -> tuple[int, int]:
+    "(files, bytes) below a folder; links are not followed, a missing folder has none."
+    if not os.path.isdir(folder):
+        return 0, 0
+    files = size = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            more = disk_use(entry.path) if entry.is_dir(follow_symlinks=False) else (1, entry.stat(follow_symlinks=False).st_size)
+            files, size = files + more[0], size + more[1]
+    return files, size
 
 # %% ../../nbs/30_datasets.ipynb #980b98de
 LEAKS = "leaks.json"

@@ -22,8 +22,7 @@ CAMERA, FRAME_AT = "FullHDwebcam", 1.0  # s
 G_DL = 0.6206  # mmol/l of haemoglobin (per iron atom) in 1 g/dl, O12
 SEXES = {"male": "male", "m": "male", "female": "female", "f": "female", "": None}
 HOW_TO_OBTAIN = """MCD-rPPG: CC BY 4.0; 3,600 videos of 600 patients.
-  hf download kyegorov/mcd_rppg --repo-type dataset --include db.csv --include "video/*FullHDwebcam*" \\
-    --local-dir data/raw/mcd-rppg"""
+  mefem info data --fetch mcd-rppg"""
 
 # %% ../../nbs/36_mcd_rppg.ipynb #2a6a6efc
 LIMITS = {"weight": (2, 635), "height": (50, 272), "bmi": (6, 205), "age": (0, 123), "upper_ap": (50, 300), "lower_ap": (20, 200),
@@ -87,6 +86,7 @@ class Reader(core.Reader):
     "MCD-rPPG's frontal videos. Labels: see `row_labels`; pressures in mmHg, haemoglobin and cholesterol in mmol/l, others in %."
 
     name, how_to_obtain = "mcd-rppg", HOW_TO_OBTAIN
+    hub = ("kyegorov/mcd_rppg", ["db.csv", f"video/*{CAMERA}*"])
 
     def state(self, root):
         if not (Path(root) / "db.csv").is_file():
