@@ -588,6 +588,50 @@ def test_a_kill_at_any_file_of_the_crop_stage(captions, tmp_path, after):
         assert digest(tmp_path / f"faces{nth}") == digest(tmp_path / "straight"), f"killed at file {nth}"
 
 
+FAKE_PEOPLE = """
+import pickle, sys, types
+import mefem.simulate.further as F, mefem.simulate.publishers as S
+sys.modules["mefem.simulate.render"] = types.SimpleNamespace(load_bust=lambda: None)
+S.UNIT, S._describe, F.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
+S.make_unit = F.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
+"""
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    "Two people and their photographs in place of what `make_unit` renders: here only the files count."
+    import pickle
+    from types import SimpleNamespace
+
+    import pandas as pd
+
+    body = {"height_cm": 170.0, "weight_kg": 70.0, "bmi": 24.2, "age": 40.0, "race": 0, "haemoglobin": 9.0, "saturation": 98.0,
+            "systolic": 120.0, "diastolic": 80.0, "glycated_haemoglobin": 5.0, "cholesterol": 5.0}
+    rows = pd.DataFrame([{**body, "person": number, "female": number} for number in range(2)])
+    shots = [SimpleNamespace(jpeg=photo(number, 256), box=(80.0, 80.0, 180.0, 180.0)) for number in range(2)]
+    path = tmp_path_factory.mktemp("people") / "unit.pickle"
+    path.write_bytes(pickle.dumps((rows, shots)))
+    return str(path)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["facecaption", "avspeech", "sfhq", "celeba", "fairface", "mcd-rppg", "bmi"])
+def test_a_kill_at_any_file_of_the_simulator(people, tmp_path, name, after):
+    "Killed before or after each file that it renames into place, the second run ends with the first one's bytes, and no more."
+    head = FAKE_PEOPLE.format(people=people)
+    work = "S.simulate_dataset({name!r}, {out}, photographs=4, seed=1, size=256, jobs=1, progress=False)"
+    files = kill_everywhere(head, work.format(name=name, out="out"), tmp_path / "raw", after)
+    assert files >= 6
+    again = [work.format(name=name, out=repr(str(tmp_path / f"raw{nth}"))) for nth in range(1, files + 2)]
+    subprocess.run([sys.executable, "-c", "\n".join([head, *again])], check=True, timeout=120)
+    def found(nth):
+        return {str(path.relative_to(tmp_path / f"raw{nth}")): path.read_bytes() for path in (tmp_path / f"raw{nth}").rglob("*") if path.is_file()}
+    straight = found(files + 1)  # the child that nothing killed
+    assert straight and not [path for path in straight if ".simulating" in path]
+    for nth in range(1, files + 1):
+        assert found(nth) == straight, f"killed at file {nth}"
+
+
 def test_reader_of_an_image_that_is_a_folder(tmp_path):
     (tmp_path / "own/images/1.jpg").mkdir(parents=True)
     (tmp_path / "own/labels.csv").write_text(HEADER + ROW)

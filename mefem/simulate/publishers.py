@@ -259,6 +259,7 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
                          "of at least 256 pixels, and a variety from 0 to 1")
     folder, settings = Path(out), _settings(name, photographs, seed, size, variety, PUBLISHERS[name][3])
     if _prepare(folder, name, settings):
+        shutil.rmtree(folder / WORK, ignore_errors=True)    # a run may have died between its last file and this
         return settings
     units = -(-photographs // UNIT)
     todo = [u for u in range(units) if not (folder / WORK / f"{u:05d}.done").exists()]
