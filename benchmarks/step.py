@@ -40,6 +40,9 @@ class Ours:
     def step(self, images):
         with torch.autocast(images.device.type, torch.bfloat16):
             loss = self.forward(images, self.generator)["loss"]
+        self.learn(loss)
+
+    def learn(self, loss):
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()

@@ -153,24 +153,35 @@ app.add_typer(info, name="info")
 
 
 @info.command("data")
-def info_data():
-    "All data sets: state, counts, and how to obtain what is absent."
-    from mefem.datasets.core import READERS, get_reader
-    from mefem.shards import ShardError, read_manifest
+def info_data(fetch: Annotated[str | None, typer.Option(help="get this data set from Hugging Face first; goes on where it was stopped")] = None):
+    "All data sets: state, counts, size, and how to obtain what is absent. Nothing is fetched without --fetch."
+    from mefem.datasets.core import READERS, fetch_dataset, is_simulated
 
     with _Plainly():
         data = find_root() / "data"
-        for name in READERS:
-            reader = get_reader(name)
-            state, why = reader.state(data / "raw" / name)
-            try:
-                manifest = read_manifest(data / "faces" / name)
-                crops = f"{manifest['usable']:,} of {manifest['original']:,} usable"
-            except ShardError:
-                crops = "not cropped yet"
-            typer.echo(f"{name:12} {state:9} {crops if state == 'present' else why}")
-            if state == "absent":
-                typer.echo("             " + reader.how_to_obtain.replace("\n", "\n             "))
+        if fetch:
+            fetch_dataset(fetch, data / "raw" / fetch)
+        for name in (fetch,) if fetch else READERS:
+            state, lines = _about_data(name, data)
+            simulated = " (simulated people)" if is_simulated(data / "raw" / name) else ""
+            typer.echo(f"{name:12} {state:9} " + "\n             ".join(lines) + simulated)
+
+
+def _about_data(name: str, data: Path) -> tuple[str, list[str]]:
+    "State of a data set, and what there is to say about it: counts and size, or how to obtain it."
+    from mefem.datasets.core import disk_use, get_reader
+    from mefem.shards import ShardError, read_manifest
+
+    state, about = get_reader(name).state(data / "raw" / name)
+    if state == "absent":
+        return state, about.split("\n")
+    try:
+        manifest = read_manifest(data / "faces" / name)
+        crops = f"{manifest['usable']:,} of {manifest['original']:,} usable"
+    except ShardError:
+        crops = "not cropped yet"
+    (files, size), (_, kept) = disk_use(data / "raw" / name), disk_use(data / "faces" / name)
+    return state, [f"{about}; {files:,} files, {size / 1e6:,.1f} MB; {crops}, crops {kept / 1e6:,.1f} MB"]
 
 
 @info.command("weights")

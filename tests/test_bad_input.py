@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_datasets import QUICK, digest, facecaption_row, make_facecaption, make_fairface, photo
@@ -424,6 +424,36 @@ def test_fuzz_csv(tmp_path_factory, content):
     assert all(set(bmi.REQUIRED) <= set(row) and all(type(row[name]) is str for name in row if name != bmi.LINE) for row in rows)
 
 
+LISTS = {  # data set -> (its list, how it begins)
+    "folder": ("labels.csv", "image,person,age\n"), "avspeech": ("avspeech_train.csv", "AAAAAAAAAAA,1,3,0.5,0.5\n"),
+    "mcd-rppg": ("db.csv", "patient_id,sex,weight,height,bmi,age,upper_ap,lower_ap,saturation,hemoglobin,glycated_hemoglobin,"
+                           "cholesterol,step,camera,video\n7,f,60,160,,30,,,,,,,before,x,7.avi\n"),
+    "fairface": ("fairface_label_train.csv", "file,age,gender,race,service_test\ntrain/1.jpg,3-9,Male,Black,True\n"),
+    "celeba": ("list_attr_celeba.txt", "1\n" + " ".join(f"A{k}" for k in range(40)) + "\n000001.jpg" + " -1" * 40 + "\n")}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.one_of(st.binary(max_size=120), st.text(max_size=120).map(lambda text: text.encode("utf-8", "replace"))),
+       keep=st.booleans())
+def test_fuzz_lists_of_all_publishers(tmp_path, name, data, keep):
+    "Any bytes in the place of a publisher's list, or behind its beginning: rows, or a DatasetError that names the file."
+    file, head = LISTS[name]
+    for folder in ("clips", "video", "images", "1.25/train", "img_celeba"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "fairface_label_val.csv").write_text("file,age,gender,race\n")
+    for other in ("identity_CelebA.txt", "list_eval_partition.txt"):
+        (tmp_path / other).write_text("000001.jpg 1\n")
+    (tmp_path / file).write_bytes(head.encode() * keep + data)
+    reader = get_reader(name)
+    try:
+        rows = [photo for unit in reader.units(tmp_path) for photo in reader.read(tmp_path, unit)]
+    except DatasetError as error:
+        assert tmp_path.name in str(error) and any(word in str(error) for word in (file, "identity", "partition"))
+    else:
+        assert len(rows) == reader.original(tmp_path) and len({row.key for row in rows}) == len(rows)
+
+
 @settings(max_examples=100, deadline=None)
 @given(table=st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8).map(str.lstrip),
                                min_size=7, max_size=7), max_size=5))
@@ -556,6 +586,50 @@ def test_a_kill_at_any_file_of_the_crop_stage(captions, tmp_path, after):
     for nth in range(1, files + 1):
         crop_dataset("facecaption", captions, tmp_path / f"faces{nth}", **QUICK)
         assert digest(tmp_path / f"faces{nth}") == digest(tmp_path / "straight"), f"killed at file {nth}"
+
+
+FAKE_PEOPLE = """
+import pickle, sys, types
+import mefem.simulate.further as F, mefem.simulate.publishers as S
+sys.modules["mefem.simulate.render"] = types.SimpleNamespace(load_bust=lambda: None)
+S.UNIT, S._describe, F.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
+S.make_unit = F.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
+"""
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    "Two people and their photographs in place of what `make_unit` renders: here only the files count."
+    import pickle
+    from types import SimpleNamespace
+
+    import pandas as pd
+
+    body = {"height_cm": 170.0, "weight_kg": 70.0, "bmi": 24.2, "age": 40.0, "race": 0, "haemoglobin": 9.0, "saturation": 98.0,
+            "systolic": 120.0, "diastolic": 80.0, "glycated_haemoglobin": 5.0, "cholesterol": 5.0}
+    rows = pd.DataFrame([{**body, "person": number, "female": number} for number in range(2)])
+    shots = [SimpleNamespace(jpeg=photo(number, 256), box=(80.0, 80.0, 180.0, 180.0)) for number in range(2)]
+    path = tmp_path_factory.mktemp("people") / "unit.pickle"
+    path.write_bytes(pickle.dumps((rows, shots)))
+    return str(path)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ["facecaption", "avspeech", "sfhq", "celeba", "fairface", "mcd-rppg", "bmi"])
+def test_a_kill_at_any_file_of_the_simulator(people, tmp_path, name, after):
+    "Killed before or after each file that it renames into place, the second run ends with the first one's bytes, and no more."
+    head = FAKE_PEOPLE.format(people=people)
+    work = "S.simulate_dataset({name!r}, {out}, photographs=4, seed=1, size=256, jobs=1, progress=False)"
+    files = kill_everywhere(head, work.format(name=name, out="out"), tmp_path / "raw", after)
+    assert files >= 6
+    again = [work.format(name=name, out=repr(str(tmp_path / f"raw{nth}"))) for nth in range(1, files + 2)]
+    subprocess.run([sys.executable, "-c", "\n".join([head, *again])], check=True, timeout=120)
+    def found(nth):
+        return {str(path.relative_to(tmp_path / f"raw{nth}")): path.read_bytes() for path in (tmp_path / f"raw{nth}").rglob("*") if path.is_file()}
+    straight = found(files + 1)  # the child that nothing killed
+    assert straight and not [path for path in straight if ".simulating" in path]
+    for nth in range(1, files + 1):
+        assert found(nth) == straight, f"killed at file {nth}"
 
 
 def test_reader_of_an_image_that_is_a_folder(tmp_path):

@@ -99,6 +99,22 @@ def test_info_lists_data_and_weights(root, monkeypatch):
         assert name in weights.lower()
 
 
+def test_info_of_a_set_that_is_there_and_of_one_to_fetch(tmp_path, monkeypatch):
+    import shutil
+
+    from mefem.config import find_root
+
+    shutil.copy(find_root() / "params.yaml", tmp_path)
+    photographs = tmp_path / "data/raw/folder"
+    photographs.mkdir(parents=True)
+    for number in range(3):
+        (photographs / f"{number}.jpg").write_bytes(bytes(500_000))
+    monkeypatch.chdir(tmp_path)
+    assert "folder       present   3 photographs, 0 of them in labels.csv; 3 files, 1.5 MB; not cropped yet" in mefem("info", "data").output
+    assert "celeba is not at Hugging Face" in mefem("info", "data", "--fetch", "celeba", code=1).stderr
+    assert "no reader for the data set 'celebb'" in mefem("info", "data", "--fetch", "celebb", code=1).stderr
+
+
 def test_stage_durations_come_from_papermill(tmp_path):
     for i, name in enumerate(["b", "a"]):
         about = {"metadata": {"papermill": {"duration": 1.5 + i, "start_time": f"2026-01-01T00:00:0{i}"}}}

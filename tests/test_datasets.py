@@ -189,6 +189,42 @@ def test_fairface_takes_the_wide_release_first(tmp_path):
         get_reader("fairface", padding="2")
 
 
+def test_fairface_of_its_authors_gives_the_crops_of_the_hugging_face_release(tmp_path, monkeypatch):
+    "The same photographs in both layouts: the same crops, labels, keys; one missing is counted."
+    from mefem.simulate.publishers import fairface_as_lists, simulate_dataset
+
+    simulate_dataset("fairface", tmp_path / "hub", photographs=9, seed=3, jobs=1, progress=False)
+    fairface_as_lists(tmp_path / "hub", tmp_path / "lists")
+    monkeypatch.setattr(fairface, "UNIT_ROWS", 3)
+    for name in ("hub", "lists"):
+        crop_dataset("fairface", tmp_path / name, tmp_path / f"faces-{name}", framing="dataset", **QUICK)
+    hub, lists = tmp_path / "faces-hub", tmp_path / "faces-lists"
+    pd.testing.assert_frame_equal(read_labels(hub), read_labels(lists))
+    assert len(read_labels(hub)) == 9 and set(read_labels(hub)["split"]) == {"train", "validation"}
+    assert np.array_equal(load_images(hub), load_images(lists))
+    (tmp_path / "lists/1.25/train/2.jpg").unlink()
+    manifest = crop_dataset("fairface", tmp_path / "lists", lists, framing="dataset", **QUICK)
+    assert (manifest["original"], manifest["dropped"]) == (9, {"missing photograph": 1})
+
+
+def test_fairface_class_names_are_those_of_the_real_release(shared):
+    real = fairface.class_names(shared / "fairface/0.25/train-00000-of-00001.parquet")
+    assert real == fairface.CLASS_NAMES
+
+
+@pytest.mark.parametrize("line, message", [
+    ("train/1.jpg,9-Mar,Male,Black,True", "line 2: age is '9-Mar', expected one of 0-2, 3-9"),
+    ("train/1.jpg,3-9,male,Black,True", "line 2: gender is 'male', expected one of Male, Female"),
+    ("../1.jpg,3-9,Male,Black,True", "line 2: file is '../1.jpg'"), ("train/1.jpg,3-9,Male", "line 2: 3 cells, expected 5")])
+def test_fairface_broken_lists_are_named(tmp_path, line, message):
+    (tmp_path / "0.25/train").mkdir(parents=True)
+    for short in ("train", "val"):
+        (tmp_path / f"fairface_label_{short}.csv").write_text(f"file,age,gender,race,service_test\n{line}\n")
+    with pytest.raises(DatasetError, match="fairface_label_train.csv") as caught:
+        get_reader("fairface").original(tmp_path)
+    assert message in str(caught.value)
+
+
 def test_fairface_bad_files(tmp_path):
     make_fairface(tmp_path / "1.25", age=2)
     with pytest.raises(DatasetError, match="row 0: age is 2, expected a class number 0..1"):
@@ -335,11 +371,29 @@ def test_without_pyav_the_package_is_named(tmp_path, monkeypatch):
         core.video_frame(tmp_path / "clip.mp4")
 
 
-@pytest.mark.parametrize("line, number", [("AAAAAAAAAAA,3,1,0.5,0.5", 2), ("AAAAAAAAAAA,1,3,1.5,0.5", 2), ("AAAAAAAAAAA,1,3,,0.5", 2)])
+@pytest.mark.parametrize("line, number", [("AAAAAAAAAAA,3,1,0.5,0.5", 2), ("AAAAAAAAAAA,1,3,1.5,0.5", 2), ("AAAAAAAAAAA,1,3,,0.5", 2),
+                                          ("AAAAAAAAAAA;1;3;0.5;0.5", 2), ("AAAAAAAAAAA", 2)])
 def test_avspeech_impossible_row_is_named(tmp_path, line, number):
     (tmp_path / "clips").mkdir()
     (tmp_path / "avspeech_train.csv").write_text(f"NANANANANAN,1,3,0.5,0.5\n{line}\n")
     with pytest.raises(DatasetError, match=f"avspeech_train.csv, line {number}: AAAAAAAAAAA"):
+        get_reader("avspeech").original(tmp_path)
+
+
+def test_avspeech_list_with_a_byte_order_mark(clips):
+    path = clips / "avspeech_train.csv"
+    before = [found.problem for found in get_reader("avspeech").read(clips, "0")]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [found.problem for found in get_reader("avspeech").read(clips, "0")] == before
+
+
+@pytest.mark.parametrize("line, message", [
+    ("video,start,end,x,y", "expected five columns without a header"), ("short,1,3,0.5,0.5", "line 1: short,1.0.*YouTube id"),
+    ("AAAAAAAAAAA,1,3,0.5,0.5,7", "expected five columns")])
+def test_avspeech_another_table_is_refused(tmp_path, line, message):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "avspeech_train.csv").write_text(f"{line}\n")
+    with pytest.raises(DatasetError, match=message):
         get_reader("avspeech").original(tmp_path)
 
 
@@ -413,6 +467,7 @@ def test_celeba_labels_person_and_official_part(tmp_path, flat):
 @pytest.mark.parametrize("change, message", [
     ({"value": 0}, "list_attr_celeba.txt, line 4: A2 is 0, expected -1 or 1"), ({"count": 7}, "line 1 says '7'"),
     ({"partition": "000001.jpg 0\n"}, "list_eval_partition.txt has no line for 000002.jpg"),
+    ({"partition": "000001.jpg 0\n000001.jpg 0\n"}, "list_eval_partition.txt, line 2: 000001.jpg stands there twice"),
     ({"partition": "000001.jpg 0\n000002.jpg 3\n000003.jpg 0\n"}, "a part is 3"),
     ({"partition": "000001.jpg train\n"}, "expected a file name and a number")])
 def test_celeba_broken_lists_are_named(tmp_path, change, message):
@@ -478,7 +533,18 @@ def test_folder_with_and_without_a_table(tmp_path):
     assert photos[1].labels == {"file": "gone.jpg", "person": "8", "age": None, "note": None}
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_folder_table_of_another_delimiter(tmp_path, mark):
+    (tmp_path / "a.jpg").write_bytes(photo(1))
+    (tmp_path / "labels.csv").write_text(f'image{mark}person{mark}note\na.jpg{mark}7{mark}"two\nlines"\n')
+    assert [found.labels for found in get_reader("folder").read(tmp_path, "0")] == [
+        {"file": "a.jpg", "person": "7", "note": "two\nlines"}]
+
+
 @pytest.mark.parametrize("table, message", [
+    ("image,age\na.jpg\n", "line 2: 1 cells, expected 2"), ("image,age\na.jpg,3,4\n", "line 2: 3 cells, expected 2"),
+    ('image,age\na.jpg,"3\n\nb.jpg,4\n', "cannot be read as CSV"), ("image,image\na.jpg,b\n", "column 'image' comes twice"),
+    ('image,note\na.jpg,"x\ny"\na.jpg,z\n', "line 4: a.jpg stands there twice"),
     ("file,age\na.jpg,3\n", "no column 'image'"), ("image\n../a.jpg\n", "image is '../a.jpg'"),
     ("image\na.jpg\na.jpg\n", "line 3: a.jpg stands there twice")])
 def test_folder_bad_tables_are_named(tmp_path, table, message):
@@ -567,6 +633,57 @@ def test_absent_data_are_a_state_not_an_error(name, tmp_path):
     assert (manifest["state"], manifest["original"], manifest["usable"], manifest["shards"]) == ("absent", 0, 0, [])
     assert f"data/raw/{name}" in manifest["reason"] and str(tmp_path) not in manifest["reason"]
     assert not list((tmp_path / "faces").glob("*.tar")), "shards of an earlier state do not stay"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readme_and_error_say_how_to_obtain_it(name, tmp_path):
+    from mefem.config import find_root
+
+    reader = get_reader(name)
+    assert reader.how_to_obtain in (find_root() / "data/README.md").read_text(encoding="utf-8")
+    assert reader.how_to_obtain in reader.state(tmp_path)[1]
+    assert (f"--fetch {name}" in reader.how_to_obtain) == (reader.hub is not None)
+
+
+def test_only_what_is_asked_for_is_fetched_and_where_it_is_read(tmp_path, monkeypatch):
+    import fnmatch
+    import inspect
+
+    import huggingface_hub
+
+    signature, calls = inspect.signature(huggingface_hub.snapshot_download), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments))
+    core.fetch_dataset("mcd-rppg", tmp_path / "mcd-rppg")
+    call, = calls
+    assert (call["repo_id"], call["repo_type"], call["local_dir"]) == ("kyegorov/mcd_rppg", "dataset", tmp_path / "mcd-rppg")
+    names = ["db.csv", "video/1020_FullHDwebcam_before.avi", "video/1020_USBVideo_before.avi", "ppg/1020.csv"]
+    wanted = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in call["allow_patterns"])]
+    assert wanted == names[:2], "the frontal camera's videos and the table"
+    with pytest.raises(DatasetError, match="celeba is not at Hugging Face.*\n.*mmlab"):
+        core.fetch_dataset("celeba", tmp_path)
+    (tmp_path / "SIMULATED.json").write_text("{}")
+    with pytest.raises(DatasetError, match="simulated people"):
+        core.fetch_dataset("fairface", tmp_path)
+    assert len(calls) == 1
+
+
+def test_a_fetch_that_breaks_off_says_how_to_go_on(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("reset by peer")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(DatasetError, match="fairface .*HuggingFaceM4.*reset by peer.*the same command goes on"):
+        core.fetch_dataset("fairface", tmp_path)
+
+
+def test_disk_use(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_bytes(bytes(700))
+    (tmp_path / "d").write_bytes(bytes(30))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert core.disk_use(tmp_path / "a") == (1, 700) and core.disk_use(tmp_path / "gone") == (0, 0)
+    assert core.disk_use(tmp_path)[0] == 3
 
 
 def test_a_row_lost_by_a_reader_is_noticed(captions, tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ __all__ = ['LIST', 'UNIT_ROWS', 'FIRST_SECONDS', 'HOW_TO_OBTAIN', 'COLUMNS', 'TO
            'Reader']
 
 # %% ../../nbs/32_avspeech.ipynb #69b67c91
+import csv
 import hashlib
 import re
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,15 +34,18 @@ COLUMNS = {"video": "string[pyarrow]", "start": "float64", "end": "float64", "x"
 @lru_cache(maxsize=1)
 def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
     try:
-        rows = pd.read_csv(path, header=None, names=list(COLUMNS), dtype=COLUMNS, keep_default_na=False, index_col=False,
-                           na_values={name: [""] for name, kind in COLUMNS.items() if kind.startswith("float")})
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # else a sixth column is cut off
+            rows = pd.read_csv(path, header=None, names=list(COLUMNS), dtype=COLUMNS, keep_default_na=False, index_col=False,
+                               encoding="utf-8-sig", quoting=csv.QUOTE_NONE,
+                               na_values={name: [""] for name, kind in COLUMNS.items() if kind.startswith("float")})
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise DatasetError(f"{path} is not AVSpeech's list: {error}; expected five columns without a header: YouTube id, "
                            f"start, end (s), x, y (0..1)") from None
-    wrong = ~((rows.end > rows.start) & (rows.start >= 0) & rows.x.between(0, 1) & rows.y.between(0, 1))
+    wrong = ~(rows.video.str.fullmatch(r"[\w-]{11}") & (rows.end > rows.start) & (rows.start >= 0)
+              & rows.x.between(0, 1) & rows.y.between(0, 1))
     if wrong.any():
         line = int(wrong.to_numpy().argmax())
-        raise DatasetError(f"{path}, line {line + 1}: {','.join(map(str, rows.iloc[line]))}; expected YouTube id, "
+        raise DatasetError(f"{path}, line {line + 1}: {','.join(map(str, rows.iloc[line]))}; expected YouTube id (11 characters), "
                            f"0 <= start < end (s), x and y from 0 to 1")
     return rows
 

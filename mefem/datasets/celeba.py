@@ -35,12 +35,14 @@ def find(root, path: str) -> Path | None:
 # %% ../../nbs/34_celeba.ipynb #68c10e63
 def read_attributes(path) -> pd.DataFrame:
     "`list_attr_celeba.txt` as bool [N, 40], indexed by file name."
-    with open(path, encoding="utf-8") as f:
-        count, names = f.readline().strip(), f.readline().split()
     try:
+        with open(path, encoding="utf-8-sig") as f:
+            count, names = f.readline().strip(), f.readline().split()
         table = pd.read_csv(path, sep=r"\s+", skiprows=2, header=None, names=["image", *names], index_col="image", dtype={"image": str})
     except ValueError as error:
         raise DatasetError(f"{path} is not CelebA's list of attributes: {error}") from None
+    if (twice := table.index.duplicated()).any():
+        raise DatasetError(f"{path}, line {int(twice.argmax()) + 3}: {table.index[twice][0]} stands there twice")
     if count != str(len(table)) or len(names) != ATTRIBUTES:
         raise DatasetError(f"{path}: line 1 says {count!r} and line 2 names {len(names)} attributes, but {len(table)} rows "
                            f"follow; expected their number and {ATTRIBUTES} names")
@@ -57,6 +59,8 @@ def read_pairs(path, column: str) -> pd.Series:
                             dtype={"image": str, column: "int64"})
     except ValueError as error:
         raise DatasetError(f"{path}: {error}; expected a file name and a number in every line") from None
+    if (twice := table.index.duplicated()).any():
+        raise DatasetError(f"{path}, line {int(twice.argmax()) + 1}: {table.index[twice][0]} stands there twice")
     return table[column]
 
 

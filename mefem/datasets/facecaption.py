@@ -30,7 +30,7 @@ NO_LINK = ("", "UNKNOWN")
 PROBLEMS = {"failed_to_download": "dead link", "failed_to_resize": "not an image"}  # img2dataset's words for them
 LIST_COLUMNS, IMAGE_COLUMNS = ("_id", "url", "box"), ("_id", "box", "url", "key", "status")
 HOW_TO_OBTAIN = """FaceCaption-15M: list CC BY 4.0, the photographs belong to their owners; about 15 million links.
-  hf download OpenFace-CQUPT/FaceCaption-15M --repo-type dataset --local-dir data/raw/facecaption
+  mefem info data --fetch facecaption
   python -c "from mefem.datasets.facecaption import write_links; write_links('data/raw/facecaption')"
   img2dataset --url_list data/raw/facecaption/links.parquet --input_format parquet --url_col url \\
     --save_additional_columns '["_id","box"]' --resize_mode no --output_format webdataset \\
@@ -139,6 +139,7 @@ class Reader(core.Reader):
     "FaceCaption-15M as published, with `images/` as img2dataset left it. Labels: `_id`."
 
     name, how_to_obtain, has_boxes = "facecaption", HOW_TO_OBTAIN, True
+    hub = ("OpenFace-CQUPT/FaceCaption-15M", ["*.parquet"])
 
     def state(self, root):
         if not list_files(root):

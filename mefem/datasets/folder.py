@@ -35,7 +35,7 @@ def _labels(path: str, size: int, changed: int) -> dict[str, dict]:
     table = read_csv(path, ("image",), 'expected a column "image" with paths of photographs below this folder')
     table["image"] = table.image.str.strip().str.replace("\\", "/").str.removeprefix("./")
     if (twice := table.image.duplicated()).any():
-        raise DatasetError(f"{path}, line {int(twice.to_numpy().argmax()) + 2}: {table.image[twice].iloc[0]} stands there twice")
+        raise DatasetError(f"{path}, line {table.index[int(twice.to_numpy().argmax())]}: {table.image[twice].iloc[0]} stands there twice")
     columns = {name: list(column) if name == "person" else _values(column) for name, column in table.drop(columns="image").items()}
     return {image: {name: values[row] for name, values in columns.items()} for row, image in enumerate(table.image)}
 

@@ -22,8 +22,7 @@ CAMERA, FRAME_AT = "FullHDwebcam", 1.0  # s
 G_DL = 0.6206  # mmol/l of haemoglobin (per iron atom) in 1 g/dl, O12
 SEXES = {"male": "male", "m": "male", "female": "female", "f": "female", "": None}
 HOW_TO_OBTAIN = """MCD-rPPG: CC BY 4.0; 3,600 videos of 600 patients.
-  hf download kyegorov/mcd_rppg --repo-type dataset --include db.csv --include "video/*FullHDwebcam*" \\
-    --local-dir data/raw/mcd-rppg"""
+  mefem info data --fetch mcd-rppg"""
 
 # %% ../../nbs/36_mcd_rppg.ipynb #2a6a6efc
 LIMITS = {"weight": (2, 635), "height": (50, 272), "bmi": (6, 205), "age": (0, 123), "upper_ap": (50, 300), "lower_ap": (20, 200),
@@ -39,7 +38,7 @@ def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
         wrong = table[name].str.strip().ne("") & ~values.between(low, high)
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
-            raise DatasetError(f"{path}, line {row + 2}: {name} is {table[name].iat[row]!r}, expected {low} to {high}")
+            raise DatasetError(f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected {low} to {high}")
         out[name] = values
     return table.assign(**out)
 
@@ -52,9 +51,9 @@ def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
                            f"looks like mmol/l. Restore the publisher's column")
     if not (known := table.sex.str.strip().str.lower().isin(SEXES)).all():
         row = int((~known).to_numpy().argmax())
-        raise DatasetError(f"{path}, line {row + 2}: sex is {table.sex.iat[row]!r}, expected male, female or nothing")
+        raise DatasetError(f"{path}, line {table.index[row]}: sex is {table.sex.iat[row]!r}, expected male, female or nothing")
     if (empty := table.patient_id.str.strip().eq("")).any():
-        raise DatasetError(f"{path}, line {int(empty.to_numpy().argmax()) + 2}: patient_id is empty")
+        raise DatasetError(f"{path}, line {table.index[int(empty.to_numpy().argmax())]}: patient_id is empty")
     return table.assign(hemoglobin=table.hemoglobin * G_DL)
 
 
@@ -87,6 +86,7 @@ class Reader(core.Reader):
     "MCD-rPPG's frontal videos. Labels: see `row_labels`; pressures in mmHg, haemoglobin and cholesterol in mmol/l, others in %."
 
     name, how_to_obtain = "mcd-rppg", HOW_TO_OBTAIN
+    hub = ("kyegorov/mcd_rppg", ["db.csv", f"video/*{CAMERA}*"])
 
     def state(self, root):
         if not (Path(root) / "db.csv").is_file():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'VERSION', 'UNIT', 'FAIRFACE_NAMES', 'BMI_SOURCES', 'PUBLISHERS', 'NotOursError', 'fairface_schema',
-           'simulate_dataset', 'is_ours', 'remove_simulated']
+           'fairface_as_lists', 'simulate_dataset', 'is_ours', 'remove_simulated']
 
 # %% ../../nbs/25_publishers.ipynb #e74b95d9
 import hashlib
@@ -170,6 +170,20 @@ def _fairface_end(folder, units, settings):
         part = part.set_column(0, part.schema.field(0), pa.array(images, part.schema.field(0).type))
         write_table(folder / f"1.25/{split}-00000-of-00001.parquet", part, row_group_size=500)
 
+# %% ../../nbs/25_publishers.ipynb #0223cb96
+def fairface_as_lists(release, out, padding="1.25"):
+    """A release in `release` (the parquet of `simulate_dataset`) once more as FairFace's authors publish it, into `out`:
+    pictures as files, and two lists with the classes in words."""
+    import pyarrow.parquet as pq
+    for split, short in (("train", "train"), ("validation", "val")):
+        rows = pq.read_table(release / f"{padding}/{split}-00000-of-00001.parquet").to_pylist()
+        for number, row in enumerate(rows, 1):
+            write_file(out / f"{padding}/{short}/{number}.jpg", row["image"]["bytes"])
+        words = {name: [classes[row[name]] for row in rows] for name, classes in FAIRFACE_NAMES.items()}
+        table = pd.DataFrame({"file": [f"{short}/{number}.jpg" for number in range(1, len(rows) + 1)], **words,
+                              "service_test": [row["service_test"] for row in rows]})
+        write_file(out / f"fairface_label_{short}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+
 # %% ../../nbs/25_publishers.ipynb #a5903f26
 BMI_SOURCES = ("fiw-bmi", "own")
 
@@ -245,6 +259,7 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
                          "of at least 256 pixels, and a variety from 0 to 1")
     folder, settings = Path(out), _settings(name, photographs, seed, size, variety, PUBLISHERS[name][3])
     if _prepare(folder, name, settings):
+        shutil.rmtree(folder / WORK, ignore_errors=True)    # a run may have died between its last file and this
         return settings
     units = -(-photographs // UNIT)
     todo = [u for u in range(units) if not (folder / WORK / f"{u:05d}.done").exists()]
