@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .config import choose_device
 from .features import Features, load_features
 from mefem.probing import (
     AttentivePooler,
@@ -53,7 +54,7 @@ def grid_side(tokens: int) -> int:
 def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_decay: float = 1e-2, epochs: int = 20, batch: int = 64,
                folds: int = 5, heads: int = 4, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
     """An attentive pooler on the patches, trained on the first split of `task`; and the rows of its test people."""
-    task = get_task(task)
+    task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
     generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import choose_device
 from .features import Features, load_features
 
 # %% ../nbs/52_probing.ipynb #c807fe11
@@ -597,9 +598,9 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
     "linear") says otherwise. The grid is lrs x weight_decays. `heads` counts only where the features do not say how
-    many heads their encoder has. Features that are absent give an empty result whose info has their state and the
+    many heads their encoder has; `device`: "auto" or what PyTorch takes. Features that are absent give an empty result whose info has their state and the
     reason. Raises `TooFewLabels` where the labels do not suffice, `PersonLeak` where a split is not one of people."""
-    task = get_task(task)
+    task, device = get_task(task), choose_device(str(device))
     features = features if isinstance(features, Features) else load_features(features, task.dataset)
     about = {
         "task": task.name,
