@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import write_atomic
+from .config import choose_device, write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
-from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
+from .metrics import Interval, bootstrap_interval, draws, one_thread, paired_difference, person_sums, resampled, score
 from .probing import ProbeResult, Task, get_task, probe
 from .report import STYLE, save_figure
 from .shards import iter_samples, load_images, replacing
@@ -351,7 +351,8 @@ def region_predictions(encoder: FrozenEncoder, faces, task: str | Task = "bmi", 
         with tempfile.TemporaryDirectory() as folder:
             about = extract_features(SeesOnly(encoder, mask, fill), faces, folder, pictures, progress=progress)
             seen = mean_tokens(load_features(folder, about["dataset"]))
-        found[name] = probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
+        with one_thread():
+            found[name] = probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
     return found
 
 # %% ../nbs/63_fairness.ipynb #3400a840
@@ -419,7 +420,8 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
     kept = Path(results) / f"{task.name}.{feature_set}.parquet"
     if kept.is_file():
         return ProbeResult(_matching(pd.read_parquet(kept), loaded.labels, kept), about)
-    return probe(loaded, task, feature_set, **probing)
+    with one_thread():                          # beside other processes two threads wait for each other more than they compute
+        return probe(loaded, task, feature_set, **probing)
 
 # %% ../nbs/63_fairness.ipynb #bfb9519a
 def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataFrame:
@@ -429,15 +431,27 @@ def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataF
     return predictions
 
 # %% ../nbs/63_fairness.ipynb #4d96d083
+def _all_predictions(features, results, targets, feature_set: str, jobs: int | None = None, **probing) -> list[ProbeResult]:
+    """`predictions_of` each target, in `jobs` processes where more than one probe is still to be fitted."""
+    import joblib
+
+    to_fit = sum(not (Path(results) / f"{task.name}.{feature_set}.parquet").is_file() for task in targets)
+    on_cpu = choose_device(str(probing.get("device", "cpu"))).type == "cpu"
+    jobs = min(jobs or (joblib.cpu_count() if on_cpu else 1), max(1, to_fit))
+    return joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets)
+
+
 def audit_encoder(features, results, faces, out, feature_set: str = "patches", targets=TARGETS, confidence: float = 0.9,
-                  bootstrap: int = 2000, seed: int = 0, **probing) -> list[Audit]:
+                  bootstrap: int = 2000, seed: int = 0, jobs: int | None = None, **probing) -> list[Audit]:
     """Audit of each of `targets` for the encoder whose `features` and `results` are in these folders.
 
     `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with their
-    intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `probing` goes to `probe`."""
+    intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs` probes are fitted at a
+    time (None: one a core, one on a GPU); `probing` goes to `probe`."""
     found, people = [], {}
-    for task in targets:
-        result = predictions_of(features, results, task, feature_set, seeds=(seed,), **probing)
+    answers = _all_predictions(features, results, targets, feature_set, jobs, seeds=(seed,), **probing)
+    for task, result in zip(targets, answers, strict=True):
         (Path(out) / f"{task.name}.parquet").unlink(missing_ok=True)
         if result.state != "present":
             found.append(Audit(task, result.state, result.info["reason"]))

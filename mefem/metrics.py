@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'Metric', 'score', 'r2', 'mae', 'accuracy', 'person_sums', 'draws', 'resampled',
            'Interval', 'label_sums', 'bootstrap_interval', 'Difference', 'paired_difference', 'paired_differences',
-           'majority', 'summarise', 'feature_sets_of', 'result_stem', 'write_result', 'probe_cell', 'cells_of',
-           'evaluate', 'evaluate_encoder']
+           'majority', 'summarise', 'feature_sets_of', 'result_stem', 'write_result', 'one_thread', 'probe_cell',
+           'cells_of', 'evaluate', 'evaluate_encoder']
 
 # %% ../nbs/53_metrics.ipynb #db1479ea
 import contextlib
@@ -353,7 +353,7 @@ def _finished(out, stem: str, key: str) -> dict | None:
 
 # %% ../nbs/53_metrics.ipynb #009871bf
 @contextlib.contextmanager
-def _one_thread():
+def one_thread():
     """One thread for PyTorch: cells run side by side instead, and numbers do not depend on the number of cores."""
     import torch
 
@@ -374,7 +374,7 @@ def probe_cell(features, out, task: str | Task, feature_set: str, head: str | No
     if found := _finished(out, result_stem(task.name, feature_set, head), key):
         return found
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
-    with _one_thread():
+    with one_thread():
         try:
             result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
         except TooFewLabels as error:

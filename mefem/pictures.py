@@ -27,6 +27,7 @@ from mefem.probing import (
     train_heads,
     whiten,
 )
+from .metrics import one_thread
 from .report import STYLE, save_figure
 from .shards import load_images, read_manifest
 
@@ -62,8 +63,9 @@ def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_de
     known = targets[split.train]
     scale = (known.mean(), known.std()) if task.kind == "regression" else (0.0, 1.0)
     scaled = torch.as_tensor((targets - scale[0]) / scale[1], dtype=torch.float32, device=device)
-    train_heads(pooler, TokenStore(tokens, whiten, device), scaled, split, [Candidate(lr, weight_decay)], task.kind, epochs, batch,
-                generator=generator)
+    with one_thread():
+        train_heads(pooler, TokenStore(tokens, whiten, device), scaled, split, [Candidate(lr, weight_decay)], task.kind, epochs, batch,
+                    generator=generator)
     return pooler, split.test
 
 # %% ../nbs/64_pictures.ipynb #efe3c28f
