@@ -92,7 +92,7 @@ def to_tensor(images, device="cpu") -> Tensor:
         raise ValueError(f"expected pictures as uint8 [B, H, W, 3], found {x.dtype} {tuple(x.shape)}")
     return x.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
 
-
+# %% ../nbs/50_encoders.ipynb #f31dcfe9
 def resize(x: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] to [B, 3, size, size], bicubic and antialiased; pictures that are not square are refused."""
     if x.shape[2] != x.shape[3]:
@@ -145,7 +145,7 @@ def freeze(name: str, model: nn.Module, mean, std, image_size: int | None = None
 class WeightsAbsent(FileNotFoundError):
     """A weight file that is not here; the text says what it is, its licence and how to get it."""
 
-
+# %% ../nbs/50_encoders.ipynb #86f425e1
 class WeightsMismatch(ValueError):
     """A weight file that does not fit its model; the text lists the first keys that do not fit, `faults` all of them."""
 
@@ -153,7 +153,7 @@ class WeightsMismatch(ValueError):
         super().__init__(message)
         self.faults = list(faults)
 
-
+# %% ../nbs/50_encoders.ipynb #0868e69d
 def read_checkpoint(path) -> dict:
     """A PyTorch file as it is, tensors only (nothing in it is executed); the error names the file."""
     import pickle
@@ -218,7 +218,7 @@ def weight_folders() -> list[Path]:
         folders.append(find_root() / "data" / "weights")
     return [*folders, Path.home() / ".cache" / "mefem"]
 
-
+# %% ../nbs/50_encoders.ipynb #44df4d55
 def find_weights(name: str, file: str = "") -> Path:
     """Path of the weights `name` (a key of WEIGHTS), at `file` or where they are looked for; else `WeightsAbsent`."""
     known = WEIGHTS[name]
@@ -279,7 +279,7 @@ def _plain_vit(shapes: dict) -> dict:
     return dict(embed_dim=dim, num_heads=max(1, dim // 64), depth=_depth(shapes, r"blocks\.(\d+)\."), patch_size=patch,
                 img_size=grid * patch, class_token=cls)
 
-
+# %% ../nbs/50_encoders.ipynb #1d1c5249
 def _depth(keys, pattern: str) -> int:
     return 1 + max((int(m[1]) for k in keys if (m := re.match(pattern, k))), default=-1)
 
@@ -294,7 +294,7 @@ def load_random(name: str, rest: str, seed: int = 0, **options) -> FrozenEncoder
     with _seeded(seed):
         return _timm_encoder(name, rest, **options)
 
-
+# %% ../nbs/50_encoders.ipynb #2fdcfcf7
 @contextlib.contextmanager
 def _seeded(seed: int):
     with torch.random.fork_rng(devices=[]):
@@ -341,14 +341,14 @@ def load_timm(name: str, rest: str, **options) -> FrozenEncoder:
     _known_to_timm(rest)
     return _timm_encoder(name, rest, timm_weights(rest), **options)
 
-
+# %% ../nbs/50_encoders.ipynb #bcf0893d
 def _known_to_timm(timm_name: str) -> None:
     import timm
 
     if not timm.is_model(timm_name):
         raise ValueError(f"timm knows no model {timm_name!r}: see timm.list_models()")
 
-
+# %% ../nbs/50_encoders.ipynb #f52a7e23
 def _timm_encoder(name: str, timm_name: str, file: Path | None = None, **options) -> FrozenEncoder:
     """The network with the weights in `file`, or those it was initialised with; size, mean and std as its authors'."""
     import timm
@@ -386,7 +386,7 @@ def franca_positions(table: Tensor, grid: int, offset: float = 0.1) -> Tensor:
     patches = F.interpolate(patches, scale_factor=((grid + offset) / m,) * 2, mode="bicubic")
     return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], 1)
 
-
+# %% ../nbs/50_encoders.ipynb #4cadb4d5
 def franca_names(teacher: dict) -> tuple[dict, list[str]]:
     """The teacher's backbone under timm's names, and the keys left out: heads and the mask token."""
     state = {k.replace("module.", "").replace("backbone.", ""): v for k, v in teacher.items()}
@@ -432,12 +432,12 @@ ARCFACE_TEMPLATE = np.array(
 )  # eyes (left in the picture first), nose, corners of the mouth; 112 px
 ALIGNED_SIZE = 112
 
-
+# %% ../nbs/50_encoders.ipynb #7757b0ac
 def arcface_points() -> np.ndarray:
     """The template's points that BlazeFace has as well, [4, 2]: eyes, nose, middle of the mouth."""
     return np.concatenate([ARCFACE_TEMPLATE[:3], ARCFACE_TEMPLATE[3:].mean(0, keepdims=True)])
 
-
+# %% ../nbs/50_encoders.ipynb #aa398de0
 def similarity(points, onto) -> np.ndarray:
     """Least-squares similarity [2, 3] (turn, scale, shift; no mirror) that maps points [N, 2] onto others [N, 2]."""
     z, t = (np.asarray(p, float) @ [1, 1j] for p in (points, onto))
@@ -458,7 +458,7 @@ def align_face(rgb: np.ndarray, points) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).transform((ALIGNED_SIZE,) * 2, Image.Transform.AFFINE, backwards.ravel(),
                                                      Image.Resampling.BILINEAR))
 
-
+# %% ../nbs/50_encoders.ipynb #424cc876
 def nominal_points(side: int) -> np.ndarray:
     """Where the four points lie on average in a 2x crop of `side` pixels, whose middle half is the face's box."""
     return side / 4 + arcface_points() / ALIGNED_SIZE * side / 2
@@ -553,7 +553,7 @@ def save_pixels(path, encoder: PixelEncoder) -> Path:
     state = {"average": encoder.average.cpu(), "axes": encoder.axes.cpu()}
     return write_atomic(path, save(state, metadata={"kind": "pixels", "image_size": str(encoder.image_size)}))
 
-
+# %% ../nbs/50_encoders.ipynb #18e176b8
 def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32") -> PixelEncoder:
     """The PCA in `file` (of `save_pixels`), or, without one, a PCA still to be fitted."""
     if not file:
@@ -571,7 +571,7 @@ def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32")
 _LOADERS = {"random": load_random, "timm": load_timm, "farl": load_farl, "franca": load_franca, "buffalo": load_buffalo,
             "pixels": load_pixels}
 
-
+# %% ../nbs/50_encoders.ipynb #70f7a84f
 def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEncoder:
     """A frozen encoder by name or file.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import write_atomic
+from .config import choose_device, torch_threads, write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
@@ -34,7 +34,7 @@ REGIONS = ("inner face", "outline of the face", "hair and neck", "background and
 def _ellipse(x, y, centre, radii) -> np.ndarray:
     return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 <= 1
 
-
+# %% ../nbs/63_fairness.ipynb #aba38d4b
 def _places(size: int):
     """Horizontal and vertical place of the centre of each pixel, in sides of the crop, [size, size] each."""
     step = (np.arange(size) + 0.5) / size
@@ -61,7 +61,7 @@ def show_only(images: np.ndarray, mask: np.ndarray, fill) -> np.ndarray:
 _XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
 _D65 = np.array([0.95047, 1.0, 1.08883])
 
-
+# %% ../nbs/63_fairness.ipynb #9b6b123d
 def to_lab(rgb) -> np.ndarray:
     """sRGB uint8 [..., 3] as CIELAB [..., 3] under D65, two-degree observer (IEC 61966-2-1, CIE 15)."""
     v = np.asarray(rgb, float) / 255
@@ -79,7 +79,7 @@ def cheeks(size: int) -> np.ndarray:
     x, y = _places(size)
     return _ellipse(abs(x - 0.5), y, (0.105, 0.505), (0.045, 0.055))
 
-
+# %% ../nbs/63_fairness.ipynb #e306cdb4
 def typology_angle(crops: np.ndarray) -> np.ndarray:
     """Individual typology angle, degrees [N], of crops uint8 [N, S, S, 3]; NaN where the skin has no measurable colour."""
     lab = np.median(to_lab(crops[:, cheeks(crops.shape[1])]), axis=1)
@@ -94,7 +94,7 @@ def tone_classes(angles) -> pd.Categorical:
     """Del Bino's class of each angle: dark, brown (over -30), tan (10), intermediate (28), light (41), very light (55)."""
     return pd.cut(np.asarray(angles, float), [*TONES.values(), 90.0], labels=list(TONES), include_lowest=True)
 
-
+# %% ../nbs/63_fairness.ipynb #15fed738
 def skin_tones(faces, size: int = 112, batch: int = 256) -> pd.Series:
     """The typology angle of each crop in the folder `faces` (NaN: not measurable), by key; read in batches."""
     keys, angles = [], []
@@ -107,7 +107,7 @@ def skin_tones(faces, size: int = 112, batch: int = 256) -> pd.Series:
 AGE_BANDS = {"under 18": 0, "18 to 29": 18, "30 to 44": 30, "45 to 59": 45, "60 and over": 60}
 ANCESTRY = ("ancestry", "ethnicity", "race_name")
 
-
+# %% ../nbs/63_fairness.ipynb #f90962af
 def _age_bands(labels: pd.DataFrame) -> pd.Series | None:
     if "age_name" in labels:                        # FairFace's nine classes
         return labels["age_name"]
@@ -156,7 +156,7 @@ def person_terms(predictions: pd.DataFrame, classification: bool = False) -> pd.
     terms = pd.DataFrame({"n": 1.0, "error": error} | ({} if classification else {"bias": signed}))
     return terms.groupby(predictions.person.astype(str)).sum().rename_axis("person")
 
-
+# %% ../nbs/63_fairness.ipynb #8859ad4e
 def _means(part: pd.DataFrame, measures, replicates: int, seed: int, confidence: float = 0.95) -> dict:
     """Mean of each measure over photographs, with its percentile interval over people (NaN for a single person)."""
     found, tail = {}, (1 - confidence) / 2
@@ -188,7 +188,7 @@ def _group_means(codes: np.ndarray, groups: int, n: np.ndarray, total: np.ndarra
     inside = [(codes == g).astype(float) for g in range(groups)]
     return np.stack([(m @ total) / (m @ n) for m in inside], -1)
 
-
+# %% ../nbs/63_fairness.ipynb #9f0ef228
 def _shuffled_gaps(codes, groups, n, total, replicates, rng) -> np.ndarray:
     rows, gaps = max(1, 2_000_000 // len(codes)), []
     for start in range(0, replicates, rows):
@@ -218,7 +218,7 @@ def largest_gap(terms: pd.DataFrame, people: pd.DataFrame, attribute: str, measu
             "low": float(ends[0]), "high": float(ends[1]), "persons": len(part),
             "p": float((1 + (chance >= gap - 1e-12).sum()) / (1 + replicates))}
 
-
+# %% ../nbs/63_fairness.ipynb #7d528a74
 def _difference_draws(part, attribute, measure, high, low, replicates, seed) -> np.ndarray:
     """Bootstrap of mean(high) - mean(low), people drawn within each of the two groups."""
     means = []
@@ -235,7 +235,7 @@ def adjust_gaps(gaps: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     adjusted = false_discovery_control(gaps.p) if len(gaps) else []
     return gaps.assign(p_adjusted=adjusted, beyond_noise=np.asarray(adjusted) < level)
 
-
+# %% ../nbs/63_fairness.ipynb #e6523b5a
 def all_gaps(terms: pd.DataFrame, people: pd.DataFrame, **options) -> pd.DataFrame:
     """`largest_gap` of every attribute and measure, one row each; attributes with fewer than two groups are left out."""
     measures = [c for c in terms if c != "n"]
@@ -257,7 +257,7 @@ def calibration(predictions: pd.DataFrame, replicates: int = 2000, seed: int = 0
         found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
 
-
+# %% ../nbs/63_fairness.ipynb #bff456d3
 def _line(sums, middle):
     n, p, t, pp, pt = np.moveaxis(sums, -1, 0)
     slope = (pt - p * t / n) / (pp - p * p / n)
@@ -274,7 +274,7 @@ class _AsPredicted:
     def predict(self, X) -> np.ndarray:
         return np.asarray(X)[:, 0]
 
-
+# %% ../nbs/63_fairness.ipynb #8cad69ca
 def conformal_margins(calibration: pd.DataFrame, predictions, confidence: float = 0.9) -> np.ndarray:
     """Interval [N, 2] around each of `predictions` [N] from the errors of `calibration`; NaN where those are too few.
 
@@ -330,7 +330,7 @@ class SeesOnly(FrozenEncoder):
             return self.inner.parts()
         return self.inner.parts() | {"mask": torch.from_numpy(np.ascontiguousarray(self.mask)), "fill": torch.tensor(self.fill)}
 
-
+# %% ../nbs/63_fairness.ipynb #18d8ec67
 def mean_tokens(features: Features) -> Features:
     """The mean patch token of each picture as features of one token [N, 1, D], float32; one vector is left as it is."""
     tokens = features.tokens if features.meta["tokens"] == 1 else features.select("patches")
@@ -351,7 +351,8 @@ def region_predictions(encoder: FrozenEncoder, faces, task: str | Task = "bmi", 
         with tempfile.TemporaryDirectory() as folder:
             about = extract_features(SeesOnly(encoder, mask, fill), faces, folder, pictures, progress=progress)
             seen = mean_tokens(load_features(folder, about["dataset"]))
-        found[name] = probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
+        with torch_threads(1):
+            found[name] = probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
     return found
 
 # %% ../nbs/63_fairness.ipynb #3400a840
@@ -405,7 +406,7 @@ HAEMOGLOBIN = Task("bmi-haemoglobin", "bmi", "haemoglobin", "regression", unit="
 TARGETS = (get_task("bmi"), get_task("bmi-age"), HAEMOGLOBIN)
 NAMES = {"bmi": "body mass index", "age": "age", "haemoglobin": "haemoglobin"}
 
-
+# %% ../nbs/63_fairness.ipynb #237edac9
 def predictions_of(features, results, task: Task, feature_set: str = "patches", **probing) -> ProbeResult:
     """Out-of-fold predictions of `task`: those kept in the folder `results`, else of a probe fitted now.
 
@@ -419,9 +420,10 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
     kept = Path(results) / f"{task.name}.{feature_set}.parquet"
     if kept.is_file():
         return ProbeResult(_matching(pd.read_parquet(kept), loaded.labels, kept), about)
-    return probe(loaded, task, feature_set, **probing)
+    with torch_threads(1):                          # beside other processes two threads wait for each other more than they compute
+        return probe(loaded, task, feature_set, **probing)
 
-
+# %% ../nbs/63_fairness.ipynb #bfb9519a
 def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataFrame:
     """The predictions, once it is sure that they are of these photographs."""
     if strange := sorted(set(predictions.key) - set(labels.key)):
@@ -429,15 +431,27 @@ def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataF
     return predictions
 
 # %% ../nbs/63_fairness.ipynb #4d96d083
+def _all_predictions(features, results, targets, feature_set: str, jobs: int | None = None, **probing) -> list[ProbeResult]:
+    """`predictions_of` each target, in `jobs` processes where more than one probe is still to be fitted."""
+    import joblib
+
+    to_fit = sum(not (Path(results) / f"{task.name}.{feature_set}.parquet").is_file() for task in targets)
+    on_cpu = choose_device(str(probing.get("device", "cpu"))).type == "cpu"
+    jobs = min(jobs or (joblib.cpu_count() if on_cpu else 1), max(1, to_fit))
+    return joblib.Parallel(n_jobs=jobs)(
+        joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets)
+
+
 def audit_encoder(features, results, faces, out, feature_set: str = "patches", targets=TARGETS, confidence: float = 0.9,
-                  bootstrap: int = 2000, seed: int = 0, **probing) -> list[Audit]:
+                  bootstrap: int = 2000, seed: int = 0, jobs: int | None = None, **probing) -> list[Audit]:
     """Audit of each of `targets` for the encoder whose `features` and `results` are in these folders.
 
     `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with their
-    intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `probing` goes to `probe`."""
+    intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs` probes are fitted at a
+    time (None: one a core, one on a GPU); `probing` goes to `probe`."""
     found, people = [], {}
-    for task in targets:
-        result = predictions_of(features, results, task, feature_set, seeds=(seed,), **probing)
+    answers = _all_predictions(features, results, targets, feature_set, jobs, seeds=(seed,), **probing)
+    for task, result in zip(targets, answers, strict=True):
         (Path(out) / f"{task.name}.parquet").unlink(missing_ok=True)
         if result.state != "present":
             found.append(Audit(task, result.state, result.info["reason"]))
@@ -451,7 +465,7 @@ def audit_encoder(features, results, faces, out, feature_set: str = "patches", t
         found.append(one)
     return found
 
-
+# %% ../nbs/63_fairness.ipynb #48ed0de2
 def _people_of(features, dataset: str, faces, out) -> pd.DataFrame:
     tones = skin_tones(faces)
     with replacing(Path(out) / f"tones.{dataset}.parquet") as temporary:
@@ -471,7 +485,7 @@ more than noise by a permutation test over people, adjusted for all gaps on this
 person's ancestry. A probe that explains little answers near the mean, so it judges the young too old and the thin too heavy: a bias of
 age by age band is partly that."""
 
-
+# %% ../nbs/63_fairness.ipynb #805f9d88
 def _ci(row, name: str, digits: int = 2) -> str:
     if pd.isna(row[f"{name}_low"]):
         return f"{row[name]:.{digits}f}"
@@ -489,7 +503,7 @@ def _group_lines(one: Audit) -> list[str]:
         lines.append(f"| {name} | {row.persons:,} | {_ci(row, 'error')} | {_ci(row, 'bias')} | {holds} |")
     return lines
 
-
+# %% ../nbs/63_fairness.ipynb #93638975
 def gap_sentence(gap, unit: str) -> str:
     """One gap in words."""
     what = "error is larger" if gap.measure == "error" else "predictions, against what was observed, are higher"
@@ -506,7 +520,7 @@ def _verdict(one: Audit) -> str:
                 "and the errors below are those of such an answer.")
     return f"It explains {r2.value:.0%} of the variance of {name} (r² {r2})."
 
-
+# %% ../nbs/63_fairness.ipynb #94cdb815
 def _target_lines(one: Audit) -> list[str]:
     """The section of one target."""
     title = f"## {NAMES.get(one.task.target, one.task.target).capitalize()} ({one.task.unit})"
@@ -545,7 +559,7 @@ def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
         lines.append(f"| {row.seen} | {_ci(row, 'r2')} | {share} |")
     return [*lines, "", shortcut_sentence(left), ""]
 
-
+# %% ../nbs/63_fairness.ipynb #a93810ae
 def shortcut_sentence(left: pd.DataFrame) -> str:
     """The shortcut check in words."""
     rows = left.set_index("seen")
@@ -564,7 +578,7 @@ def adjust_all(audits: list[Audit]) -> list[Audit]:
         one.gaps = together[together.audit == i].drop(columns="audit").reset_index(drop=True)
     return audits
 
-
+# %% ../nbs/63_fairness.ipynb #88165877
 def page(audits: list[Audit], left: pd.DataFrame | None = None, model: str = "", reason: str = "") -> str:
     """The page in Markdown. `left`: as of `remaining`, or None with the `reason` why it was not run."""
     run = [one for one in audits if one.state == "present"]
@@ -596,7 +610,7 @@ def _dots(ax, table: pd.DataFrame, name: str, reference: float, title: str) -> N
     ax.tick_params(labelsize=8)
     ax.invert_yaxis()
 
-
+# %% ../nbs/63_fairness.ipynb #af9158ca
 def _draw_calibration(ax, one: Audit) -> None:
     shown = one.predictions.drop_duplicates("person")
     ax.plot(shown.prediction, shown.target, ".", ms=2.5, alpha=0.5, color="C0")
@@ -620,7 +634,7 @@ def _draw_shortcut(ax, left: pd.DataFrame | None) -> None:
     ax.tick_params(labelsize=8)
     ax.invert_yaxis()
 
-
+# %% ../nbs/63_fairness.ipynb #b0a27b72
 def _nothing(ax, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=ax.transAxes)
     ax.set(xticks=[], yticks=[])
@@ -645,7 +659,7 @@ def figure_who(path, audits: list[Audit], left: pd.DataFrame | None = None) -> P
         fig.suptitle(f"Who it works for (tested on {who} people; number of people in brackets; 95 % intervals)", fontsize=11)
         return save_figure(fig, path)
 
-
+# %% ../nbs/63_fairness.ipynb #6840d939
 def _draw_second_row(axes, one: Audit, left) -> None:
     if one.state == "present":
         _draw_calibration(axes[0], one)

@@ -32,7 +32,7 @@ from .shards import DataAbsent, decode_square, iter_samples, load_images, read_l
 # %% ../nbs/51_features.ipynb #e81a44f6
 FEATURE_SETS = ("cls", "patches", "patches+cls")
 
-
+# %% ../nbs/51_features.ipynb #2d7af957
 def select_tokens(tokens, feature_set: str, has_cls: bool):
     """A view of tokens [B, K, D]: "cls" [B, D], "patches" [B, K - 1, D], "patches+cls" [B, K, D]; else ValueError."""
     if feature_set not in FEATURE_SETS:
@@ -58,7 +58,7 @@ def as_rgb(picture) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
     return read_image(picture)
 
-
+# %% ../nbs/51_features.ipynb #55c07f28
 def as_encoder(encoder, device=None) -> FrozenEncoder:
     """A `FrozenEncoder`, or the one that a name or path stands for."""
     return encoder if isinstance(encoder, FrozenEncoder) else load_encoder(encoder, device=device)
@@ -102,7 +102,7 @@ def face_crop(picture, detect: bool = True, on_error: str = "raise") -> np.ndarr
         named = picture if isinstance(picture, (str, Path)) else "a picture in memory"
         raise ValueError(f"{named}: {error}") from error
 
-
+# %% ../nbs/51_features.ipynb #e817876d
 def embed_usable(crops: list, encoder: FrozenEncoder, features: str) -> np.ndarray:
     """Embeddings of crops, one row each; a crop that is None gives a row of NaN."""
     usable = np.array([crop is not None for crop in crops])
@@ -218,7 +218,7 @@ def code_version(*modules: str) -> str:
         digest.update((Path(mefem.__file__).parent / f"{module}.py").read_bytes())
     return digest.hexdigest()[:12]
 
-
+# %% ../nbs/51_features.ipynb #cc0a38e0
 def faces_hash(faces) -> str:
     """12 hexadecimal digits of a SHA-256 over manifest, crops and labels in a folder of shards."""
     digest = hashlib.sha256((Path(faces) / "manifest.json").read_bytes())
@@ -235,7 +235,7 @@ def _features_key(encoder: FrozenEncoder, faces, **about) -> dict:
                "code": code_version("encoders", "features", "models", "faces", "shards"), **about}
     return made_of | {"key": settings_hash(made_of)}
 
-
+# %% ../nbs/51_features.ipynb #b5e0690d
 def _finished(out, dataset: str, key: str) -> dict | None:
     """The account in `out` if it has this key and its files are there."""
     about = Path(out) / f"{dataset}.json"
@@ -274,7 +274,7 @@ def extract_features(encoder, faces, out, batch: int = 64, device=None, threads:
 # %% ../nbs/51_features.ipynb #597c6644
 HALF_MAX = np.finfo(np.float16).max
 
-
+# %% ../nbs/51_features.ipynb #3a813d87
 def to_half(tokens) -> np.ndarray:
     """Tokens as float16; an encoder whose values leave its range (65,504) is refused."""
     tokens = tokens.cpu().numpy()
@@ -282,7 +282,7 @@ def to_half(tokens) -> np.ndarray:
         raise ValueError("the encoder gives values that are not finite or do not fit half precision")
     return tokens.astype(np.float16)
 
-
+# %% ../nbs/51_features.ipynb #f7f9a17d
 def _write_tokens(path, encoder, faces, n, batch, threads, progress, name) -> None:
     from tqdm import tqdm
 
@@ -319,7 +319,7 @@ def features_of(source: str, faces: list, out, fit_on: list = (), fit_limit: int
     encoder.name = source
     return states | {name: extract_features(encoder, f, out, batch, progress=progress, **about) for name, f in faces.items()}
 
-
+# %% ../nbs/51_features.ipynb #0736b3cf
 def _fit_pixels(encoder: PixelEncoder, folders, limit: int) -> None:
     """Fit the PCA on the first `limit` crops of the folders, an equal share of each."""
     folders = [f for f in folders if (Path(f) / "manifest.json").is_file() and read_manifest(f)["state"] == "present"]
@@ -338,7 +338,7 @@ def _from_root(source: str, root) -> str:
 # %% ../nbs/51_features.ipynb #4222ed47
 PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .heic .heif .avif".split())
 
-
+# %% ../nbs/51_features.ipynb #fb495507
 def photographs_in(source) -> list[Path]:
     """The photographs in a folder and the folders below it (by their endings), sorted; or the one file `source`."""
     source = Path(source)
@@ -363,13 +363,13 @@ def _crop_file(path: Path, target: Path, **crop) -> str:
     write_atomic(target, image)
     return "success"
 
-
+# %% ../nbs/51_features.ipynb #a939db72
 def _crop_names(files: list[Path], folder: Path) -> list[str]:
     """A file name for each crop, flat: folders joined by "__"; the old ending stays where two would be the same."""
     names = ["__".join(f.relative_to(folder).with_suffix("").parts) for f in files]
     return [f"{n}.jpg" if names.count(n) == 1 else f"{n}{f.suffix}.jpg" for n, f in zip(names, files, strict=True)]
 
-
+# %% ../nbs/51_features.ipynb #0917bd4f
 def crop_photographs(source, out, size: int = 224, min_side: int = 224, scale: float = 2.0, jobs: int | None = None,
                      progress: bool = True) -> dict:
     """Crop the surest face of each photograph in `source` to `out`/*.jpg, and list all in `out`/crops.csv; counts by reason.

@@ -32,19 +32,19 @@ class Metric:
     terms: Callable[[np.ndarray, np.ndarray], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]
 
-
+# %% ../nbs/53_metrics.ipynb #98ce3433
 def _r2_terms(target, prediction):
     centred = target - target.mean()
     return np.stack([np.ones_like(centred), centred, centred**2, (target - prediction) ** 2], axis=-1)
 
-
+# %% ../nbs/53_metrics.ipynb #ddf5b729
 def _r2_value(sums):
     count, total, squares, residual = np.moveaxis(sums, -1, 0)
     spread = squares - total**2 / count
     # a draw in which everybody has the same target has no spread to explain: undefined, not infinite
     return 1 - residual / np.where(spread > 1e-12 * np.maximum(squares, 1e-300), spread, np.nan)
 
-
+# %% ../nbs/53_metrics.ipynb #79fc8e53
 def _mean_value(sums):
     return sums[..., 1] / sums[..., 0]
 
@@ -56,20 +56,20 @@ def _mae_terms(target, prediction):
 def _accuracy_terms(target, prediction):
     return np.stack([np.ones_like(target), (target == prediction).astype(float)], axis=-1)
 
-
+# %% ../nbs/53_metrics.ipynb #d60bb42a
 def _recall_terms(target, prediction):
     """For each class up to the largest target: is it this one, and was it found; [N, 2 * classes]."""
     is_class = target[:, None] == np.arange(target.max() + 1)
     found = is_class & (target == prediction)[:, None]
     return np.stack([is_class, found], axis=-1).reshape(len(target), -1).astype(float)
 
-
+# %% ../nbs/53_metrics.ipynb #00355e50
 def _recall_value(sums):
     count, found = sums[..., ::2], sums[..., 1::2]
     there = count > 0                                          # a draw may miss a class: its recall is not known
     return (found / np.where(there, count, 1)).sum(-1) / np.maximum(there.sum(-1), 1)
 
-
+# %% ../nbs/53_metrics.ipynb #a982a6b9
 METRICS = {
     "r2": Metric("r2", _r2_terms, _r2_value),
     "mae": Metric("mae", _mae_terms, _mean_value),
@@ -92,7 +92,7 @@ def score(metric: str, target, prediction) -> float:
         raise ValueError(f"{metric}: targets and predictions must be finite numbers")
     return float(METRICS[metric].value(METRICS[metric].terms(target, prediction).sum(0)))
 
-
+# %% ../nbs/53_metrics.ipynb #dd6d4d7b
 def r2(target, prediction) -> float:
     """Coefficient of determination, 1 - (squared residuals) / (squared deviations from the mean target)."""
     return score("r2", target, prediction)
@@ -102,7 +102,7 @@ def mae(target, prediction) -> float:
     """Mean absolute error in the target's own unit."""
     return score("mae", target, prediction)
 
-
+# %% ../nbs/53_metrics.ipynb #50fd3947
 def accuracy(target, prediction) -> float:
     """Share of predicted classes that equal the target class."""
     return score("accuracy", target, prediction)
@@ -116,7 +116,7 @@ def _check_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("predictions hold missing values in target or prediction")
     return predictions if "seed" in predictions else predictions.assign(seed=0)
 
-
+# %% ../nbs/53_metrics.ipynb #65036e85
 def person_sums(predictions: pd.DataFrame, metric: str) -> np.ndarray:
     """Sums of the metric's terms per seed and person, [seeds, persons, k], persons in sorted order."""
     predictions = _check_predictions(predictions)
@@ -139,7 +139,7 @@ def draws(persons: int, replicates: int, seed: int = 0, chunk: int = 4_000_000) 
         drawn = rng.integers(persons, size=(b, persons)) + persons * np.arange(b)[:, None]
         yield np.bincount(drawn.ravel(), minlength=b * persons).reshape(b, persons).astype(float)
 
-
+# %% ../nbs/53_metrics.ipynb #b27a6aea
 def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, stream: int = 0) -> np.ndarray:
     """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are drawn.
 
@@ -166,7 +166,7 @@ class Interval:
     def __str__(self):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-
+# %% ../nbs/53_metrics.ipynb #ae8b8ff1
 def _percentiles(values, confidence):
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
@@ -190,7 +190,7 @@ def _point(sums, metric):
     # with several seeds the estimate is the mean of the seeds' metrics, not the metric of pooled errors
     return float(METRICS[metric].value(sums.sum(-2)).mean())
 
-
+# %% ../nbs/53_metrics.ipynb #df90d085
 def bootstrap_interval(predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95,
                        seed: int = 0) -> Interval:
     """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed, label]).
@@ -220,7 +220,7 @@ def _photographs(predictions: pd.DataFrame) -> pd.DataFrame:
     columns = ["key", "person", *(["label"] if "label" in predictions else [])]
     return predictions[columns].astype(str).assign(target=predictions.target.astype(float)).drop_duplicates()
 
-
+# %% ../nbs/53_metrics.ipynb #a7cad5e6
 def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
     sides = _photographs(first).merge(_photographs(second), how="outer", indicator="side")
     differ = sorted(set(sides.key[sides.side != "both"]))
@@ -236,7 +236,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, re
     """Bootstrap of metric(first) - metric(second) in which both see the same drawn people."""
     return next(paired_differences({"first": first, "second": second}, metric, replicates, confidence, seed))[2]
 
-
+# %% ../nbs/53_metrics.ipynb #a493c5f4
 def paired_differences(predictions: dict[str, pd.DataFrame], metric: str, replicates: int = 2000, confidence: float = 0.95,
              seed: int = 0) -> Iterator[tuple[str, str, Difference]]:
     """(first, second, difference) for each pair of named predictions, each resampled once.
@@ -266,12 +266,12 @@ def _groups(predictions: pd.DataFrame, task: Task) -> Iterator[tuple[str, pd.Dat
             if part.person.nunique() > 1:
                 yield f"/{name}", part
 
-
+# %% ../nbs/53_metrics.ipynb #5bdd9ba0
 def majority(target) -> float:
     """Share of the most frequent target: the accuracy of the best constant answer."""
     return float(pd.Series(np.asarray(target)).value_counts(normalize=True).iloc[0])
 
-
+# %% ../nbs/53_metrics.ipynb #b9c573b0
 def _constant_answer(part: pd.DataFrame) -> float:
     """The accuracy of the best constant answer, with labels the mean over them."""
     if "label" not in part:
@@ -289,7 +289,7 @@ def _numbers(part: pd.DataFrame, task: Task, **bootstrap) -> dict[str, dict]:
         numbers["balanced_accuracy"] = asdict(bootstrap_interval(adjusted, "balanced_accuracy", **bootstrap))
     return numbers
 
-
+# %% ../nbs/53_metrics.ipynb #6f8e9a6e
 def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 2000, confidence: float = 0.95,
               seed: int = 0) -> dict:
     """Numbers of one probe: {"values": {"r2", "accuracy/White" ...: value, low, high, n, persons}, counts, folds}."""
@@ -312,13 +312,13 @@ def feature_sets_of(meta: dict) -> tuple[str, ...]:
         return ("patches",)
     return ("cls",) if meta.get("tokens") == 1 else FEATURE_SETS
 
-
+# %% ../nbs/53_metrics.ipynb #db0da4ae
 def result_stem(task: str, feature_set: str, head: str | None = None) -> str:
     """Name of a probe's files; the head is named where it is not the paper's for this feature set."""
     usual = "mlp" if feature_set == "cls" else "attentive"
     return f"{task}.{feature_set}" + (f".{head}" if head not in (None, usual) else "")
 
-
+# %% ../nbs/53_metrics.ipynb #d5047820
 def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> dict:
     """Write a probe's numbers (and predictions) as `out`/<task>.<feature set>.json (.parquet); returns the numbers."""
     info = result.info
@@ -340,7 +340,7 @@ def _result_key(features, task: Task, loaded_meta: dict, **settings) -> str:
                           "labels": hashlib.sha256(labels.read_bytes()).hexdigest() if labels.is_file() else None,
                           **settings})
 
-
+# %% ../nbs/53_metrics.ipynb #b3178f88
 def _finished(out, stem: str, key: str) -> dict | None:
     """The result in `out` if it has this key and its predictions are there."""
     path = Path(out) / f"{stem}.json"
@@ -380,7 +380,7 @@ def cells_of(features, tasks, feature_sets=None, linear: bool = False) -> list[t
                 cells.append((meta.get("n", 0), task, feature_set, "linear"))
     return cells
 
-
+# %% ../nbs/53_metrics.ipynb #90ae0e0a
 def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = True,
              jobs: int | None = None, device: str = "auto", seed: int = 0, seeds: int = 1, memory: int = 4 << 30,
              progress: bool = True, **probing) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .config import choose_device, torch_threads
 from .features import Features, load_features
 from mefem.probing import (
     AttentivePooler,
@@ -41,7 +42,7 @@ def token_colours(tokens: np.ndarray) -> np.ndarray:
     low, high = np.percentile(parts, [1, 99], axis=0)
     return ((parts - low) / np.maximum(high - low, 1e-9)).clip(0, 1).reshape(n, side, side, 3)
 
-
+# %% ../nbs/64_pictures.ipynb #89d38697
 def grid_side(tokens: int) -> int:
     """Patches per side of a square grid of `tokens` patches."""
     side = round(tokens**0.5)
@@ -53,7 +54,7 @@ def grid_side(tokens: int) -> int:
 def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_decay: float = 1e-2, epochs: int = 20, batch: int = 64,
                folds: int = 5, heads: int = 4, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
     """An attentive pooler on the patches, trained on the first split of `task`; and the rows of its test people."""
-    task = get_task(task)
+    task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
     generator = torch.Generator().manual_seed(seed)
@@ -61,8 +62,9 @@ def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_de
     known = targets[split.train]
     scale = (known.mean(), known.std()) if task.kind == "regression" else (0.0, 1.0)
     scaled = torch.as_tensor((targets - scale[0]) / scale[1], dtype=torch.float32, device=device)
-    train_heads(pooler, TokenStore(tokens, whiten, device), scaled, split, [Candidate(lr, weight_decay)], task.kind, epochs, batch,
-                generator=generator)
+    with torch_threads(1):
+        train_heads(pooler, TokenStore(tokens, whiten, device), scaled, split, [Candidate(lr, weight_decay)], task.kind, epochs, batch,
+                    generator=generator)
     return pooler, split.test
 
 # %% ../nbs/64_pictures.ipynb #efe3c28f
@@ -80,7 +82,7 @@ def mean_embedding(patches: np.ndarray) -> np.ndarray:
     mean = np.stack([np.asarray(p, np.float32).mean(0) for p in patches])
     return mean - mean.mean(0)
 
-
+# %% ../nbs/64_pictures.ipynb #d55dd0c4
 def neighbours(embeddings: np.ndarray, persons, k: int = 4) -> np.ndarray:
     """Row numbers [N, k] of each picture's nearest pictures of other people, by cosine, one a person, nearest first."""
     from sklearn.neighbors import NearestNeighbors
@@ -91,7 +93,7 @@ def neighbours(embeddings: np.ndarray, persons, k: int = 4) -> np.ndarray:
     order = NearestNeighbors(n_neighbors=len(unit)).fit(unit).kneighbors(unit, return_distance=False)
     return np.stack([_first_of_others(row, persons, i, k) for i, row in enumerate(order)])
 
-
+# %% ../nbs/64_pictures.ipynb #a1ee93d2
 def _first_of_others(order, persons, i: int, k: int) -> np.ndarray:
     others = order[persons[order] != persons[i]]
     _, first = np.unique(persons[others], return_index=True)
@@ -127,7 +129,7 @@ def figure_map(path, points: np.ndarray, labels: pd.DataFrame, title: str = "") 
         fig.suptitle(title or f"t-SNE of {len(points):,} photographs", fontsize=11)
         return save_figure(fig, path)
 
-
+# %% ../nbs/64_pictures.ipynb #8da98a4c
 def _scatter(ax, points, values, name: str) -> None:
     if values.dtype.kind in "fiu":
         low, high = np.nanpercentile(values, [2, 98])
@@ -164,7 +166,7 @@ def figure_sees(path, crops: np.ndarray, patches: np.ndarray, attention: dict[st
         fig.suptitle(title, fontsize=11)
         return save_figure(fig, path)
 
-
+# %% ../nbs/64_pictures.ipynb #08fc9bee
 def _draw_row(axes, name: str, cells) -> None:
     """Pictures side by side; a cell may be (picture, map), the map drawn over it. Empty axes vanish."""
     for ax in axes:
@@ -187,7 +189,7 @@ def _rows_shown(labels: pd.DataFrame, limit: int) -> np.ndarray:
     """The first photograph of each of at most `limit` people."""
     return np.flatnonzero(~labels.person.duplicated())[:limit]
 
-
+# %% ../nbs/64_pictures.ipynb #a0c7f991
 def write_pictures(features, faces, out, dataset: str = "bmi", looks: dict = LOOKS, limit: int = 1000, title: str = "",
                    seed: int = 0, **pooler) -> dict:
     """Write what_it_sees.png and embedding_map.png to `out`; returns the state and how much closer neighbours are in each label.
@@ -217,7 +219,7 @@ def _has(labels: pd.DataFrame, task: str) -> bool:
     target = get_task(task).target
     return target in labels and labels[target].nunique() > 1
 
-
+# %% ../nbs/64_pictures.ipynb #fea1853f
 def _attention(features: Features, looks: dict, seed: int, options: dict) -> dict[str, np.ndarray]:
     """Mean attention map over held-out people, one for each task."""
     found = {}
@@ -226,7 +228,7 @@ def _attention(features: Features, looks: dict, seed: int, options: dict) -> dic
         found[name] = attention_maps(pooler, features.select("patches")[rows]).mean(0)
     return found
 
-
+# %% ../nbs/64_pictures.ipynb #a3b99183
 def _figure_absent(path, state: str) -> None:
     import matplotlib.pyplot as plt
     with plt.rc_context(STYLE | {"savefig.dpi": 80}):

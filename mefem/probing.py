@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import choose_device
 from .features import Features, load_features
 
 # %% ../nbs/52_probing.ipynb #c807fe11
@@ -49,7 +50,7 @@ class StackedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, whiten(x), self.scale)
 
-
+# %% ../nbs/52_probing.ipynb #315e34d7
 def whiten(x: Tensor) -> Tensor:
     """Layer norm over the last axis without scale and shift, epsilon 1e-5."""
     return F.layer_norm(x, x.shape[-1:])
@@ -111,7 +112,7 @@ def mean_token(features: Tensor) -> Tensor:
     """Vectors [B, D] as they are, tokens [B, K, D] averaged: what a head on one vector sees of patches."""
     return features.mean(1) if features.ndim == 3 else features
 
-
+# %% ../nbs/52_probing.ipynb #1e32a952
 class _Standardised(nn.Module):
     """Base of the heads on one vector per picture: features [B, D] are standardised before anything else."""
 
@@ -147,7 +148,7 @@ class MLPProbe(_Standardised):
         y = self.head(F.gelu(self.expand(((features - self.mean) / self.spread)[None])))
         return y if self.copies else y[0]
 
-
+# %% ../nbs/52_probing.ipynb #fab16ff1
 class LinearProbe(_Standardised):
     """Features [B, dim] -> [B, outputs] (with `copies=C`: [C, B, outputs]), standardised and linear."""
 
@@ -167,7 +168,7 @@ class PersonLeak(ValueError):
 class TooFewLabels(ValueError):
     """Labels from which nothing can be learned, or on which nothing can be tested; the text says why."""
 
-
+# %% ../nbs/52_probing.ipynb #96c6f286
 @dataclass(frozen=True)
 class Split:
     """Row numbers of training, validation and test photographs; `name` is the fold, or "test" for an official split."""
@@ -244,7 +245,7 @@ assert len(CELEBA_ATTRIBUTES) == 40
 def _measured(name: str, column: str, unit: str) -> Task:
     return Task(name, "mcd-rppg", column, "regression", unit=unit)
 
-
+# %% ../nbs/52_probing.ipynb #42cf72b8
 TASKS = {task.name: task for task in (
     Task("bmi", "bmi", "bmi", "regression", unit="kg/m²"),
     Task("bmi-age", "bmi", "age", "regression", unit="years"),
@@ -260,7 +261,7 @@ TASKS = {task.name: task for task in (
     _measured("saturation", "saturation", "%"),
 )}
 
-
+# %% ../nbs/52_probing.ipynb #972dbf0c
 def get_task(task: str | Task) -> Task:
     """A task by its name, or the task itself; ValueError names those that exist."""
     if isinstance(task, Task):
@@ -283,7 +284,7 @@ def task_targets(labels: pd.DataFrame, task: Task) -> np.ndarray:
         return pd.to_numeric(column).to_numpy(float)
     return _numbers(column, {c: i for i, c in enumerate(task.classes)}, task)
 
-
+# %% ../nbs/52_probing.ipynb #29bca289
 def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
     """Each label's number, NaN for a missing one; a label without a number is refused."""
     codes, found = pd.factorize(column)                        # a missing label has the code -1, the last number below
@@ -292,13 +293,13 @@ def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
                          f"{tuple(number_of)}")
     return np.array([number_of[value] for value in found] + [np.nan], float)[codes]
 
-
+# %% ../nbs/52_probing.ipynb #915dcd28
 def _yes_or_no(column: pd.Series, task: Task) -> np.ndarray:
     """An attribute as 0 and 1, from bool, 0/1 or CelebA's own -1/1."""
     has_minus = bool((column == -1).any())                     # in -1/1 there is no 0, in 0/1 (and bool) no -1
     return _numbers(column, {-1: 0, 1: 1} if has_minus else {0: 0, 1: 1}, task)
 
-
+# %% ../nbs/52_probing.ipynb #f0a52192
 def task_groups(labels: pd.DataFrame, task: Task) -> np.ndarray | None:
     """The group's name of each photograph, or None for a task without groups."""
     if task.group is None:
@@ -311,7 +312,7 @@ def _complete(targets: np.ndarray) -> np.ndarray:
     """Whether all targets of a photograph are known, bool [N]."""
     return np.isfinite(targets).reshape(len(targets), -1).all(1)
 
-
+# %% ../nbs/52_probing.ipynb #a95e478a
 def make_splits(labels: pd.DataFrame, targets, task: Task, folds: int = 5, validation: float = 0.15,
                 seed: int = 0) -> list[Split]:
     """The task's splits over the rows with all targets, each checked: folds by person, or the publisher's own.
@@ -332,7 +333,7 @@ def make_splits(labels: pd.DataFrame, targets, task: Task, folds: int = 5, valid
         parts = [(f"fold {f}", rows[fold != f], rows[fold == f]) for f in range(folds)]
     return [_cut_validation(name, rest, test, persons, strata, validation, seed) for name, rest, test in parts]
 
-
+# %% ../nbs/52_probing.ipynb #d3b97ddd
 def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
     """The publisher's split; without a "test" part, "validation" is tested on and nobody is left for validation."""
     names = labels.split.to_numpy()[rows]
@@ -341,7 +342,7 @@ def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
     train, validation, test = (rows[names == part] for part in ("train", "validation", "test"))
     return Split("test", train, validation, test) if len(test) else Split("test", train, test, validation)
 
-
+# %% ../nbs/52_probing.ipynb #1ea4506f
 def _cut_validation(name, rest, test, persons, targets, share, seed) -> Split:
     if not 0 < share <= 0.5:
         raise ValueError(f"the validation share must lie in (0, 0.5], not {share}")
@@ -390,13 +391,13 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error per copy [C] of outputs [C, B, 1] against targets [B]."""
     return (outputs[..., 0] - targets).square().mean(1)
 
-
+# %% ../nbs/52_probing.ipynb #8d7a3ebf
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy per copy [C] of logits [C, B, classes] against class indices [B]."""
     c, b, _ = outputs.shape
     return F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(c), reduction="none").view(c, b).mean(1)
 
-
+# %% ../nbs/52_probing.ipynb #21e743a7
 def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross entropy per copy [C] of logits [C, B, labels] against 0 and 1 [B, labels]."""
     wanted = targets.expand_as(outputs)
@@ -435,7 +436,7 @@ def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     rise = max(1, round(warmup * steps))
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-
+# %% ../nbs/52_probing.ipynb #5092d5dd
 @torch.no_grad()
 def _outputs(head, store: TokenStore, rows, batch: int) -> Tensor:
     return torch.cat([head.predict(x) for _, x in store.batches(rows, batch)], dim=1)
@@ -514,7 +515,7 @@ class ProbeResult:
     def state(self) -> str:
         return self.info["state"]
 
-
+# %% ../nbs/52_probing.ipynb #98d7d97d
 def make_head(name: str, dim: int, heads: int, outputs: int, hidden: int, copies: int | None = None, generator=None):
     """The head called "attentive", "mlp" or "linear"."""
     if name == "attentive":
@@ -555,7 +556,7 @@ def class_shares(targets: np.ndarray, outputs: int) -> np.ndarray:
         return (targets.sum(0) + 1) / (len(targets) + 2)       # one more of each, so that no logarithm is infinite
     return (np.bincount(targets.astype(int), minlength=outputs) + 1) / (len(targets) + outputs)
 
-
+# %% ../nbs/52_probing.ipynb #816025eb
 def answers_of(outputs: np.ndarray, kind: str, shares=None, mean: float = 0.0, spread: float = 1.0) -> dict:
     """Outputs of a head [N, outputs] as {"prediction": [N] or [N, labels]}; for classes also "balanced"."""
     if kind == "regression":
@@ -597,9 +598,9 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
     "linear") says otherwise. The grid is lrs x weight_decays. `heads` counts only where the features do not say how
-    many heads their encoder has. Features that are absent give an empty result whose info has their state and the
+    many heads their encoder has; `device`: "auto" or what PyTorch takes. Features that are absent give an empty result whose info has their state and the
     reason. Raises `TooFewLabels` where the labels do not suffice, `PersonLeak` where a split is not one of people."""
-    task = get_task(task)
+    task, device = get_task(task), choose_device(str(device))
     features = features if isinstance(features, Features) else load_features(features, task.dataset)
     about = {
         "task": task.name,
@@ -645,7 +646,7 @@ def _run_plan(plan, tokens, targets, task, recipe, labels, device, memory, progr
             splits.append(account)
     return parts, splits
 
-
+# %% ../nbs/52_probing.ipynb #72300267
 def _frame(labels, targets, task: Task, split: Split, answers: dict) -> pd.DataFrame:
     """The answers for a split's test people, one row per photograph (and label, for a multilabel task)."""
     rows, many = split.test, len(task.classes) if task.kind == "multilabel" else 1

@@ -60,7 +60,7 @@ class Row:
     def name(self) -> str:
         return f"{self.model} / {self.features}"
 
-
+# %% ../nbs/60_report.ipynb #e16674a3
 TABLE2_COLUMNS = (
     Column("BMI r2", "BMI dataset", "r²", "bmi", "r2"),
     Column("BMI MAE", "BMI dataset", "MAE", "bmi", "mae"),
@@ -92,7 +92,7 @@ TABLE2_ROWS = (                                       # numbers: arXiv 2602.1467
 def _measured(task: str, group: str) -> tuple[Column, Column]:
     return Column(f"{group} r2", group, "r²", task, "r2"), Column(f"{group} MAE", group, "MAE", task, "mae")
 
-
+# %% ../nbs/60_report.ipynb #92d213dd
 TABLE3_COLUMNS = (
     *_measured("haemoglobin", "Haemoglobin (mmol/l)"), *_measured("glycated-haemoglobin", "Glycated haemoglobin (%)"),
     *_measured("cholesterol", "Cholesterol (mmol/l)"), *_measured("systolic", "Systolic pressure (mmHg)"),
@@ -104,7 +104,7 @@ def _row3(model, features, encoder, feature_set, paper) -> Row:
     values = tuple(None if value == "-" else value for value in paper.split())
     return Row(model, "Base" if encoder else "—", features, encoder, feature_set, values)
 
-
+# %% ../nbs/60_report.ipynb #25d17f3d
 TABLE3_ROWS = (                                       # numbers: arXiv 2602.14672, Table 3
     _row3("MeFEm", "Patches", "mefem", "patches", "0.233 0.948 0.089 0.47 -0.060 0.621 0.136 10.8 -0.060 7.15 0.073 0.8"),
     _row3("MeFEm", "CLS", "mefem", "cls", "0.263 0.952 0.076 0.49 -0.084 0.640 0.058 11.8 -0.090 7.20 -0.557 1.3"),
@@ -129,7 +129,7 @@ class Table:
     def columns(self) -> tuple[Column, ...]:
         return tuple(column for block in self.blocks for column in block)
 
-
+# %% ../nbs/60_report.ipynb #8c1b9c79
 TABLE2 = Table("table2", "Table 2, regenerated: downstream tasks, MeFEm and baselines.", "Table 2", TABLE2_ROWS,
                (TABLE2_COLUMNS,), "tab:core")
 TABLE3 = Table("table3", "Table 3, regenerated: medical values from a single frame.", "Table 3", TABLE3_ROWS,
@@ -148,7 +148,7 @@ def _cell(results, row: Row, index: int, column: Column) -> dict:
         cell |= {"simulated": found["features"].get("simulated"), "file": f"{row.encoder}/{_stem(column, row)}.json"}
     return cell
 
-
+# %% ../nbs/60_report.ipynb #b78a1c61
 def _stem(column: Column, row: Row) -> str:
     return f"{column.task}.{row.feature_set}"
 
@@ -161,7 +161,7 @@ def _predictions(results, row: Row, column: Column) -> pd.DataFrame | None:
     _, _, group = column.metric.partition("/")
     return found[found.group == group] if group else found
 
-
+# %% ../nbs/60_report.ipynb #91ff53f4
 def compare(results, rows, columns, replicates: int = 2000) -> pd.DataFrame:
     """All pairs of rows in all columns: column, first, second, difference, low, high and which is `better` ("" if neither)."""
     pairs = []
@@ -180,7 +180,7 @@ def _verdict(pairs: pd.DataFrame, column: str, name: str, other: str) -> str | N
     found = pairs[(pairs.column == column) & pairs["first"].isin([name, other]) & pairs["second"].isin([name, other])]
     return None if found.empty or name == other else found.better.iloc[0]
 
-
+# %% ../nbs/60_report.ipynb #f235f7a0
 def _mark(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
     """`best`, `near_best`, and for our rows `beats_random` and `beats_pixels`; None where nothing was compared."""
     name, column = cell["row"], cell["column"]
@@ -197,14 +197,14 @@ def _mark(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
 CELL_FIELDS = ("row", "model", "size", "features", "column", "state", "value", "low", "high", "n", "persons", "majority", "paper",
                "simulated", "best", "near_best", "beats_random", "beats_pixels", "file")
 
-
+# %% ../nbs/60_report.ipynb #4a155a05
 def _best(cells: list[dict], column: Column) -> str | None:
     """The row with the best value of a column; None where fewer than two were run."""
     run = [cell for cell in cells if cell["column"] == column.name and cell["state"] == "present"]
     sign = -1 if column.metric in LOWER_IS_BETTER else 1
     return max(run, key=lambda cell: sign * cell["value"])["row"] if len(run) > 1 else None
 
-
+# %% ../nbs/60_report.ipynb #3284e368
 def results_table(results, table: Table, replicates: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table as one line per cell (value, interval, counts, paper, marks, results file), and its pairs (`compare`)."""
     cells = [_cell(results, row, i, column) for row in table.rows for i, column in enumerate(table.columns)]
@@ -249,7 +249,7 @@ NOTES = {
     "quoted": "Baseline: remote photoplethysmography over the whole video, as reported by its authors; its split is not known.",
 }
 
-
+# %% ../nbs/60_report.ipynb #1682c02d
 def notes_of(cells: pd.DataFrame, source: str = "Table 2") -> list[str]:
     """Footnotes: how to read a cell, the marks, and what the best constant answer would score."""
     notes = [NOTES["value"].format(source), f"a: {NOTES['a']}.", f"b: {NOTES['b']}."]
@@ -263,7 +263,7 @@ def notes_of(cells: pd.DataFrame, source: str = "Table 2") -> list[str]:
         notes.append(f"Always giving the most frequent answer would score {shares}.")
     return notes
 
-
+# %% ../nbs/60_report.ipynb #8608e45d
 def marks_of(cell) -> str:
     """"a" where the random encoder is beaten beyond noise, "b" for the pixels, "c" where the best is not out of reach."""
     return "".join(mark for mark, name in (("a", "beats_random"), ("b", "beats_pixels"), ("c", "near_best"))
@@ -279,7 +279,7 @@ def _ours(cell) -> str:
     value = f"**{cell.value:.3f}**" if getattr(cell, "best", None) is True else f"{cell.value:.3f}"
     return f"{value} [{cell.low:.3f}, {cell.high:.3f}]" + (f" {marks}" if marks else "")
 
-
+# %% ../nbs/60_report.ipynb #20e1f203
 def _paper(cell) -> str:
     """The paper's value; text is taken as printed there."""
     if pd.isna(cell.paper):
@@ -293,7 +293,7 @@ def _grid(lines: list[list[str]]) -> str:
     lines = [lines[0], ["-" * w for w in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
-
+# %% ../nbs/60_report.ipynb #e92391f6
 def _block_markdown(cells: pd.DataFrame, columns) -> str:
     header = ["Model", "Size", "Features"]
     for column in columns:
@@ -304,7 +304,7 @@ def _block_markdown(cells: pd.DataFrame, columns) -> str:
              for _, row in cells.groupby("row", sort=False)]
     return _grid([header, *lines])
 
-
+# %% ../nbs/60_report.ipynb #16c00fab
 def table_markdown(cells: pd.DataFrame, scale: str, table: Table = TABLE2) -> str:
     """The table in Markdown, its blocks under one another: for each column ours (interval, marks) and the paper's value."""
     body = "\n\n".join(_block_markdown(cells, block) for block in table.blocks)
@@ -318,7 +318,7 @@ def _plain(value):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value
 
-
+# %% ../nbs/60_report.ipynb #77c0d9c8
 def table_csv(cells: pd.DataFrame, profile: str) -> str:
     """The table with one line per cell, for machines; empty where there is no value."""
     out = io.StringIO()
@@ -328,10 +328,10 @@ def table_csv(cells: pd.DataFrame, profile: str) -> str:
         writer.writerow([profile, *map(_plain, line)])
     return out.getvalue()
 
-
+# %% ../nbs/60_report.ipynb #98913bbe
 _TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "²": r"$^2$", "—": "---", "**": ""}
 
-
+# %% ../nbs/60_report.ipynb #0dae526d
 def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     for plain, escaped in _TEX.items():
@@ -372,7 +372,7 @@ def _tex_block(cells: pd.DataFrame, columns) -> list[str]:
     return [r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{lll{'lr' * len(columns)}}}", r"\toprule",
             _tex_header(columns), r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", ""]
 
-
+# %% ../nbs/60_report.ipynb #c2e096a2
 def table_tex(cells: pd.DataFrame, scale: str, table: Table = TABLE2) -> str:
     """The table in LaTeX with booktabs (packages: booktabs, graphicx)."""
     notes = r" \\ ".join(tex(note) for note in notes_of(cells, table.source))
@@ -397,12 +397,12 @@ def write_table(table: Table, results, out, profile: str, model: str = "", pretr
                                             for row, part in run.groupby("row", sort=False)})
     return text
 
-
+# %% ../nbs/60_report.ipynb #52047e5f
 def write_table2(results, out, profile: str, **about) -> str:
     """`write_table` for Table 2: BMI, CelebA and FairFace by every encoder."""
     return write_table(TABLE2, results, out, profile, **about)
 
-
+# %% ../nbs/60_report.ipynb #3b875b5a
 def write_table3(results, out, profile: str, **about) -> str:
     """`write_table` for Table 3: blood values, pressures and saturation from one frame."""
     return write_table(TABLE3, results, out, profile, **about)
@@ -413,7 +413,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "a
          "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 200, "axes.prop_cycle":
          "cycler('color', ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])"}
 
-
+# %% ../nbs/60_report.ipynb #d63dee82
 def save_figure(fig, path) -> Path:
     """Write a figure as PNG, atomically and with the same bytes each time, and close it."""
     from matplotlib import pyplot as plt
@@ -428,7 +428,7 @@ def _patches(tokens, masking) -> np.ndarray:
     has_cls = masking.cls_in_source is not None
     return tokens[tokens >= has_cls] - has_cls
 
-
+# %% ../nbs/60_report.ipynb #b473d4e9
 def _mask_grid(masking, generator, draw: int) -> np.ndarray:
     """One sample as a grid [L, L]: 0 neither, 1 target, 2 source. A masking with modes shows them in turn."""
     mode = {"mode": draw % len(masking.modes)} if hasattr(masking, "modes") else {}
@@ -438,7 +438,7 @@ def _mask_grid(masking, generator, draw: int) -> np.ndarray:
     grid[_patches(split.source[0].numpy(), masking)] = 2
     return grid.reshape(masking.grid, masking.grid)
 
-
+# %% ../nbs/60_report.ipynb #0ee58f7e
 def _draw_mask(ax, grid) -> None:
     from matplotlib.colors import ListedColormap
     colours = ListedColormap([NEITHER, TARGET, SOURCE])
@@ -548,7 +548,7 @@ def _git(root, *arguments) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
 
-
+# %% ../nbs/60_report.ipynb #5dc45a28
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -556,7 +556,7 @@ def _cpu() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
 
-
+# %% ../nbs/60_report.ipynb #358656eb
 def hardware() -> dict:
     """Processor, cores and GPU of this machine."""
     import torch

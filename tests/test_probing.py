@@ -285,6 +285,22 @@ def test_absent_features_are_a_state_not_an_error():
     assert result.state == "weights absent" and result.info["reason"] == "no file" and result.predictions.empty
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", torch.device("cpu")])
+def test_every_way_to_name_a_device(device):
+    """The settings say "auto": a stage that hands them on as they are once ended here."""
+    found = probe(toy(), "bmi", "cls", device=device, **(QUICK | {"epochs": 1})).predictions
+    assert np.isfinite(found.prediction).all()
+
+
+def test_the_settings_of_a_profile_are_what_probe_takes():
+    from mefem.config import Probing
+
+    settings = Probing(epochs=1, folds=2).model_dump()
+    for name in ("bootstrap", "seed", "seeds"):
+        del settings[name]
+    assert len(probe(toy(), "bmi", "patches", progress=False, **settings).predictions) == 120
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="bmi, bmi-age"):
         probe(toy(), "weight", "cls")
