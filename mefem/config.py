@@ -7,7 +7,7 @@ __all__ = ['DatasetName', 'Fraction', 'Count', 'SettingsError', 'DiskFull', 'rep
            'find_root', 'Section', 'Simulate', 'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor', 'Optimiser',
            'Runtime', 'Pretrain', 'Features', 'Probing', 'Ablation', 'Profile', 'Settings', 'read_yaml',
            'load_settings', 'pretrain_settings', 'read_pretrain', 'ablation_settings', 'run_changes', 'settings_hash',
-           'choose_device', 'torch_threads']
+           'choose_device', 'choose_precision', 'torch_threads']
 
 # %% ../nbs/00_config.ipynb #30b3918a
 import contextlib
@@ -148,7 +148,8 @@ class Optimiser(Section):
 class Runtime(Section):
     "How a run is run. None of it is part of the run's hash: a run may go on elsewhere, with other numbers here."
 
-    processes: Count | None = None  # that the stage starts through torchrun; null: one for each GPU, one without
+    processes: Count | None = None  # that the stage starts through torchrun; null: one for each GPU, `cpu_processes` without
+    cpu_processes: Count = 1  # where no GPU is used: a small model gains more from a process a core than from a thread a core
     pictures: Literal["auto", "memory", "shards"] = "auto"  # decoded once, or read from the shards; auto: memory if they fit
     window: Count = 16  # shards whose pictures are mixed, where they are read from shards
     workers: Annotated[int, Field(ge=0)] | None = None  # decoding processes of each training process; null: its share of cores
@@ -175,7 +176,7 @@ class Pretrain(Section):
     steps: Count = 1000
     checkpoint_every: Count = 500
     log_every: Count = 50
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"  # auto: see `choose_precision`
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
@@ -375,6 +376,19 @@ def choose_device(name=None):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device {str(device)!r} was asked for, but torch sees no GPU; set device: auto or cpu")
     return device
+
+
+def choose_precision(name: str, device) -> str:
+    """"bf16" or "fp32"; "auto": bf16 on a GPU, and on a processor with instructions for it (AVX512-BF16 or AMX).
+
+    Without them a product of bfloat16 matrices takes several times as long as one of float32."""
+    import torch
+
+    if name != "auto":
+        return name
+    able = torch.cpu.get_capabilities()
+    native = able.get("avx512_bf16") or able.get("amx_bf16")
+    return "bf16" if torch.device(device).type == "cuda" or native else "fp32"
 
 # %% ../nbs/00_config.ipynb #4808a7c8
 @contextlib.contextmanager

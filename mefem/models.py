@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'sincos_positions', 'create_encoder', 'check_encoder', 'gather_tokens',
-           'encode_tokens', 'Predictor', 'save_encoder', 'load_encoder_file']
+           'encode_tokens', 'Predictor', 'fuse_attention', 'save_encoder', 'load_encoder_file']
 
 # %% ../nbs/42_models.ipynb #0389f83f
 import json
@@ -117,6 +117,16 @@ class Predictor(nn.Module):
         asked = self.mask_token + gather_tokens(positions, target_index)  # [B, |T|, d]
         x = self.blocks(torch.cat([known, asked.to(known.dtype)], dim=1))
         return self.project(self.norm(x[:, source.shape[1]:]))  # [B, |T|, D]
+
+
+
+def fuse_attention(module: nn.Module, fused: bool) -> None:
+    """Whether the attention of timm's blocks in `module` is PyTorch's fused kernel, or two products and a softmax.
+
+    The numbers are the same up to rounding. On a CPU in bfloat16 the fused kernel's backward pass is the slower way."""
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
 
 # %% ../nbs/42_models.ipynb #b9e8cf86
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

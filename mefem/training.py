@@ -30,10 +30,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .config import Pretrain, SettingsError, choose_device, find_root, settings_hash, write_atomic, write_json
+from .config import Pretrain, SettingsError, choose_device, choose_precision, find_root, settings_hash, write_atomic, write_json
 from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
-from .models import IMAGENET_MEAN, IMAGENET_STD, Predictor, create_encoder, encode_tokens, save_encoder
+from .models import IMAGENET_MEAN, IMAGENET_STD, Predictor, create_encoder, encode_tokens, fuse_attention, save_encoder
 from .monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
 from .weighting import create_weights
 
@@ -339,7 +339,11 @@ def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
     predictor = Predictor(encoder.embed_dim, grid, cls, **config.predictor.model_dump())
     masking = create_masking(grid=grid, **config.masking.model_dump())
     weights = create_weights(grid=grid, **config.weights.model_dump())
-    return kind(encoder, predictor, masking, weights, config.teacher_input, config.target_norm, config.target_share, config.sigreg)
+    jepa = kind(encoder, predictor, masking, weights, config.teacher_input, config.target_norm, config.target_share, config.sigreg)
+    device = choose_device(config.device)
+    if device.type == "cpu" and choose_precision(config.precision, device) == "bf16":
+        fuse_attention(jepa, False)
+    return jepa
 
 
 def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:
@@ -488,6 +492,11 @@ class Run:
     waited: float = 0.0  # seconds spent waiting for pictures since then
 
     @property
+    def precision(self) -> str:
+        "Of matrix products: bf16 or fp32."
+        return choose_precision(self.config.precision, self.device)
+
+    @property
     def chief(self) -> bool:
         "The one process that writes."
         return self.world.rank == 0
@@ -508,7 +517,7 @@ def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: 
         jepa.load_state_dict(state["jepa"])
         optimiser.load_state_dict(state["optimiser"])
         restore_random(state["random"])
-        before, now = state.get("arithmetic", "what its checkpoint does not say"), arithmetic_of(world, device)
+        before, now = state.get("arithmetic", "what its checkpoint does not say"), arithmetic_of(world, device, choose_precision(config.precision, device))
         if before != now and world.rank == 0:
             print(f"this run goes on with {now}; until step {state['step']} it had {before}. The result will not be the same "
                   "to the last bit as that of a run without the change", flush=True)
@@ -531,10 +540,10 @@ def resume_order(sampler: dict, pictures, folder) -> Order:
     return Order(lengths, sampler["seed"], window)
 
 
-def arithmetic_of(world: World, device: torch.device) -> str:
-    "What the last bits of a sum depend on, in words: PyTorch, the device, the processes and, on a CPU, the threads of each."
+def arithmetic_of(world: World, device: torch.device, precision: str) -> str:
+    "What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, the threads of each."
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    return f"PyTorch {torch.__version__} on {device.type}, processes: {world.size}{threads}"
+    return f"PyTorch {torch.__version__} on {device.type} in {precision}, processes: {world.size}{threads}"
 
 
 def random_state() -> dict:
@@ -558,7 +567,8 @@ def save_run(run: Run, step: int) -> None:
     if run.chief:
         sampler = {"lengths": list(map(int, run.order.lengths)), "window": run.order.window, "seed": run.order.seed}
         state = {"step": step, "settings": settings_hash(run.config), "data": run.data, "sampler": sampler,
-                 "arithmetic": arithmetic_of(run.world, run.device), "random": random_state(), "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
+                 "arithmetic": arithmetic_of(run.world, run.device, run.precision), "random": random_state(),
+                 "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
         save_checkpoint(run.folder, state, run.config.runtime.keep)
     run.world.wait()
 
@@ -582,7 +592,7 @@ def train_step(run: Run, step: int, images: torch.Tensor) -> dict:
     x = normalise(images.to(run.device, non_blocking=True))  # [B, 3, H, W]
     if flipped is not None:
         x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         out = run.forward(x, run.generator, splits)
     run.optimiser.zero_grad(set_to_none=True)
     out["loss"].backward()
@@ -598,7 +608,7 @@ class Panel:
 
     def __init__(self, run: Run, labelled=None):
         self.images, self.labelled = run.pictures.read(np.arange(min(256, len(run.pictures)))), labelled
-        dtype = torch.bfloat16 if run.config.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
         self.peak, self.operations = peak_operations(run.device, dtype, seconds=0.1), sum(step_operations(run.jepa).values())
 
     def quick(self, run: Run) -> dict:
@@ -827,10 +837,14 @@ def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, p
                                   "pictures": pictures, "parameters": sum(p.numel() for p in jepa.teacher.parameters())})
 
 # %% ../nbs/45_training.ipynb #0a9330a0
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processes_of(config: Pretrain) -> int:
-    "Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU."
+    "Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
-    count = config.runtime.processes or max(1, gpus)
+    count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, _cores())
     if gpus and count > gpus:
         raise SettingsError(f"runtime.processes is {count}, but torch sees {gpus} GPUs")
     return count
@@ -846,7 +860,9 @@ def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True) 
     # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it stands.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mefem",
                "pretrain", "--name", run, "--settings", str(settings), "--resume" if resume else "--no-resume"]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # torchrun would give each process one thread, however many cores there are.
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count))} | os.environ
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
