@@ -62,7 +62,8 @@ lab: env
 	jupyter lab --notebook-dir=nbs
 
 bench: env
-	python benchmarks/step.py --out data/bench/step.json
+	@mkdir -p data/bench
+	papermill nbs/benchmarks/step.ipynb data/bench/step.ipynb -k python3 --log-output --no-progress-bar
 
 bench-crop: env
 	python benchmarks/crop.py --write benchmarks/rates.json
