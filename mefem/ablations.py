@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'TABLE4_ROWS', 'ORDERINGS', 'TRAINING_CODE', 'PROBING_CODE', 'METRICS4', 'VERDICTS', 'TITLE4', 'HEADER4',
            'HEADER_GAPS', 'AblationRow', 'rows_of', 'fingerprint', 'ablate', 'workers', 'run_ablations', 'collect',
            'table4', 'verdict', 'comparisons', 'orderings', 'summary_of', 'notes_of', 'table4_markdown', 'table4_tex',
-           'figure_table4', 'write_table4']
+           'figure_table4', 'operations_of', 'costs', 'figure_costs', 'write_table4']
 
 # %% ../nbs/62_ablations.ipynb #b06a46ef
 import hashlib
@@ -416,9 +416,58 @@ def figure_table4(cells: pd.DataFrame, path) -> Path:
         fig.tight_layout(rect=(0, 0.03, 1, 1))
         return save_figure(fig, path)
 
+# %% ../nbs/62_ablations.ipynb #7e9d3dca
+def operations_of(settings: dict) -> int:
+    "Multiply-adds of one picture in one training step of a run, from the settings in its run.json."
+    from mefem.config import Pretrain
+    from mefem.monitoring import step_operations
+    from mefem.training import build
+
+    return sum(step_operations(build(Pretrain.model_validate(settings))).values())
+
+
+def costs(results, rows=TABLE4_ROWS, feature_set: str = "patches") -> pd.DataFrame:
+    "One line per run that is there: run, whether of the paper, operations of the whole run, BMI r2 (value, low, high) of `feature_set`."
+    lines = []
+    for row in (row for row in rows if row.feature_set == feature_set):
+        found = load_result(results, row.run, "bmi", feature_set)
+        if not found or found["state"] != "present":
+            continue
+        used, r2 = found["run"]["settings"], found["values"]["r2"]
+        lines.append({"run": row.run, "of_the_paper": bool(row.paper), "operations_per_picture": operations_of(used),
+                      "pictures": used["steps"] * used["batch"]} | {k: r2[k] for k in ("value", "low", "high")})
+    return pd.DataFrame(lines, columns=["run", "of_the_paper", "operations_per_picture", "pictures", "value", "low", "high"])
+
+# %% ../nbs/62_ablations.ipynb #7c01ca92
+def figure_costs(found: pd.DataFrame, path) -> Path:
+    "BMI r2 of `costs` against the multiply-adds of each run; those beyond the paper and their baseline by name."
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 4))
+        total = found.operations_per_picture.astype(float) * found.pictures.astype(float) / 1e12
+        for x, line in zip(total, found.itertuples(), strict=True):
+            named = not line.of_the_paper or line.run == "cls05"
+            colour = "#0072B2" if line.run == "cls05" else "#D55E00" if named else "0.7"
+            ax.vlines(x, line.low, line.high, color=colour, lw=1.5, zorder=1 + named)
+            ax.plot(x, line.value, "o", color=colour, ms=6, zorder=2 + named)
+            if named:
+                label = "P = 0.5, circular" if line.run == "cls05" else line.run
+                ax.annotate(label, (x, line.value), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        if found.empty:
+            ax.text(0.5, 0.5, "nothing has been run", ha="center", transform=ax.transAxes)
+        else:
+            ax.set(xscale="log", xlim=(total.min() / 1.15, total.max() * 1.5))
+            ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}")
+        ax.set(xlabel="multiply-adds of the whole run, $10^{12}$ (grey: the paper's other runs)", ylabel="BMI r², patches")
+        ax.grid(color="0.9")
+        fig.tight_layout()
+        return save_figure(fig, path)
+
 # %% ../nbs/62_ablations.ipynb #840b812c
 def write_table4(results, out, settings: Settings, replicates: int | None = None) -> str:
-    """Write table4.md, .csv, .tex, table4_orderings.csv, table4.json (for `dvc metrics`) and table4.png; returns the Markdown.
+    """Write table4.md, .csv, .tex, table4_orderings.csv, table4.json (for `dvc metrics`), table4.png, table4_cost.csv and .png; returns the Markdown.
 
     `results`: the folder of `run_ablations`; rows that were not run say so."""
     out, rows = Path(out), rows_of(settings)
@@ -432,6 +481,9 @@ def write_table4(results, out, settings: Settings, replicates: int | None = None
     write_atomic(out / "table4.tex", table4_tex(cells, found, scale))
     write_json(out / "table4.json", _metrics(cells, found))
     figure_table4(cells, out / "table4.png")
+    spent = costs(results, rows)
+    write_atomic(out / "table4_cost.csv", table_csv(spent, settings.profile))
+    figure_costs(spent, out / "table4_cost.png")
     return text
 
 # %% ../nbs/62_ablations.ipynb #228a6e1e

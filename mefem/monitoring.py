@@ -12,6 +12,8 @@ import time
 
 import torch
 
+from .jepa import PLACES, SLICES
+
 # %% ../nbs/44_monitoring.ipynb #f7bd360c
 def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
     if embeddings.ndim != 2 or not len(embeddings):
@@ -85,13 +87,18 @@ def step_operations(jepa) -> dict[str, int]:
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
     splits = jepa.masking.sample_all(1, torch.Generator())
-    for source, target in ((split.source.shape[1], split.target.shape[1]) for split in splits):
+    for source, target in ((split.source.shape[1], jepa.asked_count(split.target.shape[1])) for split in splits):
+        if jepa.target_norm == "whiten" and not jepa.sigreg:  # second moments, and the product with the whitening matrix
+            count["teacher"] += 2 * jepa.masking.tokens * dim ** 2
         if jepa.teacher_input == "targets":
             count["teacher"] += patches + _vit_operations(encoder.blocks, dim, target)
         count["student"] += 2 * patches + 3 * _vit_operations(encoder.blocks, dim, source)
         count["predictor"] += 3 * (_vit_operations(predictor.blocks, narrow, source + target) + (source + target) * dim * narrow)
-    if jepa.teacher_input == "image":  # one pass serves all splits
-        count["teacher"] = patches + _vit_operations(encoder.blocks, dim, jepa.masking.tokens)
+    whole = _vit_operations(encoder.blocks, dim, jepa.masking.tokens)
+    if jepa.sigreg:  # the student sees the whole picture too, and its tokens go along random directions
+        count["student"] += 2 * patches + 3 * whole + 2 * min(PLACES, jepa.masking.tokens) * dim * SLICES
+    elif jepa.teacher_input == "image":  # one pass serves all splits
+        count["teacher"] += patches + whole
     return count
 
 # %% ../nbs/44_monitoring.ipynb #1697b8c7

@@ -17,6 +17,7 @@ from mefem.ablations import (
     TABLE4_ROWS,
     VERDICTS,
     comparisons,
+    costs,
     orderings,
     rows_of,
     run_ablations,
@@ -27,8 +28,10 @@ from mefem.ablations import (
 )
 from mefem.config import SettingsError, ablation_settings, load_settings
 from mefem.metrics import paired_difference, write_result
+from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
 from mefem.shards import write_manifest, write_shard
+from mefem.training import build
 
 PAPER = """
 Patches	Stripes 2/14	—	Circular	0.291	4.206
@@ -127,7 +130,7 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
     results = made_up(tmp_path / "results", settings, lambda row: 2.0 + len(row.run) / 20, seeds=seeds)
     text = write_table4(results, tmp_path / "a", settings, 200)
     assert text == write_table4(results, tmp_path / "b", settings, 200)
-    names = {"table4.md", "table4.csv", "table4_orderings.csv", "table4.tex", "table4.json", "table4.png"}
+    names = {"table4.md", "table4.csv", "table4_orderings.csv", "table4.tex", "table4.json", "table4.png", "table4_cost.csv", "table4_cost.png"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == names
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     rows = rows_of(settings)
@@ -144,6 +147,20 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
     assert (cells.seeds == len(seeds)).all() and set(cells.pictures) == {4 * 16}
     tex = (tmp_path / "a" / "table4.tex").read_text()
     assert tex.count("{") == tex.count("}") and "²" not in tex and "—" not in tex
+
+
+def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings):
+    results = made_up(tmp_path, settings, lambda row: None if row.run == "quadrant" else 2.0)
+    found = costs(results, rows_of(settings)).set_index("run")
+    assert set(found.index) == {row.run for row in rows_of(settings)} - {"quadrant"}
+    assert found.of_the_paper.sum() == 8 and not found.of_the_paper["share25"]
+    config = ablation_settings(settings, "cls05")
+    assert found.operations_per_picture["cls05"] == sum(step_operations(build(config)).values())
+    assert (found.pictures == config.steps * config.batch).all()
+    # A quarter of the targets is cheaper, SIGReg's second look at the picture dearer.
+    assert found.operations_per_picture["share25"] < found.operations_per_picture["cls05"] < found.operations_per_picture["sigreg"]
+    stored = json.loads((results / "sigreg" / "bmi.patches.json").read_text())["values"]["r2"]
+    assert tuple(found.loc["sigreg", ["value", "low", "high"]]) == tuple(stored[k] for k in ("value", "low", "high"))
 
 
 def test_rows_that_were_not_run_say_so(tmp_path, settings):

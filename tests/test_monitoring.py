@@ -64,6 +64,20 @@ def test_counted_operations_are_what_torch_counts(masking, teacher_input):
     assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()  # two pictures, two operations each
 
 
+@pytest.mark.parametrize("changes", [dict(target_share=0.25), dict(target_share=0.25, teacher_input="targets"), dict(sigreg=0.05), dict(target_norm="whiten"),
+                                     dict(target_norm="whiten", masking=dict(kind="multiblock", cls_in_source=None))])
+def test_counted_operations_of_the_options_are_what_torch_counts(changes):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    jepa = build(Pretrain(**SMALL | changes))
+    counter, splits = FlopCounterMode(display=False), len(jepa.masking.sample_all(1))
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
+    once_a_batch = 2 * 32**3 * splits if "target_norm" in changes else 0  # the whitening matrix is put together from its factors
+    assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops() - once_a_batch
+
+
 def test_peak_is_of_this_machine():
     assert 1e8 < peak_operations("cpu", size=256, seconds=0.02) < 1e14
 
