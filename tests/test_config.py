@@ -3,7 +3,15 @@
 import pytest
 import yaml
 
-from mefem.config import SettingsError, load_settings, pretrain_settings, run_changes, settings_hash, write_atomic
+from mefem.config import (
+    SettingsError,
+    choose_precision,
+    load_settings,
+    pretrain_settings,
+    run_changes,
+    settings_hash,
+    write_atomic,
+)
 
 PROFILES = ["smoke", "demo", "study", "fairface", "paper"]
 
@@ -79,3 +87,10 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_precision_follows_what_the_processor_can(monkeypatch):
+    for able, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda able=able: able)
+        assert choose_precision("auto", "cpu") == expected and choose_precision("auto", "cuda") == "bf16"
+        assert choose_precision("fp32", "cuda") == "fp32" and choose_precision("bf16", "cpu") == "bf16"

@@ -9,7 +9,7 @@ from scipy import integrate, special
 
 from mefem.jepa import JEPA, draw_targets, epps_pulley, inclusion_probabilities, jepa_loss, sigreg, whiten
 from mefem.masking import MultiblockMasking, StripeMasking
-from mefem.models import Predictor, create_encoder, encode_tokens, load_encoder_file, save_encoder
+from mefem.models import Predictor, create_encoder, encode_tokens, fuse_attention, load_encoder_file, save_encoder
 from mefem.weighting import circular_weights, patch_radius, token_weights, uniform_weights
 
 KWARGS = dict(img_size=112, patch_size=8, embed_dim=32, depth=2, num_heads=2)
@@ -343,3 +343,12 @@ def test_sigreg_has_no_teacher():
     for bad in (dict(sigreg=1.0), dict(sigreg=0.1, teacher_input="targets"), dict(target_share=0.0)):
         with pytest.raises(ValueError, match="sigreg|target_share"):
             tiny(**bad)
+
+
+def test_attention_in_parts_gives_what_the_fused_kernel_gives():
+    encoder = create_encoder("vit_small_patch16_224", img_size=112, patch_size=8, embed_dim=32, depth=2, num_heads=2).double().eval()
+    images = torch.randn(2, 3, 112, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fused = encode_tokens(encoder, images)
+    fuse_attention(encoder, False)
+    assert not any(block.attn.fused_attn for block in encoder.blocks)
+    assert torch.allclose(encode_tokens(encoder, images), fused, atol=1e-12)

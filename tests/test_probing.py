@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import mefem.probing as probing
 from mefem.features import Features
 from mefem.probing import (
     CELEBA_ATTRIBUTES,
@@ -461,3 +462,19 @@ def test_features_larger_than_memory(tmp_path):
 
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "tokens.npy")], capture_output=True, text=True, timeout=200)
     assert done.stdout.splitlines() == ["60 predicted", "in memory it does not fit"], done.stdout + done.stderr[-2000:]
+
+
+def test_pooler_starts_from_standardised_tokens():
+    tokens = torch.randn(40, 9, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 12) + torch.arange(12)
+    pooler = AttentivePooler(12, 3, 1, copies=2)
+    whitened = pooler.prepare(tokens)
+    pooler.start_from(whitened.split(7))
+    seen = (whitened * pooler.norm_tokens.scale[0] + pooler.norm_tokens.shift[0]).reshape(-1, 12)
+    assert torch.allclose(seen.mean(0), torch.zeros(12), atol=1e-5) and torch.allclose(seen.std(0, correction=0), torch.ones(12), atol=1e-5)
+    assert torch.equal(pooler.norm_tokens.scale[0], pooler.norm_tokens.scale[1])  # all candidates start alike
+
+
+def test_a_feature_that_never_changes_is_only_shifted():
+    x = torch.stack([torch.arange(6.0), torch.full((6,), 3.0)], -1)
+    scale, shift = probing.standardising([x[:2], x[2:]], 2)
+    assert scale[1] == 1 and shift[1] == -3 and abs(scale[0] * x[:, 0].std(correction=0) - 1) < 1e-6

@@ -497,3 +497,11 @@ def test_normalise_matches_torchvision():
     images = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
     expected = tv.normalize(tv.to_dtype(images.permute(0, 3, 1, 2), torch.float32, scale=True), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(training.normalise(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(training, "_cores", lambda: 2)
+    assert training.processes_of(config()) == 1
+    assert training.processes_of(config(runtime=dict(cpu_processes=2))) == 2
+    assert training.processes_of(config(runtime=dict(cpu_processes=8))) == 2  # no more than cores
+    assert training.processes_of(config(runtime=dict(cpu_processes=8, processes=3))) == 3  # asked for by name
