@@ -224,14 +224,19 @@ def _prepare(folder, name, settings):
     found = [p.name for p in folder.iterdir()] if folder.exists() else []
     marker, partial = folder / MARKER, folder / WORK / MARKER
     known = marker if marker.exists() else partial if partial.exists() else None
-    if known is None and found:
+    foreign = sorted(set(found) - {WORK})  # a run killed at its first file leaves an empty folder of work, and no marker
+    if known is None and foreign:
         raise NotOursError(
-            f"{folder}: holds {', '.join(sorted(found)[:5])} but no {MARKER}, so these are not simulated files; "
+            f"{folder}: holds {', '.join(foreign[:5])} but no {MARKER}, so these are not simulated files; "
             f"nothing was touched. Expected: an empty or missing folder, or one that the simulator wrote"
         )
     if known and json.loads(known.read_text()) == settings:
+        if known == partial:
+            for half in filter(Path.is_file, folder.rglob(".*")):  # what a killed run was writing: only such names begin with a dot
+                half.unlink()
         return known == marker
     remove_simulated(name, folder)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     write_json(partial, settings)
     return False
 
@@ -299,6 +304,15 @@ def is_ours(folder) -> bool:
 
 def remove_simulated(name, folder) -> None:
     "Remove the simulated files of data set `name` from `folder`; does nothing where the files are somebody else's."
-    for mine in (MARKER, *PUBLISHERS[name][2], WORK) if name in PUBLISHERS and is_ours(folder) else ():
-        path = Path(folder) / mine
+    folder = Path(folder)
+    if name not in PUBLISHERS or not is_ours(folder):
+        return
+    # Killed anywhere in here, what is left must still be known as ours, and never be taken for whole.
+    (folder / WORK).mkdir(exist_ok=True)
+    if (folder / MARKER).exists():
+        os.replace(folder / MARKER, folder / WORK / MARKER)
+    for done in (folder / WORK).glob("*.done"):
+        done.unlink()
+    for mine in (*PUBLISHERS[name][2], WORK):
+        path = folder / mine
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
