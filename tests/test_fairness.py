@@ -277,7 +277,7 @@ def test_no_share_of_nothing():
     useless = predictions.assign(prediction=26.0)
     left = remaining({"whole picture": useless, "background and clothes": useless}, 200)
     assert left.share.isna().all()
-    assert "nothing is read beyond noise" in page([], left)
+    assert "too little is read" in page([], left)
 
 
 def test_sees_only_leaves_the_encoder_alone(planted):
