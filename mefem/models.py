@@ -141,7 +141,17 @@ def save_encoder(path, encoder: nn.Module, name: str, kwargs: dict, **about) -> 
     header = {"architecture": name, "kwargs": json.dumps(kwargs, sort_keys=True), "format": "pt",
               "mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    return write_atomic(path, save(state, metadata=header | {key: str(value) for key, value in about.items()}))
+    return write_atomic(path, _in_order(save(state, metadata=header | {key: str(value) for key, value in about.items()})))
+
+
+def _in_order(data: bytes) -> bytes:
+    "A safetensors file with its metadata sorted: the library writes them in a random order, and the same weights are to give the same bytes."
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the weights aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
 
 
 def load_encoder_file(path) -> tuple[nn.Module, dict]:

@@ -352,3 +352,14 @@ def test_attention_in_parts_gives_what_the_fused_kernel_gives():
     fuse_attention(encoder, False)
     assert not any(block.attn.fused_attn for block in encoder.blocks)
     assert torch.allclose(encode_tokens(encoder, images), fused, atol=1e-12)
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    kwargs = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    encoder = create_encoder("vit_small_patch16_224", **kwargs)
+    written = {save_encoder(tmp_path / f"{i}.safetensors", encoder, "vit_small_patch16_224", kwargs, run="main", note="ü").read_bytes() for i in range(20)}
+    assert len(written) == 1
+    loaded, about = load_encoder_file(tmp_path / "0.safetensors")
+    assert about["run"] == "main" and about["note"] == "ü"
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in encoder.state_dict().items())
+    assert int.from_bytes(written.pop()[:8], "little") % 8 == 0
