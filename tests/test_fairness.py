@@ -278,6 +278,7 @@ def test_no_share_of_nothing():
     left = remaining({"whole picture": useless, "background and clothes": useless}, 200)
     assert left.share.isna().all()
     assert "too little is read" in page([], left)
+    predictions, _ = toy_predictions(800)
     little = predictions.assign(prediction=predictions.target.mean() + 0.015 * (predictions.target - predictions.target.mean()))
     left = remaining({"whole picture": little, "background and clothes": little}, 200)
     assert 0 < left.r2_low[0] and left.r2[0] < 0.05 and left.share.isna().all()  # told from 0, and still next to nothing
