@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -639,3 +641,42 @@ def test_reader_of_an_image_that_is_a_folder(tmp_path):
     assert [found.problem for found in photos] == ["missing photograph"]
     with pytest.raises(ImageError, match="unreadable file"):
         open_image(tmp_path / "own/images/1.jpg")
+
+
+def same_after_a_kill(imports, work, folder, after) -> int:
+    """Kill `work` (a call with `out`) at each of its files, run it again; every folder then has the files of one that nothing killed.
+
+    The hidden file that the killed process was writing may still lie there; nothing reads it."""
+    files = kill_everywhere(imports, work, folder, after)
+    again = "\n".join(f"out = {f'{folder}{nth}'!r}\n{work}" for nth in range(1, files + 2))
+    subprocess.run([sys.executable, "-c", f"{imports}\n{again}"], check=True, timeout=200)
+    def found(nth):
+        return {path.name: path.read_bytes() for path in Path(f"{folder}{nth}").rglob("[!.]*") if path.is_file()}
+    straight = found(files + 1)
+    for nth in range(1, files + 1):
+        assert found(nth) == straight, f"killed at file {nth}"
+    return files
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_file_of_the_features(captions, tmp_path, after):
+    from mefem.models import create_encoder, save_encoder
+
+    kwargs = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    encoder = save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    work = f"features_of({str(encoder)!r}, [{str(tmp_path / 'straight')!r}], out, device='cpu', progress=False)"
+    assert same_after_a_kill("from mefem.features import features_of", work, tmp_path / "features", after) == 3
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_file_of_the_probes(tmp_path, after):
+    rng, n = np.random.default_rng(0), 48
+    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": rng.standard_normal(n)})
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "bmi.npy", rng.standard_normal((n, 5, 8)).astype(np.float16))
+    labels.to_parquet(tmp_path / "a" / "bmi.parquet")
+    about = {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2, "encoder": "a", "encoder_hash": "a" * 12, "faces_hash": "f" * 12}
+    (tmp_path / "a" / "bmi.json").write_text(json.dumps(about))
+    work = (f"evaluate_encoder({str(tmp_path / 'a')!r}, out, ('bmi',), ('cls', 'patches'), folds=2, epochs=2, lrs=(1e-2,), weight_decays=(0.1,), "
+            "validation=0.2, bootstrap=100, hidden=4, progress=False)")
+    assert same_after_a_kill("from mefem.metrics import evaluate_encoder", work, tmp_path / "results", after) == 4
