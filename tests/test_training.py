@@ -228,7 +228,8 @@ def test_loop_gives_what_it_gave_before(tmp_path, pictures, changes):
 
 
 KILLED = """
-    import numpy as np, time, mefem.training as t
+    import numpy as np, time, torch, mefem.training as t
+    torch.set_num_threads({threads})
     from mefem.config import Pretrain
     update = t.JEPA.update_teacher
     def slow(self, m):
@@ -242,7 +243,8 @@ def start(tmp_path, pictures, pause=0.1, **changes):
     "A run in a process of its own, slow enough to be met in the middle; returns when it has a checkpoint."
     np.save(tmp_path / "pictures.npy", pictures)
     folder = tmp_path / "run"
-    script = KILLED.format(pause=pause, settings=BASE | changes, pictures=str(tmp_path / "pictures.npy"), folder=str(folder))
+    # as many threads as here: a last bit may depend on them, and what PyTorch takes by itself is not the same in each process
+    script = KILLED.format(pause=pause, threads=torch.get_num_threads(), settings=BASE | changes, pictures=str(tmp_path / "pictures.npy"), folder=str(folder))
     (tmp_path / "run.py").write_text(textwrap.dedent(script))
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 300
