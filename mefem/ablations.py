@@ -11,7 +11,6 @@ __all__ = ['LABELS', 'TABLE4_ROWS', 'ORDERINGS', 'TRAINING_CODE', 'PROBING_CODE'
 # %% ../nbs/62_ablations.ipynb #b06a46ef
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 import mefem
-from .config import Settings, ablation_settings, settings_hash, torch_threads, write_atomic, write_json
+from .config import Settings, ablation_settings, settings_hash, torch_threads, usable_cores, write_atomic, write_json
 from .features import FEATURE_SETS
 from .metrics import evaluate_encoder, paired_difference, write_result
 from .probing import ProbeResult
@@ -165,7 +164,7 @@ def workers(device: str = "auto", jobs: int | None = None) -> tuple[int, int]:
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     jobs = jobs or gpus or cores
     return jobs, max(1, cores // jobs)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DatasetName', 'Fraction', 'Count', 'SettingsError', 'DiskFull', 'replacing', 'write_atomic', 'write_json',
-           'find_root', 'Section', 'Simulate', 'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor', 'Optimiser',
-           'Runtime', 'Pretrain', 'Features', 'Probing', 'Ablation', 'Profile', 'Settings', 'read_yaml',
+           'find_root', 'cache_folders', 'Section', 'Simulate', 'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor',
+           'Optimiser', 'Runtime', 'Pretrain', 'Features', 'Probing', 'Ablation', 'Profile', 'Settings', 'read_yaml',
            'load_settings', 'pretrain_settings', 'read_pretrain', 'ablation_settings', 'run_changes', 'settings_hash',
-           'choose_device', 'choose_precision', 'torch_threads']
+           'choose_device', 'choose_precision', 'usable_cores', 'torch_threads']
 
 # %% ../nbs/00_config.ipynb #30b3918a
 import contextlib
@@ -74,6 +74,16 @@ def find_root(start=None) -> Path:
         if (folder / "params.yaml").is_file():
             return folder
     raise FileNotFoundError(f"no params.yaml in {start} or any folder above it: run this inside a MeFEm checkout")
+
+
+def cache_folders(kind: str | None = None) -> list[Path]:
+    """Where files that were fetched or worked out once are looked for, in order: `$MEFEM_CACHE`, `data/{kind}` of the checkout
+    (where there is one and a `kind`), `~/.cache/mefem`. What is missing is written into the first."""
+    folders = [Path(os.environ["MEFEM_CACHE"])] if os.environ.get("MEFEM_CACHE") else []
+    if kind:
+        with contextlib.suppress(FileNotFoundError):
+            folders.append(find_root() / "data" / kind)
+    return [*folders, Path.home() / ".cache" / "mefem"]
 
 # %% ../nbs/00_config.ipynb #e2f07828
 DatasetName = Literal["facecaption", "avspeech", "sfhq", "celeba", "fairface", "mcd-rppg", "bmi"]
@@ -391,6 +401,11 @@ def choose_precision(name: str, device) -> str:
     return "bf16" if torch.device(device).type == "cuda" or native else "fp32"
 
 # %% ../nbs/00_config.ipynb #4808a7c8
+def usable_cores() -> int:
+    "The processor cores that this process may use, which a batch system or container may have made fewer than there are."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def torch_threads(count: int):
     "PyTorch computes with `count` threads inside this block, and with as many as before after it."

@@ -13,7 +13,6 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'WEIGHTS', 'ARCFACE_TEMPLATE', 'ALIGNED_SIZE
 # %% ../nbs/50_encoders.ipynb #764c93e6
 import contextlib
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import choose_device, find_root, write_atomic
+from .config import cache_folders, choose_device, write_atomic
 from .models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, load_encoder_file, sincos_positions
 from .training import normalise
 
@@ -213,10 +212,7 @@ WEIGHTS = {
 # %% ../nbs/50_encoders.ipynb #37cbe348
 def weight_folders() -> list[Path]:
     """Folders in which weight files are looked for, in order."""
-    folders = [Path(os.environ["MEFEM_CACHE"])] if os.environ.get("MEFEM_CACHE") else []
-    with contextlib.suppress(FileNotFoundError):
-        folders.append(find_root() / "data" / "weights")
-    return [*folders, Path.home() / ".cache" / "mefem"]
+    return cache_folders("weights")
 
 # %% ../nbs/50_encoders.ipynb #44df4d55
 def find_weights(name: str, file: str = "") -> Path:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .config import find_root, write_atomic
+from .config import cache_folders, write_atomic
 
 # %% ../nbs/10_faces.ipynb #2fa4fa5a
 IMAGE_REASONS = ("missing file", "unreadable file", "empty file", "not an image", "unsupported format",
@@ -193,14 +193,6 @@ class ModelAbsent(FileNotFoundError):
     "The detector's model file is neither here nor within reach; the text says what to put where."
 
 
-def _model_folders() -> list[Path]:
-    "Where the model may lie, in the order in which it is looked for."
-    folders = [Path(os.environ["MEFEM_CACHE"])] if os.environ.get("MEFEM_CACHE") else []
-    with contextlib.suppress(FileNotFoundError):
-        folders.append(find_root() / "data" / "models")
-    return [*folders, Path.home() / ".cache" / "mefem"]
-
-
 def _from_storage() -> bytes:
     "The model from MediaPipe's storage; `OSError` where that cannot be reached."
     with urllib.request.urlopen(MODEL_URL, timeout=10) as answer:
@@ -246,7 +238,7 @@ def _by_hand(folder: Path) -> str:
 # %% ../nbs/10_faces.ipynb #b7ab211e
 def detector_model() -> Path:
     "Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` says how to get it by hand."
-    folders, tried = _model_folders(), []
+    folders, tried = cache_folders("models"), []
     if path := _kept_model(folders, tried):
         return path
     for fetch, origin in ((_from_storage, MODEL_URL), (_from_wheel, f"{MODEL_WHEEL} (pip)")):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures', 'train_rows', 'shard_lengths',
            'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'normalise',
-           'GlobalBatchJEPA', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
-           'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order', 'arithmetic_of',
-           'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens',
-           'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets', 'data_print', 'load_pictures',
-           'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of', 'launch']
+           'GlobalBatchJEPA', 'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint',
+           'load_checkpoint', 'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order',
+           'arithmetic_of', 'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel',
+           'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets',
+           'data_print', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of',
+           'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .config import Pretrain, SettingsError, choose_device, choose_precision, find_root, settings_hash, write_atomic, write_json
+from .config import (Pretrain, SettingsError, choose_device, choose_precision, find_root, settings_hash, usable_cores, write_atomic,
+                     write_json)
 from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
 from .models import IMAGENET_MEAN, IMAGENET_STD, Predictor, create_encoder, encode_tokens, fuse_attention, save_encoder
@@ -158,7 +160,7 @@ def locate_pictures(folder, exclude_leaked: bool = False, jobs: int | None = Non
     wanted = train_rows(folder, exclude_leaked)
     ends = np.cumsum([shard["usable"] for shard in shards])
     parts = zip(np.split(keys, ends[:-1]), np.split(wanted, ends[:-1]), strict=True)
-    jobs = jobs or min(len(os.sched_getaffinity(0)), -(-len(shards) // 8))
+    jobs = jobs or min(usable_cores(), -(-len(shards) // 8))
     return Parallel(n_jobs=jobs)(delayed(_locate)(shard_paths(folder, number)[0], part[rows])
                                  for number, (part, rows) in enumerate(parts))
 
@@ -329,12 +331,16 @@ class GlobalBatchJEPA(JEPA):
         return sigreg(everything, generator=generator, mean=lambda x: all_reduce(x) / size, processes=size)
 
 # %% ../nbs/45_training.ipynb #472d27a8
+def encoder_kwargs(config: Pretrain) -> dict:
+    "timm's keyword arguments for the encoder of a run: those of its settings, and no CLS where the masking has none."
+    return dict(config.encoder.kwargs) | ({} if config.masking.cls_in_source is not None else {"class_token": False})
+
+
 def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
     "Student, teacher and predictor of a run, initialised from its seed."
     torch.manual_seed(config.seed)
     cls = config.masking.cls_in_source is not None
-    kwargs = dict(config.encoder.kwargs) | ({} if cls else {"class_token": False})
-    encoder = create_encoder(config.encoder.name, **kwargs)
+    encoder = create_encoder(config.encoder.name, **encoder_kwargs(config))
     grid = encoder.patch_embed.grid_size[0]
     predictor = Predictor(encoder.embed_dim, grid, cls, **config.predictor.model_dump())
     masking = create_masking(grid=grid, **config.masking.model_dump())
@@ -696,7 +702,7 @@ def waiting_for(run: Run):
         run.pictures.to_device(run.device)
     workers = run.config.runtime.workers
     if workers is None:  # a GPU leaves the cores idle, a CPU run needs them itself
-        workers = max(1, min(16, len(os.sched_getaffinity(0)) // run.world.local_size)) if run.device.type == "cuda" else 1
+        workers = max(1, min(16, usable_cores() // run.world.local_size)) if run.device.type == "cuda" else 1
     source = iter(batches(run.pictures, run.order, run.config.batch, range(run.start, run.config.steps), run.world, workers,
                           pin=run.device.type == "cuda"))
     run.clock = time.perf_counter()
@@ -829,22 +835,17 @@ def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None
 
 def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, pictures: int) -> None:
     "What a run leaves: encoder.safetensors, log.csv, run.json in `out`."
-    cls = config.masking.cls_in_source is not None
-    kwargs = dict(config.encoder.kwargs) | ({} if cls else {"class_token": False})
-    save_encoder(out / "encoder.safetensors", jepa.teacher, config.encoder.name, kwargs, run=run, settings=settings_hash(config))
+    save_encoder(out / "encoder.safetensors", jepa.teacher, config.encoder.name, encoder_kwargs(config), run=run,
+                 settings=settings_hash(config))
     write_atomic(out / "log.csv", (folder / "log.csv").read_bytes())
     write_json(out / "run.json", {"run": run, "settings": config.model_dump(mode="json"), "hash": settings_hash(config),
                                   "pictures": pictures, "parameters": sum(p.numel() for p in jepa.teacher.parameters())})
 
 # %% ../nbs/45_training.ipynb #0a9330a0
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def processes_of(config: Pretrain) -> int:
     "Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
-    count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, _cores())
+    count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, usable_cores())
     if gpus and count > gpus:
         raise SettingsError(f"runtime.processes is {count}, but torch sees {gpus} GPUs")
     return count
@@ -861,7 +862,7 @@ def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True) 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mefem",
                "pretrain", "--name", run, "--settings", str(settings), "--resume" if resume else "--no-resume"]
     # torchrun would give each process one thread, however many cores there are.
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // count))} | os.environ
+    environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))} | os.environ
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for line in process.stdout:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from mefem import faces
+from mefem import config, faces
 from mefem.faces import CropError, FaceDetector, ImageError, crop_face, crop_image, face_square, open_image, read_image
 
 
@@ -224,7 +224,7 @@ def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
     def offline():
         raise OSError("no network")
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(faces, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(config, "find_root", lambda: tmp_path)
     monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(faces, "_from_storage", offline)
     monkeypatch.setattr(faces, "_from_wheel", offline)
@@ -240,7 +240,7 @@ def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
 def test_model_is_fetched_once_and_checked(tmp_path, monkeypatch):
     model = faces.detector_model().read_bytes()
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(faces, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(config, "find_root", lambda: tmp_path)
     monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(faces, "_from_storage", lambda: b"<html>captive portal</html>")
     monkeypatch.setattr(faces, "_from_wheel", lambda: model)

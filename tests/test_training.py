@@ -502,7 +502,7 @@ def test_normalise_matches_torchvision():
 
 
 def test_processes_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(training, "_cores", lambda: 2)
+    monkeypatch.setattr(training, "usable_cores", lambda: 2)
     assert training.processes_of(config()) == 1
     assert training.processes_of(config(runtime=dict(cpu_processes=2))) == 2
     assert training.processes_of(config(runtime=dict(cpu_processes=8))) == 2  # no more than cores

