@@ -12,6 +12,7 @@ from mefem.features import FEATURE_SETS
 from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
 from mefem.probing import ProbeResult
 from mefem.report import (
+    LEARNED_ROWS,
     TABLE2,
     TABLE2_COLUMNS,
     TABLE2_ROWS,
@@ -25,6 +26,7 @@ from mefem.report import (
     results_table,
     scale_of,
     tex,
+    write_learned,
     write_table2,
     write_table3,
 )
@@ -246,6 +248,35 @@ def test_table3_from_probe_to_paper(tmp_path):
     latex = (tmp_path / "figures" / "table3.tex").read_text()
     assert latex.count(r"\begin{tabular}") == 2 and latex.count("{") == latex.count("}")
     assert TABLE3.columns == TABLE3_COLUMNS
+
+
+def test_what_pretraining_adds_by_two_heads(tmp_path):
+    "MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; there is no column of the paper's."
+    rng, n = np.random.default_rng(0), 60
+    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": 26 + 5 * rng.standard_normal(n),
+                           "age": 40 + 9 * rng.standard_normal(n)})
+    for name, tokens in (("mefem", 5), ("random", 5), ("pixels", 1)):
+        found = rng.standard_normal((n, tokens, 8)).astype(np.float16)
+        if name == "mefem":
+            found[:, :, 0] += ((labels.bmi - 26) / 2).to_numpy(np.float16)[:, None]
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "bmi.npy", found)
+        labels.to_parquet(tmp_path / name / "bmi.parquet")
+        write_json(tmp_path / name / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": tokens, "heads": 2, "encoder": name,
+                                                  "simulated": True})
+    evaluate({name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")}, ("bmi", "bmi-age"), jobs=1, folds=2,
+             epochs=40, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, progress=False)
+    text = write_learned(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert [c.strip() for c in lines[0].split("|")[1:-1]] == ["Model", "Features", "BMI r²", "BMI MAE", "Age (years) r²", "Age (years) MAE"]
+    assert len(lines) == 2 + len(LEARNED_ROWS) and "not run" not in text and "no result" not in text and "aper' columns" not in text
+    cells = pd.read_csv(tmp_path / "figures" / "learned.csv").set_index(["row", "column"])
+    cell = cells.loc[("MeFEm / Linear probe", "BMI r2")]
+    assert cell.beats_random == True and cell.beats_pixels == True and cell.value > 0.1   # noqa: E712
+    assert cells.loc[("MeFEm / Linear probe", "Age (years) r2")].beats_random == False    # noqa: E712
+    latex = (tmp_path / "figures" / "learned.tex").read_text()
+    rows = [line for line in latex.splitlines() if line.startswith(("MeFEm &", "Random encoder &", "PCA of pixels &"))]
+    assert len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {6} and r"{lllllll}" in latex
 
 
 def test_equal_results_give_equal_bytes(run, tmp_path):
