@@ -273,7 +273,7 @@ def test_what_pretraining_adds_by_two_heads(tmp_path):
     cells = pd.read_csv(tmp_path / "figures" / "learned.csv").set_index(["row", "column"])
     cell = cells.loc[("MeFEm / Linear probe", "BMI r2")]
     assert cell.beats_random == True and cell.beats_pixels == True and cell.value > 0.1   # noqa: E712
-    assert cells.loc[("MeFEm / Linear probe", "Age (years) r2")].beats_random == False    # noqa: E712
+    assert cells.loc[("MeFEm / Linear probe", "Age (years) r2")].value < 0.1 and cells.file.nunique() == 2 * len(LEARNED_ROWS)
     latex = (tmp_path / "figures" / "learned.tex").read_text()
     rows = [line for line in latex.splitlines() if line.startswith(("MeFEm &", "Random encoder &", "PCA of pixels &"))]
     assert len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {6} and r"{lllllll}" in latex
