@@ -185,7 +185,7 @@ def test_every_photograph_is_predicted_once_by_people_unseen(head):
     result = probe(features, "bmi", "cls" if head != "attentive" else "patches", head=head, **QUICK)
     assert sorted(result.predictions.key) == sorted(features.labels.key)
     assert result.predictions.groupby("person").fold.nunique().max() == 1
-    assert [len(s["validation"]) for s in result.info["splits"]] == [4] * 3
+    assert [len(s["validation"]) for s in result.info["splits"]] == [8] * 3          # 2 rates x 2 decays x 2 starts
 
 
 def test_repeatable_and_seeded():
@@ -403,7 +403,7 @@ def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
 
 
 def test_rare_attributes_are_found_when_asked_for():
-    p = probe(quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,)})).predictions      # too short to be sure of itself
+    p = probe(quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,), "starts": ("standardise",)})).predictions  # too short to be sure of itself
     rare = p[(p.label == "Bald") & (p.target == 1)]
     assert (rare.balanced == 1).mean() > 0.8 > 0.5 > (rare.prediction == 1).mean()
 
@@ -464,17 +464,67 @@ def test_features_larger_than_memory(tmp_path):
     assert done.stdout.splitlines() == ["60 predicted", "in memory it does not fit"], done.stdout + done.stderr[-2000:]
 
 
-def test_pooler_starts_from_standardised_tokens():
-    tokens = torch.randn(40, 9, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 12) + torch.arange(12)
-    pooler = AttentivePooler(12, 3, 1, copies=2)
-    whitened = pooler.prepare(tokens)
-    pooler.start_from(whitened.split(7))
-    seen = (whitened * pooler.norm_tokens.scale[0] + pooler.norm_tokens.shift[0]).reshape(-1, 12)
-    assert torch.allclose(seen.mean(0), torch.zeros(12), atol=1e-5) and torch.allclose(seen.std(0, correction=0), torch.ones(12), atol=1e-5)
-    assert torch.equal(pooler.norm_tokens.scale[0], pooler.norm_tokens.scale[1])  # all candidates start alike
+def skewed_tokens(n=40):
+    "Tokens [n, 9, 12] whose features differ in scale, go together, and depend on the place."
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(n, 9, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    return mixed * torch.linspace(0.1, 3, 12) + torch.arange(12) + 5 * torch.randn(1, 9, 12, generator=generator)
+
+
+def test_starting_points_against_numpy():
+    tokens = skewed_tokens()
+    centre, found = probing.starting_points(tokens.split(7))
+    x = tokens.double().numpy()
+    assert np.allclose(centre, x.mean((0, 1)), atol=1e-5) and set(found) == set(probing.STARTS)
+    assert np.allclose(found["standardise"], np.diag(1 / x.std((0, 1))), rtol=1e-4)
+    away = (x - x.mean(0)).reshape(-1, 12)
+    covariance = away.T @ away / len(away)
+    seen = found["whiten"].double().numpy().T @ covariance @ found["whiten"].double().numpy()
+    values = np.linalg.eigvalsh(covariance)
+    assert np.allclose(seen, np.diag(values / (values + 1e-2 * values.mean())), atol=1e-4)
+    vectors = skewed_tokens()[:, 0]                                        # one vector a picture: its plain covariance
+    seen = np.cov((vectors @ probing.starting_points([vectors], floor=1e-9)[1]["whiten"]).double().numpy().T, bias=True)
+    assert np.allclose(seen, np.eye(12), atol=1e-3)
+
+
+def test_pooler_sees_tokens_as_its_start_has_them():
+    tokens, starts = skewed_tokens(), ["whiten", "standardise"]
+    pooler = hand_set(AttentivePooler(12, 3, 1, copies=2))
+    normed = pooler.prepare(tokens)
+    pooler.start_from(normed.split(7), starts)
+    centre, found = probing.starting_points([normed])
+    for copy, start in enumerate(starts):
+        plain = AttentivePooler(12, 3, 1, copies=2)
+        plain.load_state_dict(dict(pooler.named_parameters()) | dict(plain.named_buffers()))
+        assert torch.allclose(pooler.predict(normed)[copy], plain.predict((normed - centre) @ found[start])[copy], atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [MLPProbe(12, 5, 1, copies=2), LinearProbe(12, 1, copies=2)])
+def test_heads_on_one_vector_see_it_as_their_start_has_it(head):
+    x = skewed_tokens()[:, 0]
+    head.start_from(x.split(7), ["standardise", "whiten"])
+    plain, whitened = head.see(x)
+    assert torch.allclose(plain, (x - x.mean(0)) / x.std(0, correction=0), atol=1e-4)
+    values = torch.linalg.eigvalsh(torch.corrcoef(x.T))
+    assert torch.allclose(torch.cov(whitened.T, correction=0).diagonal(), values / (values + 1e-2), atol=1e-3)
+    assert head(x).shape == (2, 40, 1)
 
 
 def test_a_feature_that_never_changes_is_only_shifted():
     x = torch.stack([torch.arange(6.0), torch.full((6,), 3.0)], -1)
-    scale, shift = probing.standardising([x[:2], x[2:]], 2)
-    assert scale[1] == 1 and shift[1] == -3 and abs(scale[0] * x[:, 0].std(correction=0) - 1) < 1e-6
+    centre, found = probing.starting_points([x[:2], x[2:]])
+    assert centre[1] == 3 and found["standardise"][1, 1] == 1 and abs(found["standardise"][0, 0] * x[:, 0].std(correction=0) - 1) < 1e-6
+    assert torch.isfinite(found["whiten"]).all()
+    assert torch.equal(probing.starting_points([torch.ones(4, 2)])[1]["whiten"].abs().sum(0), torch.ones(2))
+
+
+def test_a_start_is_chosen_on_validation_people():
+    "What tells pictures apart lies in the weakest direction: only the candidate that whitens finds it in a few steps."
+    generator = torch.Generator().manual_seed(0)
+    tokens = 20 * torch.randn(300, 1, 8, generator=generator).expand(-1, 4, -1) + torch.zeros(300, 4, 8)
+    y = torch.randn(300, generator=generator)
+    tokens = torch.cat([tokens, (tokens.sum(-1, keepdim=True) + y[:, None, None])], -1).numpy()
+    split = Split("fold 0", np.arange(200), np.arange(200, 250), np.arange(250, 300))
+    recipe = probing._Recipe("linear", tuple(Candidate(1e-2, 0.0, start) for start in probing.STARTS), 1, 8, 30, 32, 30)
+    answer, account = probing.probe_split(tokens, y.numpy(), probing.get_task("bmi"), split, recipe)
+    assert account["chosen"] == 1 and np.corrcoef(answer["prediction"], y[250:])[0, 1] > 0.6
