@@ -300,7 +300,7 @@ def test_evaluate_encoder(tmp_path):
     write_json(tmp_path / "f" / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
                                              "encoder": "e", "simulated": True})
     write_json(tmp_path / "f" / "fairface.json", {"state": "data absent", "reason": "not there"})
-    settings = dict(folds=2, epochs=2, batch=32, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2, hidden=4, heads=2)
+    settings = dict(folds=2, epochs=2, batch=32, lrs=(1e-3,), weight_decays=(0.1,), starts=("whiten",), validation=0.2, hidden=4, heads=2)
     frame = evaluate_encoder(tmp_path / "f", tmp_path / "r", bootstrap=100, seed=3, progress=False, **settings)
     assert {p.name for p in (tmp_path / "r").iterdir()} == {
         f"{t}.{s}.json" for t in ("bmi", "fairface-age") for s in FEATURE_SETS
