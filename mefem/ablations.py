@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 import mefem
-from .config import Settings, ablation_settings, settings_hash, torch_threads, usable_cores, write_atomic, write_json
+from .config import Settings, ablation_probing, ablation_settings, settings_hash, torch_threads, usable_cores, write_atomic, write_json
 from .features import FEATURE_SETS
 from .metrics import evaluate_encoder, paired_difference, write_result
 from .probing import ProbeResult
@@ -126,7 +126,7 @@ def ablate(settings: Settings, root, run: str, seed: int, feature_sets, pictures
     """Pretrain `run` with `seed`, probe BMI with each of `feature_sets`; returns the folder of results.
 
     Checkpoints and encoder: data/runs/ablations/<run>-<seed>; results: data/ablations/<run>-<seed>."""
-    data, config, probing = Path(root) / "data", ablation_settings(settings, run, seed), settings.active.probing
+    data, config, probing = Path(root) / "data", ablation_settings(settings, run, seed), ablation_probing(settings)
     home, out = data / "runs" / "ablations" / f"{run}-{seed}", data / "ablations" / f"{run}-{seed}"
     trained_on = [data / "faces" / name for name in config.datasets]
     key = fingerprint(config, trained_on, TRAINING_CODE)
@@ -136,7 +136,7 @@ def ablate(settings: Settings, root, run: str, seed: int, feature_sets, pictures
         return out
     _is_made_from(home, key)
     encoder = _pretrained(config, home, root, pictures, progress)
-    _probed(encoder, data / "faces" / "bmi", out, feature_sets, settings.active, progress)
+    _probed(encoder, data / "faces" / "bmi", out, feature_sets, settings.active.features, probing, progress)
     write_json(done, {"run": run, "seed": seed, "key": key})
     return out
 
@@ -148,13 +148,13 @@ def _pretrained(config, home: Path, root, pictures, progress) -> Path:
     return made if made.is_file() else pretrain(config, run=f"ablations/{home.name}", root=root, pictures=pictures, progress=progress)
 
 
-def _probed(encoder: Path, faces: Path, out: Path, feature_sets, profile, progress) -> None:
+def _probed(encoder: Path, faces: Path, out: Path, feature_sets, extracting, probing, progress) -> None:
     from mefem.features import features_of
 
     features = out / "features"
     try:
-        features_of(str(encoder), [faces], features, batch=profile.features.batch, device=profile.features.device, progress=progress)
-        evaluate_encoder(features, out, ("bmi",), feature_sets, progress=progress, **profile.probing.model_dump())
+        features_of(str(encoder), [faces], features, batch=extracting.batch, device=extracting.device, progress=progress)
+        evaluate_encoder(features, out, ("bmi",), feature_sets, progress=progress, **probing.model_dump())
     finally:
         shutil.rmtree(features, ignore_errors=True)
 
@@ -245,7 +245,7 @@ def collect(settings: Settings, root, run: str, feature_sets, out) -> None:
         first = json.loads((folders[seeds[0]] / f"{stem}.json").read_text())
         info = {key: first[key] for key in ("task", "dataset", "feature_set", "encoder", "state", "head", "recipe", "features")}
         frames = [pd.read_parquet(folder / f"{stem}.parquet").assign(seed=seed) for seed, folder in folders.items()]
-        write_result(out, ProbeResult(pd.concat(frames, ignore_index=True), info | {"run": about}), settings.active.probing.bootstrap)
+        write_result(out, ProbeResult(pd.concat(frames, ignore_index=True), info | {"run": about}), ablation_probing(settings).bootstrap)
 
 
 def _write_absent(out, feature_sets, reason: str) -> None:
@@ -471,7 +471,7 @@ def write_table4(results, out, settings: Settings, replicates: int | None = None
     `results`: the folder of `run_ablations`; rows that were not run say so."""
     out, rows = Path(out), rows_of(settings)
     cells = table4(results, rows)
-    found = orderings(results, comparisons(settings), rows, replicates or settings.active.probing.bootstrap)
+    found = orderings(results, comparisons(settings), rows, replicates or ablation_probing(settings).bootstrap)
     scale = scale_of(cells, f"{settings.profile} ({settings.active.scale})", *_about(results, rows))
     text = table4_markdown(cells, found, scale)
     write_atomic(out / "table4.md", text)

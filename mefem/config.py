@@ -6,8 +6,8 @@
 __all__ = ['DatasetName', 'Fraction', 'Count', 'SettingsError', 'DiskFull', 'replacing', 'write_atomic', 'write_json',
            'find_root', 'cache_folders', 'Section', 'Simulate', 'Crop', 'Encoder', 'Masking', 'Weights', 'Predictor',
            'Optimiser', 'Runtime', 'Pretrain', 'Features', 'Probing', 'Ablation', 'Profile', 'Settings', 'read_yaml',
-           'load_settings', 'pretrain_settings', 'read_pretrain', 'ablation_settings', 'run_changes', 'settings_hash',
-           'choose_device', 'choose_precision', 'usable_cores', 'torch_threads']
+           'load_settings', 'pretrain_settings', 'read_pretrain', 'ablation_settings', 'ablation_probing',
+           'run_changes', 'settings_hash', 'choose_device', 'choose_precision', 'usable_cores', 'torch_threads']
 
 # %% ../nbs/00_config.ipynb #30b3918a
 import contextlib
@@ -109,6 +109,7 @@ class Crop(Section):
     min_side: Count = 224  # pixels of the original that the square must have
     scale: Annotated[float, Field(gt=0)] = 2.0  # side of the square / longer side of the box
     min_score: Fraction = 0.5  # of the detector
+    stray: Fraction = 0.0  # how unsteady the detector is made: deviation of a box's place and log side, in sides of the box
     framing: dict[DatasetName, Literal["paper", "dataset"]] = {}  # "dataset": the publisher's own framing, not cropped
 
     def framing_of(self, dataset: str) -> str | None:
@@ -227,6 +228,7 @@ class Probing(Section):
 
 class Ablation(Section):
     pretrain: dict = {}  # what every run of Table 4 changes in the profile's pretrain section, e.g. its steps
+    probing: dict = {}  # what every run changes in the profile's probing section, e.g. the folds
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     extra: tuple[str, ...] = ()  # runs of `ablations` beyond the paper's nine
     jobs: Count | None = None  # runs side by side; null: one a GPU, or else one a core
@@ -260,6 +262,7 @@ class Settings(Section):
         for name, profile in self.profiles.items():
             if unknown := set(profile.ablation.extra) - set(self.ablations):
                 raise ValueError(f"profiles.{name}.ablation.extra: no such run in ablations: {', '.join(sorted(unknown))}")
+        ablation_probing(self)
         return self
 
     @property
@@ -354,6 +357,15 @@ def ablation_settings(settings: Settings, run: str, seed: int = 0) -> Pretrain:
         return Pretrain.model_validate(merged)
     except ValidationError as error:
         raise SettingsError(_explain(error, f"ablation {run!r}")) from None
+
+
+def ablation_probing(settings: Settings) -> Probing:
+    "The `probing` section of Table 4: the profile's with its `ablation.probing`."
+    profile = settings.active
+    try:
+        return Probing.model_validate(_merge(profile.probing.model_dump(), profile.ablation.probing))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, f"profiles.{settings.profile}.ablation.probing")) from None
 
 
 def run_changes(masking=None, width=None, cls_in_source=None, weights=None, teacher_input=None, steps=None, batch=None,

@@ -6,8 +6,8 @@
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL',
            'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'Unusable', 'ImageError', 'CropError', 'known_formats',
            'open_image', 'upright_size', 'decode', 'read_image', 'ModelAbsent', 'detector_model', 'Face', 'check_rgb',
-           'FaceDetector', 'face_square', 'center_square', 'check_square', 'resample', 'crop_image', 'crop_face',
-           'encode_crop']
+           'FaceDetector', 'face_square', 'center_square', 'check_square', 'stray_square', 'resample', 'crop_image',
+           'crop_face', 'encode_crop']
 
 # %% ../nbs/10_faces.ipynb #75672789
 import contextlib
@@ -352,6 +352,18 @@ def check_square(square, width: int, height: int, min_side: int):
         raise CropError("too small", detail=f"{side:.1f} pixels, at least {min_side} are needed")
     return square
 
+# %% ../nbs/10_faces.ipynb #5f3a9c11
+def stray_square(square, stray: float, seed: int, width: int, height: int, min_side: int) -> tuple[float, float, float]:
+    """A square that lies in the picture, as a less steady detector would have put it, and still in the picture.
+
+    Log side and each coordinate of the centre move by normal deviates, of deviation `stray` and `stray` half sides: with
+    `scale` 2 a box that is off by `stray` of its own side. Where that would cross the border or `min_side`, it stops there."""
+    (x0, y0, side), rng = square, np.random.default_rng(seed)
+    grow, right, down = stray * rng.standard_normal(3)
+    new = min(max(side * math.exp(grow), min_side), width, height)
+    x, y = x0 + (side - new + right * side) / 2, y0 + (side - new + down * side) / 2
+    return min(max(x, 0.0), width - new), min(max(y, 0.0), height - new), new
+
 # %% ../nbs/10_faces.ipynb #79219a68
 DRAFT_GAP = 2.0  # the decoder may shrink to this many times the crop's size, as Pillow's own thumbnails do
 CROP_JPEG = {"quality": 95, "subsampling": 0}  # as stored: full chroma, for the colour of skin and lips counts
@@ -372,11 +384,12 @@ def resample(rgb: Image.Image, square, size: int, reduction: int = 1) -> np.ndar
 
 # %% ../nbs/10_faces.ipynb #ef954485
 def crop_image(image: Image.Image, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224,
-               detector=None, framing: str = "paper") -> np.ndarray:
+               detector=None, framing: str = "paper", stray: float = 0.0, seed: int = 0) -> np.ndarray:
     """An opened picture as its face crop, uint8 [size, size, 3].
 
     `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face of
-    `detector`). `framing="dataset"`: the largest centred square. Raises `CropError` or `ImageError`.
+    `detector`), moved by `stray` with `seed` (see `stray_square`). `framing="dataset"`: the largest centred square. Raises
+    `CropError` or `ImageError`.
     """
     rgb, (width, height) = None, upright_size(image)
     if framing == "dataset":
@@ -387,6 +400,8 @@ def crop_image(image: Image.Image, box=None, scale: float = 2.0, size: int = 224
             box = _surest_box(rgb, detector or _default_detector())
         square = face_square(box, scale)
     check_square(square, width, height, min_side)
+    if stray and framing == "paper":
+        square = stray_square(square, stray, seed, width, height, min_side)
     if rgb is not None:
         return resample(rgb, square, size)
     reduction = _reduction(image, square[2], size)

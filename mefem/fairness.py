@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import choose_device, torch_threads, write_atomic
+from .config import choose_device, torch_threads, usable_cores, write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
@@ -443,7 +443,7 @@ def _all_predictions(features, results, targets, feature_set: str, jobs: int | N
 
     to_fit = sum(not (Path(results) / f"{task.name}.{feature_set}.parquet").is_file() for task in targets)
     on_cpu = choose_device(str(probing.get("device", "cpu"))).type == "cpu"
-    jobs = min(jobs or (joblib.cpu_count() if on_cpu else 1), max(1, to_fit))
+    jobs = min(jobs or (usable_cores() if on_cpu else 1), max(1, to_fit))
     return joblib.Parallel(n_jobs=jobs)(
         joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets)
 

@@ -10,7 +10,6 @@ __all__ = ['FEATURE_SETS', 'HALF_MAX', 'PICTURES', 'select_tokens', 'as_rgb', 'a
 # %% ../nbs/51_features.ipynb #a79495e1
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from .config import settings_hash, write_atomic, write_json
+from .config import settings_hash, usable_cores, write_atomic, write_json
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
 from .faces import Unusable, crop_face, crop_image, detector_model, encode_crop, open_image, read_image
 from .shards import DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest, replacing
@@ -379,7 +378,7 @@ def crop_photographs(source, out, size: int = 224, min_side: int = 224, scale: f
     files, out = photographs_in(source), Path(out)
     detector_model()                                      # fetched once, before several processes would
     names = _crop_names(files, Path(source) if Path(source).is_dir() else Path(source).parent)
-    work = Parallel(n_jobs=jobs or os.cpu_count(), return_as="generator")(
+    work = Parallel(n_jobs=jobs or usable_cores(), return_as="generator")(
         delayed(_crop_file)(f, out / n, size=size, min_side=min_side, scale=scale) for f, n in zip(files, names, strict=True))
     status = list(tqdm(work, total=len(files), unit="photo", mininterval=1, disable=not progress))
     table = pd.DataFrame({"file": [str(f) for f in files], "status": status})

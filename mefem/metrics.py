@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import settings_hash, torch_threads, write_json
+from .config import settings_hash, torch_threads, usable_cores, write_json
 from .features import FEATURE_SETS, code_version, load_features
 from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
 from .shards import replacing
@@ -394,7 +394,7 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
     from mefem.config import choose_device
 
     device = str(choose_device(device))
-    jobs = jobs or (joblib.cpu_count() if device == "cpu" else 1)
+    jobs = jobs or (usable_cores() if device == "cpu" else 1)
     plan = [(*cell, name) for name, (features, _) in folders.items() for cell in cells_of(features, tasks, feature_sets, linear)]
     plan.sort(key=lambda cell: -cell[0])
     options = {"device": device, "memory": memory // jobs, "seeds": tuple(range(seed, seed + seeds)), **probing}

@@ -16,16 +16,17 @@ import torch
 from .config import choose_device, torch_threads
 from .features import Features, load_features
 from mefem.probing import (
+    STARTS,
     AttentivePooler,
     Candidate,
+    Recipe,
     Task,
     TokenStore,
+    bare_norm,
+    fit_head,
     get_task,
-    make_head,
     make_splits,
     task_targets,
-    train_heads,
-    whiten,
 )
 from .report import STYLE, save_figure
 from .shards import load_images, read_manifest
@@ -53,26 +54,22 @@ def grid_side(tokens: int) -> int:
 # %% ../nbs/64_pictures.ipynb #d8158bac
 def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_decay: float = 1e-2, epochs: int = 20, batch: int = 64,
                folds: int = 5, heads: int = 4, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
-    """An attentive pooler on the patches, trained on the first split of `task`; and the rows of its test people."""
+    """An attentive pooler on the patches, trained on the first split of `task` from the better start; and the rows of its test people."""
     task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
-    generator = torch.Generator().manual_seed(seed)
-    pooler = make_head("attentive", tokens.shape[-1], features.meta.get("heads") or heads, task.outputs, 0, 1, generator).to(device)
-    known = targets[split.train]
-    scale = (known.mean(), known.std()) if task.kind == "regression" else (0.0, 1.0)
-    scaled = torch.as_tensor((targets - scale[0]) / scale[1], dtype=torch.float32, device=device)
+    grid = tuple(Candidate(lr, weight_decay, start) for start in STARTS)
+    recipe = Recipe("attentive", grid, features.meta.get("heads") or heads, 0, epochs, batch, patience=6, seed=seed)
     with torch_threads(1):
-        train_heads(pooler, TokenStore(tokens, whiten, device), scaled, split, [Candidate(lr, weight_decay)], task.kind, epochs, batch,
-                    generator=generator)
-    return pooler, split.test
+        pooler, info = fit_head(targets, task, split, recipe, TokenStore(tokens, bare_norm, device))
+    return pooler.alone(info["chosen"]), split.test
 
 # %% ../nbs/64_pictures.ipynb #efe3c28f
 @torch.no_grad()
 def attention_maps(pooler: AttentivePooler, patches: np.ndarray, batch: int = 256) -> np.ndarray:
     """The pooler's attention, mean over its heads, of patch tokens [N, L * L, D] as maps [N, L, L]; each sums to 1."""
     side, device = grid_side(patches.shape[1]), pooler.query.device
-    parts = [pooler.attend(whiten(torch.from_numpy(np.array(patches[i:i + batch], np.float32)).to(device))).mean(1).cpu().numpy()
+    parts = [pooler.attend(bare_norm(torch.from_numpy(np.array(patches[i:i + batch], np.float32)).to(device))).mean(1).cpu().numpy()
              for i in range(0, len(patches), batch)]
     return np.concatenate(parts).reshape(-1, side, side)
 

@@ -364,7 +364,7 @@ def _tex_cell(cell) -> str:
     )
 
 # %% ../nbs/60_report.ipynb #bb7b993a
-def _tex_header(columns, printed: bool = True) -> str:
+def _tex_header(columns, printed: bool) -> str:
     groups = list(dict.fromkeys(c.group for c in columns))
     spans = {g: (1 + printed) * sum(c.group == g for c in columns) for g in groups}
     starts = np.cumsum([4, *spans.values()])

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from joblib import parallel_config
 from PIL import Image
 
-from .config import replacing, write_json
+from .config import replacing, usable_cores, write_json
 
 # %% ../nbs/11_shards.ipynb #f23243ab
 SUCCESS = "success"  # img2dataset's status of a picture that is in the tar
@@ -348,7 +348,7 @@ def load_images(folder, size: int | None = None, limit: int | None = None, jobs:
     shards, size = _present_shards(folder), size or int(read_manifest(folder)["crop"]["size"])
     count = min(sum(shard["usable"] for shard in shards), float("inf") if limit is None else limit)
     images = np.empty((count, size, size, 3), np.uint8)
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(jobs or usable_cores()) as pool:
         start = 0
         for shard in shards:
             if start >= count:

@@ -26,7 +26,7 @@ from mefem.ablations import (
     verdict,
     write_table4,
 )
-from mefem.config import SettingsError, ablation_settings, load_settings
+from mefem.config import Settings, SettingsError, ablation_probing, ablation_settings, load_settings
 from mefem.metrics import paired_difference, write_result
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
@@ -76,6 +76,16 @@ def test_runs_differ_only_in_what_their_row_says(root, profile):
         ablation_settings(settings, run)
     with pytest.raises(SettingsError, match="'nobody' is not one of"):
         ablation_settings(settings, "nobody")
+
+
+def test_probes_differ_from_the_profiles_where_ablation_probing_says(root):
+    settings = load_settings(root / "params.yaml", "demo")
+    changed = settings.model_copy(update={"profiles": {"demo": settings.active.model_copy(
+        update={"ablation": settings.active.ablation.model_copy(update={"probing": {"folds": 7}})})}})
+    assert ablation_probing(changed).model_dump() == settings.active.probing.model_dump() | {"folds": 7}
+    raw = {"profile": "p", "datasets": [], "encoders": {}, "runs": [], "profiles": {"p": {"ablation": {"probing": {"foldz": 7}}}}}
+    with pytest.raises(ValueError, match="profiles.p.ablation.probing: unknown key 'foldz'"):
+        Settings.model_validate(raw)
 
 
 def made_up(folder, settings, quality, people=150, seeds=(0,)):

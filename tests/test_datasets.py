@@ -404,7 +404,7 @@ def test_the_face_that_the_publisher_means(shared):
     both = Image.new("RGB", (1200, 600))
     for i, portrait in enumerate(portraits):
         both.paste(portrait, (600 * i, 0))
-    crop = {"min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
+    crop = {"stray": 0.0, "min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
     def cropped(picture, centre):
         jpeg, status, _ = core._crop_one(core.Photograph("k", encode_crop(np.asarray(picture)), centre=centre), crop)
         return (read_image(jpeg).astype(int) if jpeg else None), status

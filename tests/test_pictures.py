@@ -20,7 +20,7 @@ from mefem.pictures import (
     token_colours,
     write_pictures,
 )
-from mefem.probing import AttentivePooler, whiten
+from mefem.probing import AttentivePooler, bare_norm
 
 
 def test_colours_follow_the_tokens():
@@ -41,7 +41,7 @@ def test_attention_is_the_poolers_softmax():
     pooler, tokens = AttentivePooler(8, 2, 1), np.random.default_rng(0).normal(size=(5, 9, 8)).astype(np.float32)
     for p in pooler.parameters():
         torch.nn.init.normal_(p)
-    x = whiten(torch.from_numpy(tokens)).double().numpy()
+    x = bare_norm(torch.from_numpy(tokens)).double().numpy()
     scale, shift = (getattr(pooler.norm_tokens, n)[0].detach().double().numpy() for n in ("scale", "shift"))
     query = (pooler.query @ pooler.to_query.weight + pooler.to_query.bias)[0, 0].detach().double().numpy()
     keys = (x * scale + shift) @ pooler.to_key.weight[0].detach().double().numpy() + pooler.to_key.bias[0].detach().double().numpy()

@@ -17,6 +17,7 @@ import json
 import os
 import pkgutil
 import sys
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -304,7 +305,8 @@ def _crop_one(photo: Photograph, crop: dict) -> tuple[bytes | None, str, str | N
         detector = _detector(crop["min_score"]) if crop["framing"] == "paper" and photo.box is None else None
         if detector and photo.centre:
             detector = FaceAt(detector, photo.centre)
-        face = crop_image(image, photo.box, crop["scale"], crop["size"], crop["min_side"], detector, crop["framing"])
+        face = crop_image(image, photo.box, crop["scale"], crop["size"], crop["min_side"], detector, crop["framing"],
+                          crop["stray"], zlib.crc32(photo.key.encode()))
         return encode_crop(face), SUCCESS, None
     except Unusable as error:
         return None, error.reason, error.detail or None
@@ -346,20 +348,21 @@ def _numbered(index, *task):
 
 # %% ../../nbs/30_datasets.ipynb #9534aabe
 def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scale: float = 2.0,
-                 framing: str | None = None, min_score: float = 0.5, jobs: int | None = None, progress: bool = True,
+                 framing: str | None = None, min_score: float = 0.5, stray: float = 0.0, jobs: int | None = None, progress: bool = True,
                  **options) -> dict:
     """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>); returns the manifest.
 
     `framing`: "paper" (square of `scale` x the publisher's or the detector's box) or "dataset" (the largest centred
-    square of the picture as published); None: what the data set needs (`Reader.framing`). `jobs`: processes (None: all
-    cores). `options` go to the reader. The result
-    does not depend on `jobs` nor on how often the work was interrupted. Absent data give a manifest with that state.
+    square of the picture as published); None: what the data set needs (`Reader.framing`). `stray`: how far the paper's
+    squares are moved at random, seeded by the photograph's key (`mefem.faces.stray_square`). `jobs`: processes (None: all
+    cores). `options` go to the reader. The result does not depend on `jobs` nor on how often the work was interrupted.
+    Absent data give a manifest with that state.
     """
     raw, out, reader = Path(raw), Path(out), get_reader(name, **options)
     framing = framing or reader.framing
     if framing not in ("paper", "dataset"):
         raise DatasetError(f"framing {framing!r}: expected 'paper' or 'dataset'")
-    crop = {"size": size, "min_side": min_side, "scale": scale, "framing": framing, "min_score": min_score}
+    crop = {"size": size, "min_side": min_side, "scale": scale, "framing": framing, "min_score": min_score, "stray": stray}
     (out / "manifest.json").unlink(missing_ok=True)  # until the end there is no table of contents
     state, why = reader.state(raw)
     if state == "absent":

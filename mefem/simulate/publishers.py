@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import write_json
+from ..config import usable_cores, write_json
 from .further import FURTHER
 from .units import BLOOD, WORK, make_unit, stream, write_file, write_table
 
@@ -284,7 +284,7 @@ def _run_units(name, todo, photographs, jobs, progress):
     from mefem.simulate.render import load_bust
     if todo:
         load_bust()    # fills Anny's and Warp's caches once, before the processes start
-    jobs = min(jobs or os.cpu_count(), max(len(todo), 1))
+    jobs = min(jobs or usable_cores(), max(len(todo), 1))
     bar = tqdm(total=photographs, initial=photographs - sum(n for *_, n, _, _ in todo), desc=f"simulate {name}", unit="photo",
                disable=not progress, mininterval=0.5 if sys.stderr.isatty() else 10)
     with (
