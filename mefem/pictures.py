@@ -53,12 +53,12 @@ def grid_side(tokens: int) -> int:
 
 # %% ../nbs/64_pictures.ipynb #d8158bac
 def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_decay: float = 1e-2, epochs: int = 20, batch: int = 64,
-               folds: int = 5, heads: int = 4, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
-    """An attentive pooler on the patches, trained on the first split of `task` from the better start; and the rows of its test people."""
+               folds: int = 5, heads: int = 4, starts=STARTS, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
+    """An attentive pooler on the patches, trained on the first split of `task` from the best of `starts`; and the rows of its test people."""
     task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
-    grid = tuple(Candidate(lr, weight_decay, start) for start in STARTS)
+    grid = tuple(Candidate(lr, weight_decay, start) for start in starts)
     recipe = Recipe("attentive", grid, features.meta.get("heads") or heads, 0, epochs, batch, patience=6, seed=seed)
     with torch_threads(1):
         pooler, info = fit_head(targets, task, split, recipe, TokenStore(tokens, bare_norm, device))

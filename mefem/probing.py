@@ -62,13 +62,13 @@ STARTS = ("standardise", "whiten")
 
 
 @torch.no_grad()
-def starting_points(batches: Iterable[Tensor], starts: Iterable[str] = STARTS, floor: float = 1e-2) -> tuple[Tensor, dict[str, Tensor]]:
+def starting_points(batches: Iterable[Tensor], starts: Iterable[str] = STARTS, floor: float = 0.3) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean [D] of all tokens in `batches` [B, K, D] (or vectors [B, D]), and for each of `starts` a matrix [D, D] that the
     deviations from it are multiplied by.
 
-    "standardise": each feature gets deviation 1; one that never changes is left as it is. "whiten": the directions in which
-    pictures differ at the same place get deviation 1 and no correlation: V diag(w + floor mean(w))^(-1/2), V and w the
-    eigenvectors and eigenvalues of the covariance of x[b, k] - mean over b of x[b, k]. Sums in float64, in one pass."""
+    "standardise": S = diag(1 / s), s the features' deviations, 1 for a feature that never changes. "whiten": S V diag(w + floor
+    mean(w))^(-1/2), V and w the eigenvectors and eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the
+    directions in which pictures differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
     count, places, squares, products = 0, 0.0, 0.0, 0.0
     for x in batches:
         x = (x if x.ndim == 3 else x[:, None]).double()
@@ -76,16 +76,16 @@ def starting_points(batches: Iterable[Tensor], starts: Iterable[str] = STARTS, f
         if "whiten" in starts:
             products = products + x.flatten(0, 1).T @ x.flatten(0, 1)
     places = places / count                                                                       # [K, D]
-    tokens, mean, found = count * len(places), places.mean(0), {}
-    if "standardise" in starts:
-        spread = (squares / tokens - mean.square()).clamp_min(0).sqrt()
-        found["standardise"] = torch.where(spread > 1e-6 * mean.abs().clamp_min(1e-6), 1 / spread, 1.0).diag().float()
+    tokens, mean = count * len(places), places.mean(0)
+    spread = (squares / tokens - mean.square()).clamp_min(0).sqrt()
+    found = {"standardise": torch.where(spread > 1e-6 * mean.abs().clamp_min(1e-6), 1 / spread, 1.0).diag()}
     if "whiten" in starts:
-        values, vectors = torch.linalg.eigh(products / tokens - places.T @ places / len(places))
+        covariance = products / tokens - places.T @ places / len(places)
+        values, vectors = torch.linalg.eigh(found["standardise"] @ covariance @ found["standardise"])
         values = values.clamp_min(0)
         values = values + floor * values.mean() if values.sum() > 0 else torch.ones_like(values)
-        found["whiten"] = (vectors / values.sqrt()).float()
-    return mean.float(), found
+        found["whiten"] = found["standardise"] @ vectors / values.sqrt()
+    return mean.float(), {start: found[start].float() for start in starts}
 
 # %% ../nbs/52_probing.ipynb #060e0f35
 class Head(nn.Module):
