@@ -511,6 +511,8 @@ class Run:
 def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: bool = True) -> Run:
     "Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them."
     world, device = join_world(config)
+    # Told how many, MKL keeps to it; untold it may take fewer for a product, and the last bits are then those of another sum.
+    torch.set_num_threads(torch.get_num_threads())
     jepa = build(config, JEPA if world.size == 1 else GlobalBatchJEPA).to(device).train()
     optimiser, forward = optimiser_of(jepa, config), jepa
     if not resume and any(folder.glob("step_*.pt")):
@@ -547,9 +549,11 @@ def resume_order(sampler: dict, pictures, folder) -> Order:
 
 
 def arithmetic_of(world: World, device: torch.device, precision: str) -> str:
-    "What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, the threads of each."
-    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
-    return f"PyTorch {torch.__version__} on {device.type} in {precision}, processes: {world.size}{threads}"
+    "What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, its instructions and the threads of each."
+    found = f"PyTorch {torch.__version__} on {device.type} in {precision}, processes: {world.size}"
+    if device.type == "cpu":
+        found += f", instructions: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+    return found
 
 
 def random_state() -> dict:

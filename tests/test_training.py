@@ -194,6 +194,7 @@ def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
 
 def old_loop(config, pictures):
     "The loop as it was before it was taken to pieces: single process, masks drawn inside of `JEPA.forward`."
+    torch.set_num_threads(torch.get_num_threads())  # as `start_run`
     jepa = training.build(config).train()
     optimiser, generator, losses = training.optimiser_of(jepa, config), torch.Generator(), []
     for step in range(config.steps):
@@ -286,6 +287,23 @@ def test_random_states_are_part_of_a_checkpoint(tmp_path, pictures):
     (tmp_path / "step_00000012.pt").unlink()
     torch.rand(5)
     assert same(straight, weights(train(dropping, pictures, tmp_path, progress=False)))
+
+
+def test_threads_told_or_untold_are_the_same_arithmetic(tmp_path, pictures):
+    # On Intel's processors MKL sums in another order where nobody has told it the number of threads: a fresh process has not.
+    np.save(tmp_path / "pictures.npy", pictures)
+    script = f"""
+        import numpy as np, torch, mefem.training as t
+        from mefem.config import Pretrain
+        def run(folder):
+            jepa = t.train(Pretrain(**{BASE | dict(precision="fp32")!r}), np.load({str(tmp_path / "pictures.npy")!r}), t.Path(folder), progress=False)
+            return torch.cat([p.flatten() for p in jepa.parameters()])
+        untold = run({str(tmp_path / "untold")!r})
+        torch.set_num_threads(torch.get_num_threads())
+        assert torch.equal(untold, run({str(tmp_path / "told")!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_number_of_threads_is_told(tmp_path, pictures, capsys):
