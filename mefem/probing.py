@@ -669,7 +669,7 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
             pd.DataFrame(), {**about, "state": features.state, "reason": features.meta.get("reason", "")}
         )
     recipe = Recipe(about["head"], tuple(Candidate(lr, wd, start) for lr in lrs for wd in weight_decays for start in starts),
-                     features.meta.get("heads") or heads, hidden, epochs, batch, patience)
+                    features.meta.get("heads") or heads, hidden, epochs, batch, patience)
     tokens, targets = features.select(feature_set), task_targets(features.labels, task)
     plan = [
         (seed, split)
