@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'CONTROLS', 'TABLE2_ROWS', 'TABLE3_COLUMNS', 'TABLE3_ROWS', 'TABLE2', 'TABLE3', 'LEARNED_COLUMNS',
-           'LEARNED_ROWS', 'LEARNED', 'CELL_FIELDS', 'NOTES', 'SOURCE', 'TARGET', 'NEITHER', 'EDGE', 'STYLE',
+           'LEARNED_ROWS', 'LEARNED', 'CELL_FIELDS', 'NOTES', 'SOURCE', 'TARGET', 'NEITHER', 'EDGE', 'STYLE', 'WRITTEN',
            'load_result', 'Column', 'Row', 'Table', 'compare', 'results_table', 'scale_of', 'notes_of', 'marks_of',
            'table_markdown', 'table_csv', 'tex', 'table_tex', 'write_table', 'write_table2', 'write_table3',
            'write_learned', 'save_figure', 'figure_maskings', 'figure_weights', 'figure_learning', 'hardware',
@@ -596,15 +596,18 @@ def describe_run(about: dict) -> tuple[str, str]:
                    f"{settings['weights']['kind']} weights)")
 
 # %% ../nbs/60_report.ipynb #ebc3390b
+WRITTEN = ("figures", "dvc.lock")  # tracked, and made anew by a run: DVC removes a stage's outputs before it runs it
+
+
 def provenance(root, settings=None, seed: int | None = None, started: float | None = None) -> dict:
-    """Commit (and whether files differ from it), settings' hash, versions, hardware, seed, seconds since `started`.
+    """Commit (and whether files differ from it, but for those that a run writes), settings' hash, versions, hardware, seed, seconds since `started`.
 
     `settings` is a section of params.yaml or any JSON object; `started` is `time.time()` at the start."""
     from importlib.metadata import version
     packages = ("mefem", "torch", "timm", "numpy", "pandas", "scikit-learn")
     return {
         "commit": _git(root, "rev-parse", "HEAD") or None,
-        "changed": bool(_git(root, "status", "--porcelain", "-uno")),
+        "changed": bool(_git(root, "status", "--porcelain", "-uno", "--", ":(top)", *(f":(top,exclude){name}" for name in WRITTEN))),
         "settings": settings_hash(settings) if settings is not None else None,
         "seed": seed,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},

@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -331,3 +332,22 @@ def test_provenance(root):
     stamp = provenance(root, {"a": 1}, seed=4, started=0.0)
     assert stamp["seed"] == 4 and len(stamp["settings"]) == 12 and stamp["hardware"]["cores"] >= 1
     assert stamp["versions"]["torch"].count(".") == 2 and json.dumps(stamp)
+
+
+def test_provenance_tells_changed_sources_from_what_a_run_writes(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "figures").mkdir()
+    figure, lock, params = files = [tmp_path / "figures" / "table2.md", tmp_path / "dvc.lock", tmp_path / "params.yaml"]
+    for file in files:
+        file.write_text("as committed")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert provenance(tmp_path)["commit"] and not provenance(tmp_path)["changed"]
+    figure.unlink()
+    lock.write_text("made anew")
+    assert not provenance(tmp_path / "figures")["changed"]
+    params.write_text("other settings")
+    assert provenance(tmp_path / "figures")["changed"]
