@@ -474,10 +474,13 @@ class BuffaloEncoder(FrozenEncoder):
         cuda = choose_device(str(device or "auto")).type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), providers=providers)
-        self.input, self.file = self.session.get_inputs()[0].name, Path(path)
+        self.input, self.file, self.asked = self.session.get_inputs()[0].name, Path(path), device
         self.detector, self.unaligned = FaceDetector(min_score=0.3), 0
         _, self.tokens, self.dim = self.tokens_of(np.zeros((1, 224, 224, 3), np.uint8)).shape
         self.unaligned = 0
+
+    def __reduce__(self):  # neither session nor detector can be sent to another process: there they are made anew
+        return BuffaloEncoder, (self.name, self.file, self.asked)
 
     def parts(self) -> dict:
         return {"onnx": torch.from_numpy(np.fromfile(self.file, np.uint8))}

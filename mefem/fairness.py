@@ -319,6 +319,9 @@ class SeesOnly(FrozenEncoder):
         self.__dict__.update(vars(encoder))
         self.inner, self.dim, self.mask, self.fill = encoder, encoder.dim, mask, fill
 
+    def __reduce__(self):  # by what it was made of: the inner encoder knows how it travels to another process
+        return SeesOnly, (self.inner, self.mask, self.fill)
+
     def tokens_of(self, images):
         images = np.asarray(images)
         return self.inner.tokens_of(images if self.mask is None else show_only(images, self.mask, self.fill))
@@ -338,23 +341,32 @@ def mean_tokens(features: Features) -> Features:
     parts = [np.asarray(tokens[i:i + 512], np.float32).mean(1, keepdims=True) for i in range(0, len(tokens), 512)]
     return Features("present", np.concatenate(parts), features.labels, features.meta | {"tokens": 1, "has_cls": True})
 
+# %% ../nbs/63_fairness.ipynb #5d20c7be
+def _predict_seen(encoder: SeesOnly, faces, task, pictures: int, probing: dict) -> pd.DataFrame:
+    """Predictions of a linear probe on the mean patch tokens of what `encoder` sees."""
+    with tempfile.TemporaryDirectory() as folder:
+        about = extract_features(encoder, faces, folder, pictures, progress=False)
+        seen = mean_tokens(load_features(folder, about["dataset"]))
+    with torch_threads(1):
+        return probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
+
 # %% ../nbs/63_fairness.ipynb #17f3912c
 def region_predictions(encoder: FrozenEncoder, faces, task: str | Task = "bmi", regions: dict | None = None, pictures: int = 64,
-                       progress: bool = True, **probing) -> dict[str, pd.DataFrame]:
+                       jobs: int | None = None, progress: bool = True, **probing) -> dict[str, pd.DataFrame]:
     """Predictions of a linear probe on mean patch tokens, of the whole picture and of each region alone.
 
     `faces`: a folder of crops; `regions`: {name: mask bool [S, S] at the encoder's size} (default: `face_regions`);
-    `pictures`: at a time through the encoder; `probing` goes to `probe`. Every probe has the same people in the same folds."""
-    regions = regions or face_regions(encoder.image_size)
+    `pictures`: at a time through the encoder; `jobs` views side by side (None: one a core, or one on a GPU); `probing` goes to
+    `probe`. Every probe has the same people in the same folds."""
+    import joblib
+    from tqdm import tqdm
+
+    views = {"whole picture": None, **(regions or face_regions(encoder.image_size))}
     fill = load_images(faces, encoder.image_size, limit=512).mean((0, 1, 2))
-    found = {}
-    for name, mask in {"whole picture": None, **regions}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            about = extract_features(SeesOnly(encoder, mask, fill), faces, folder, pictures, progress=progress)
-            seen = mean_tokens(load_features(folder, about["dataset"]))
-        with torch_threads(1):
-            found[name] = probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
-    return found
+    jobs = min(jobs or (usable_cores() if encoder.device.type == "cpu" else 1), len(views))
+    work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
+        joblib.delayed(_predict_seen)(SeesOnly(encoder, mask, fill), faces, task, pictures, probing) for mask in views.values())
+    return dict(zip(views, tqdm(work, total=len(views), desc="views", unit="view", disable=not progress), strict=True))
 
 # %% ../nbs/63_fairness.ipynb #3400a840
 MIN_SCORE = 0.05  # r² of the whole picture below which nothing is said about its parts

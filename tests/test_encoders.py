@@ -1,5 +1,6 @@
 """Each loader against an independent forward pass in double precision, from random weights in the publisher's keys."""
 
+import pickle
 import struct
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mefem.encoders import (
     save_pixels,
     similarity,
 )
+from mefem.fairness import SeesOnly
 from mefem.models import create_encoder, encode_tokens, save_encoder
 
 FACES = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
@@ -317,6 +319,9 @@ def test_buffalo(tmp_path):
     found = encoder.tokens_of(faces)[:, 0].numpy()
     bgr = (np.array([5, 100, 250]) - 127.5) / 127.5
     assert np.allclose(found, bgr @ weight, atol=1e-4) and encoder.unaligned == 2
+    masked = SeesOnly(encoder, np.ones((224, 224), bool))
+    there = pickle.loads(pickle.dumps(masked))  # as it would travel to a process of joblib's
+    assert torch.equal(there.tokens_of(faces), masked.tokens_of(faces)) and there.fingerprint() == masked.fingerprint()
 
 
 def test_alignment_recovers_a_known_pose():

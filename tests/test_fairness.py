@@ -270,6 +270,8 @@ def test_a_planted_shortcut_is_found(planted):
     assert left.share["background and clothes"] > 0.8 and not left.less["background and clothes"]
     assert left.r2["inner face"] < 0.2 and left.less["inner face"]
     assert "A shortcut" in page([], left.reset_index())
+    alone = remaining(region_predictions(encoder, folder, jobs=1, **QUICK), 300).set_index("seen")
+    pd.testing.assert_frame_equal(alone, left)  # one after the other is the same as side by side
 
 
 def test_no_share_of_nothing():
