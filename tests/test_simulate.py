@@ -262,3 +262,15 @@ def test_bad_arguments(bad, tmp_path):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         S.simulate_dataset(out=tmp_path / "out", progress=False, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_are_filled_once_and_by_a_finished_load_alone(tmp_path, monkeypatch):
+    from mefem.simulate import publishers, render
+    loads = []
+    monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(render, "load_bust", lambda: loads.append(1) or 1 / (len(loads) - 1))
+    with pytest.raises(ZeroDivisionError):  # the first load is broken off
+        publishers._fill_caches()
+    publishers._fill_caches()
+    publishers._fill_caches()
+    assert len(loads) == 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import usable_cores, write_json
+from ..config import cache_folders, usable_cores, write_atomic, write_json
 from .further import FURTHER
 from .units import BLOOD, WORK, make_unit, stream, write_file, write_table
 
@@ -276,14 +276,23 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
     return settings
 
 # %% ../../nbs/25_publishers.ipynb #c999ee9b
+def _fill_caches():
+    "Once for these versions of Anny and Warp, so that no two processes read 40 s of files, or compile, at the same time."
+    from importlib.metadata import version
+    filled = cache_folders()[0] / f"simulator-anny-{version('anny')}-warp-{version('warp-lang')}"
+    if not filled.exists():
+        from mefem.simulate.render import load_bust
+        load_bust()
+        write_atomic(filled, b"")
+
+
 def _run_units(name, todo, photographs, jobs, progress):
     "Map the units (arguments of `_run_unit`) over processes of one thread each."
     from joblib import Parallel, delayed, parallel_config
     from tqdm import tqdm
 
-    from mefem.simulate.render import load_bust
     if todo:
-        load_bust()    # fills Anny's and Warp's caches once, before the processes start
+        _fill_caches()
     jobs = min(jobs or usable_cores(), max(len(todo), 1))
     bar = tqdm(total=photographs, initial=photographs - sum(n for *_, n, _, _ in todo), desc=f"simulate {name}", unit="photo",
                disable=not progress, mininterval=0.5 if sys.stderr.isatty() else 10)
