@@ -368,12 +368,17 @@ def probe_cell(features, out, task: str | Task, feature_set: str, head: str | No
         return write_result(out, result, bootstrap, key=key)
 
 # %% ../nbs/53_metrics.ipynb #685e63ea
-def cells_of(features, tasks, feature_sets=None, linear: bool = False) -> list[tuple]:
-    """(cost, task, feature set, head) of all probes that the features in a folder allow; cost counts tokens."""
-    cells = []
+def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) -> list[tuple]:
+    """(cost, task, feature set, head) of all probes that the features in a folder allow, without the pairs (name of a task,
+    feature set) in `skip`; cost counts tokens."""
+    cells, skip = [], {(get_task(task).name, feature_set) for task, feature_set in skip}
+    if unknown := {feature_set for _, feature_set in skip} - set(FEATURE_SETS):
+        raise ValueError(f"skip: feature set {min(unknown)!r} is unknown, expected one of {', '.join(FEATURE_SETS)}")
     for task in map(get_task, tasks):
         meta = load_features(features, task.dataset).meta
         for feature_set in feature_sets or feature_sets_of(meta):
+            if (task.name, feature_set) in skip:
+                continue
             size = meta.get("n", 0) * (1 if feature_set == "cls" else meta.get("tokens", 1))
             cells.append((size * (5 if task.split == "folds" else 1), task, feature_set, None))
             if linear and feature_set != "patches+cls":        # the mean of all tokens is that of the patches, nearly
@@ -383,11 +388,11 @@ def cells_of(features, tasks, feature_sets=None, linear: bool = False) -> list[t
 # %% ../nbs/53_metrics.ipynb #90ae0e0a
 def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = True,
              jobs: int | None = None, device: str = "auto", seed: int = 0, seeds: int = 1, memory: int = 4 << 30,
-             progress: bool = True, **probing) -> pd.DataFrame:
+             progress: bool = True, skip=(), **probing) -> pd.DataFrame:
     """Probe {encoder: (folder of features, folder for results)}; one row per encoder, task, feature set, head, metric.
 
-    `jobs` processes (None: one a core; one on a GPU) share `memory` bytes; `seeds` repeats each probe from `seed`
-    upwards; `probing` goes to `probe_cell` (folds, epochs, lrs, bootstrap ...)."""
+    `skip`: pairs (task, feature set) to leave out. `jobs` processes (None: one a core; one on a GPU) share `memory` bytes;
+    `seeds` repeats each probe from `seed` upwards; `probing` goes to `probe_cell` (folds, epochs, lrs, bootstrap ...)."""
     import joblib
     from tqdm import tqdm
 
@@ -395,7 +400,7 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
 
     device = str(choose_device(device))
     jobs = jobs or (usable_cores() if device == "cpu" else 1)
-    plan = [(*cell, name) for name, (features, _) in folders.items() for cell in cells_of(features, tasks, feature_sets, linear)]
+    plan = [(*cell, name) for name, (features, _) in folders.items() for cell in cells_of(features, tasks, feature_sets, linear, skip)]
     plan.sort(key=lambda cell: -cell[0])
     options = {"device": device, "memory": memory // jobs, "seeds": tuple(range(seed, seed + seeds)), **probing}
     work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(

@@ -269,6 +269,15 @@ def test_processes_side_by_side_give_the_same_numbers(folders, tmp_path):
     assert evaluate(elsewhere, ("bmi",), jobs=2, **SHORT).equals(one)
 
 
+def test_pairs_of_task_and_feature_set_can_be_left_out(folders):
+    found = evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches+cls"]], **SHORT)
+    assert set(found.features) == {"cls", "patches"} and not (folders["a"][1] / "bmi.patches+cls.json").exists()
+    with pytest.raises(ValueError, match="'patches-cls' is unknown, expected one of cls, patches, patches.cls"):
+        evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches-cls"]], **SHORT)
+    with pytest.raises(ValueError, match="'bmj'"):
+        evaluate(folders, ("bmi",), jobs=1, skip=[["bmj", "cls"]], **SHORT)
+
+
 def test_too_few_people_are_a_state_not_an_error(folders):
     labels = folders["a"][0] / "bmi.parquet"
     pd.read_parquet(labels).assign(bmi=21.0).to_parquet(labels)
