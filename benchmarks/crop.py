@@ -26,9 +26,9 @@ import psutil
 from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFilter
 
-from mefem.config import write_json
 from mefem.datasets.core import Photograph, _crop_one
 from mefem.faces import FaceDetector
+from mefem.files import write_json
 from mefem.shards import SUCCESS, ShardWriter, iter_samples, write_manifest, write_shard
 
 CROP = {"size": 224, "min_side": 224, "scale": 2.0, "framing": "paper", "min_score": 0.5}

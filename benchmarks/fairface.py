@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mefem.config import write_atomic, write_json
 from mefem.datasets.core import crop_dataset
 from mefem.features import features_of
+from mefem.files import write_atomic, write_json
 from mefem.metrics import evaluate
 
 GROUPS = ("White", "non-White")

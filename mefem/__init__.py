@@ -11,9 +11,9 @@ _PUBLIC = {
     "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "features",
     "FaceEmbedder": "features", "load_settings": "config",
 }
-_MODULES = {"config", "faces", "shards", "simulate", "datasets", "masking", "weighting", "models", "jepa", "monitoring",
-            "training", "encoders", "features", "probing", "metrics", "report", "fairness", "pictures",
-            "cli"}
+_MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
+            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "report", "ablations",
+            "fairness", "pictures", "datasheets", "cli"}
 
 
 def __getattr__(name):

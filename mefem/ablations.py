@@ -20,7 +20,10 @@ import numpy as np
 import pandas as pd
 
 import mefem
-from .config import Settings, ablation_probing, ablation_settings, settings_hash, torch_threads, usable_cores, write_atomic, write_json
+from .compute import torch_threads, usable_cores
+from .config import Settings, ablation_probing, ablation_settings
+from .files import write_atomic, write_json
+from .made_from import settings_hash
 from .features import FEATURE_SETS
 from .metrics import evaluate_encoder, paired_difference, write_result
 from .probing import ProbeResult

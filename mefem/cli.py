@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from .config import DiskFull, SettingsError, find_root, load_settings, pretrain_settings, write_json
+from .config import SettingsError, load_settings, pretrain_settings
+from .files import DiskFull, find_root, write_json
 
 # %% ../nbs/70_cli.ipynb #8efdb4e5
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,

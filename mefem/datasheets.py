@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import write_atomic, write_json
-from .datasets.core import LEAKS
+from .files import write_atomic, write_json
 from .report import STYLE, save_figure, tex
-from .shards import ShardError, decode_square, iter_samples, load_images, read_labels, read_manifest
+from .shards import LEAKS, ShardError, decode_square, iter_samples, load_images, read_labels, read_manifest
 
 # %% ../nbs/61_datasheets.ipynb #24c6158a
 @dataclass(frozen=True)

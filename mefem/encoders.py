@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import cache_folders, choose_device, write_atomic
+from .compute import choose_device
+from .files import cache_folders, write_atomic
 from .models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, load_encoder_file, sincos_positions
-from .training import normalise
+from .models import normalise
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

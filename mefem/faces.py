@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .config import cache_folders, write_atomic
+from .files import cache_folders, write_atomic
 
 # %% ../nbs/10_faces.ipynb #2fa4fa5a
 IMAGE_REASONS = ("missing file", "unreadable file", "empty file", "not an image", "unsupported format",

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import choose_device, torch_threads, usable_cores, write_atomic
+from .compute import choose_device, torch_threads, usable_cores
+from .files import write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
 from .probing import ProbeResult, Task, get_task, probe
 from .report import STYLE, save_figure
-from .shards import iter_samples, load_images, replacing
+from .files import replacing
+from .shards import iter_samples, load_images
 
 # %% ../nbs/63_fairness.ipynb #79ba5d3d
 REGIONS = ("inner face", "outline of the face", "hair and neck", "background and clothes")

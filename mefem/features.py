@@ -23,10 +23,13 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from .config import settings_hash, usable_cores, write_atomic, write_json
+from .compute import usable_cores
+from .files import write_atomic, write_json
+from .made_from import settings_hash
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
 from .faces import Unusable, crop_face, crop_image, detector_model, encode_crop, open_image, read_image
-from .shards import DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest, replacing
+from .files import replacing
+from .shards import DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
 
 # %% ../nbs/51_features.ipynb #e81a44f6
 FEATURE_SETS = ("cls", "patches", "patches+cls")

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import settings_hash, torch_threads, usable_cores, write_json
+from .compute import torch_threads, usable_cores
+from .files import write_json
+from .made_from import settings_hash
 from .features import FEATURE_SETS, code_version, load_features
 from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
-from .shards import replacing
+from .files import replacing
 
 # %% ../nbs/53_metrics.ipynb #7ea50442
 @dataclass(frozen=True)
@@ -396,7 +398,7 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
     import joblib
     from tqdm import tqdm
 
-    from mefem.config import choose_device
+    from mefem.compute import choose_device
 
     device = str(choose_device(device))
     jobs = jobs or (usable_cores() if device == "cpu" else 1)

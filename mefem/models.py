@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'sincos_positions', 'create_encoder', 'check_encoder', 'gather_tokens',
-           'encode_tokens', 'Predictor', 'fuse_attention', 'save_encoder', 'load_encoder_file']
+           'encode_tokens', 'Predictor', 'fuse_attention', 'normalise', 'save_encoder', 'load_encoder_file']
 
 # %% ../nbs/42_models.ipynb #0389f83f
 import json
@@ -128,15 +128,22 @@ def fuse_attention(module: nn.Module, fused: bool) -> None:
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused
 
-# %% ../nbs/42_models.ipynb #b9e8cf86
+# %% ../nbs/42_models.ipynb #402de357
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# %% ../nbs/42_models.ipynb #11562d47
+def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
+    "uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless told otherwise."
+    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+    return (images * scale + shift).permute(0, 3, 1, 2)
 
+# %% ../nbs/42_models.ipynb #b9e8cf86
 def save_encoder(path, encoder: nn.Module, name: str, kwargs: dict, **about) -> Path:
     "Write the encoder's timm state dict as safetensors, atomically, with what is needed to rebuild it in the header."
     from safetensors.torch import save
 
-    from mefem.config import write_atomic
+    from mefem.files import write_atomic
 
     header = {"architecture": name, "kwargs": json.dumps(kwargs, sort_keys=True), "format": "pt",
               "mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import choose_device, torch_threads
+from .compute import choose_device, torch_threads
 from .features import Features, load_features
 from mefem.probing import (
     STARTS,

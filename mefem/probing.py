@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import choose_device
+from .compute import choose_device
 from .features import Features, load_features
 
 # %% ../nbs/52_probing.ipynb #c807fe11

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import settings_hash, write_atomic, write_json
+from .files import write_atomic, write_json
+from .made_from import settings_hash
 from .metrics import LOWER_IS_BETTER, paired_differences
 
 # %% ../nbs/60_report.ipynb #d46fedee

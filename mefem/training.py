@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures', 'train_rows', 'shard_lengths',
-           'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'normalise',
-           'GlobalBatchJEPA', 'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint',
-           'load_checkpoint', 'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order',
-           'arithmetic_of', 'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel',
-           'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets',
-           'data_print', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of',
-           'launch']
+           'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'GlobalBatchJEPA',
+           'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
+           'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order', 'arithmetic_of',
+           'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens',
+           'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets', 'data_print', 'load_pictures',
+           'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
@@ -31,11 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .config import (Pretrain, SettingsError, choose_device, choose_precision, find_root, settings_hash, usable_cores, write_atomic,
-                     write_json)
+from .compute import choose_device, choose_precision, usable_cores
+from .config import Pretrain, SettingsError
+from .files import find_root, write_atomic, write_json
+from .made_from import settings_hash
 from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
-from .models import IMAGENET_MEAN, IMAGENET_STD, Predictor, create_encoder, encode_tokens, fuse_attention, save_encoder
+from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
 from .monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
 from .weighting import create_weights
 
@@ -125,7 +126,7 @@ def train_rows(folder, exclude_leaked: bool = False) -> np.ndarray:
     labels, folder = read_labels(folder), Path(folder)
     rows = (labels["split"] == "train").to_numpy() if "split" in labels else np.ones(len(labels), bool)
     if exclude_leaked:
-        from mefem.datasets.core import leaked_keys
+        from mefem.shards import leaked_keys
 
         rows &= ~labels["key"].isin(leaked_keys(folder.parent, folder.name)).to_numpy()
     return rows
@@ -296,13 +297,6 @@ def batches(pictures, order: Order, batch: int, steps: range, world: World = ALO
     return torch.utils.data.DataLoader(
         dataset, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_stop,
         prefetch_factor=4 if workers else None, generator=torch.Generator())  # its own: the run's must not be drawn from
-
-# %% ../nbs/45_training.ipynb #11562d47
-def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    "uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless told otherwise."
-    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return (images * scale + shift).permute(0, 3, 1, 2)
 
 # %% ../nbs/45_training.ipynb #c4fc2063
 class GlobalBatchJEPA(JEPA):

@@ -21,7 +21,6 @@ from PIL import Image
 from test_datasets import QUICK, digest, facecaption_row, make_facecaption, make_fairface, photo
 from test_faces import cartoon, saved
 
-from mefem.config import DiskFull, write_atomic
 from mefem.datasets import bmi, facecaption
 from mefem.datasets.core import DatasetError, crop_dataset, get_reader
 from mefem.faces import (
@@ -34,6 +33,7 @@ from mefem.faces import (
     open_image,
     read_image,
 )
+from mefem.files import DiskFull, write_atomic
 from mefem.shards import SUCCESS, ShardError, ShardWriter, iter_samples, load_images, open_tar, read_labels, write_shard
 
 FACE = Image.fromarray(cartoon())  # 512 x 512, BlazeFace finds it

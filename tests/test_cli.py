@@ -102,7 +102,7 @@ def test_info_lists_data_and_weights(root, monkeypatch):
 def test_info_of_a_set_that_is_there_and_of_one_to_fetch(tmp_path, monkeypatch):
     import shutil
 
-    from mefem.config import find_root
+    from mefem.files import find_root
 
     shutil.copy(find_root() / "params.yaml", tmp_path)
     photographs = tmp_path / "data/raw/folder"

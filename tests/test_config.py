@@ -3,15 +3,10 @@
 import pytest
 import yaml
 
-from mefem.config import (
-    SettingsError,
-    choose_precision,
-    load_settings,
-    pretrain_settings,
-    run_changes,
-    settings_hash,
-    write_atomic,
-)
+from mefem.compute import choose_precision
+from mefem.config import SettingsError, load_settings, pretrain_settings, run_changes
+from mefem.files import write_atomic
+from mefem.made_from import settings_hash
 
 PROFILES = ["smoke", "demo", "study", "fairface", "paper"]
 

@@ -14,7 +14,16 @@ from PIL import Image
 from mefem.datasets import core, facecaption, fairface
 from mefem.datasets.core import READERS, DatasetError, crop_dataset, get_reader, iter_rows
 from mefem.faces import encode_crop, read_image
-from mefem.shards import SUCCESS, ShardError, ShardWriter, load_images, read_labels, read_manifest, write_shard
+from mefem.shards import (
+    SUCCESS,
+    ShardError,
+    ShardWriter,
+    leaked_keys,
+    load_images,
+    read_labels,
+    read_manifest,
+    write_shard,
+)
 
 QUICK = {"size": 64, "min_side": 64, "jobs": 1, "progress": False}
 
@@ -574,13 +583,13 @@ def test_bmi_sources_are_joined_and_told_apart(tmp_path):
 
 
 def test_leaked_keys(tmp_path):
-    with pytest.raises(DatasetError, match="leaks.json is missing"):
-        core.leaked_keys(tmp_path, "sfhq")
+    with pytest.raises(ShardError, match="leaks.json is missing"):
+        leaked_keys(tmp_path, "sfhq")
     (tmp_path / "leaks.json").write_text('{"leaked": {"sfhq": ["1", "2"]}}')
-    assert core.leaked_keys(tmp_path, "sfhq") == {"1", "2"} and core.leaked_keys(tmp_path, "avspeech") == set()
+    assert leaked_keys(tmp_path, "sfhq") == {"1", "2"} and leaked_keys(tmp_path, "avspeech") == set()
     (tmp_path / "leaks.json").write_text("[]")
-    with pytest.raises(DatasetError, match="no list of leaked"):
-        core.leaked_keys(tmp_path, "sfhq")
+    with pytest.raises(ShardError, match="no list of leaked"):
+        leaked_keys(tmp_path, "sfhq")
 
 
 # --- the crop stage --------------------------------------------------------------------------------------------------
@@ -637,7 +646,7 @@ def test_absent_data_are_a_state_not_an_error(name, tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 def test_readme_and_error_say_how_to_obtain_it(name, tmp_path):
-    from mefem.config import find_root
+    from mefem.files import find_root
 
     reader = get_reader(name)
     assert reader.how_to_obtain in (find_root() / "data/README.md").read_text(encoding="utf-8")
@@ -716,7 +725,8 @@ def test_iter_rows_is_a_slice(tmp_path, start, stop):
 def test_provide_never_touches_files_it_did_not_write(tmp_path):
     from PIL import Image
 
-    from mefem.datasets.core import NOTE, provide_dataset
+    from mefem.datasets.core import NOTE
+    from mefem.provide import provide_dataset
     from mefem.simulate.publishers import MARKER, remove_simulated
 
     root = tmp_path / "bmi"

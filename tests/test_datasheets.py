@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from mefem import datasheets as D
-from mefem.datasets.core import leaked_keys
 from mefem.faces import encode_crop, read_image
-from mefem.shards import SUCCESS, write_manifest, write_shard
+from mefem.shards import SUCCESS, leaked_keys, write_manifest, write_shard
 
 
 def pattern(seed, size=64):

@@ -11,7 +11,6 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 
 from mefem import features as module
-from mefem.config import write_json
 from mefem.encoders import PixelEncoder, freeze
 from mefem.features import (
     FaceEmbedder,
@@ -23,6 +22,7 @@ from mefem.features import (
     select_tokens,
     to_half,
 )
+from mefem.files import write_json
 from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder
 from mefem.shards import ShardError, load_images, write_manifest, write_shard
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, mean_absolute_error, r2_score
 
-from mefem.config import write_json
+from mefem.files import write_json
 from mefem.metrics import (
     accuracy,
     bootstrap_interval,

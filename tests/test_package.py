@@ -7,7 +7,7 @@ import time
 import zipfile
 from pathlib import Path
 
-ORDER = ["config", "faces", "shards", "simulate", "datasets", "masking", "weighting", "models", "jepa", "monitoring", "training",
+ORDER = ["files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting", "models", "jepa", "monitoring", "training",
          "encoders", "features", "probing", "metrics", "report", "ablations", "fairness", "pictures", "datasheets", "cli", "__main__"]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mefem.config import write_json
 from mefem.features import FEATURE_SETS
+from mefem.files import write_json
 from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
 from mefem.probing import ProbeResult
 from mefem.report import (

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mefem.files import replacing
 from mefem.shards import (
     DataAbsent,
     ShardError,
@@ -21,7 +22,6 @@ from mefem.shards import (
     read_labels,
     read_manifest,
     remove_shards_from,
-    replacing,
     tar_index,
     write_manifest,
     write_shard,

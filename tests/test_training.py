@@ -18,7 +18,11 @@ import torch
 from PIL import Image
 
 import mefem.training as training
-from mefem.config import Pretrain, SettingsError, settings_hash, torch_threads, write_json
+from mefem.compute import torch_threads
+from mefem.config import Pretrain, SettingsError
+from mefem.files import write_json
+from mefem.made_from import settings_hash
+from mefem.models import normalise
 from mefem.shards import load_images, read_labels, write_manifest, write_shard
 from mefem.training import CheckpointError, Order, ShardPictures, World, batches, load_pictures, train
 
@@ -205,7 +209,7 @@ def old_loop(config, pictures):
         generator.manual_seed(config.seed * 1_000_000_007 + step)
         epoch, place = np.divmod(np.arange(step * config.batch, (step + 1) * config.batch), len(pictures))
         index = [np.random.default_rng([config.seed, int(e)]).permutation(len(pictures))[p] for e, p in zip(epoch, place, strict=True)]
-        x = training.normalise(torch.from_numpy(pictures[index]))
+        x = normalise(torch.from_numpy(pictures[index]))
         if config.flip:
             flipped = torch.rand(len(x), generator=generator) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
@@ -516,7 +520,7 @@ def test_normalise_matches_torchvision():
 
     images = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
     expected = tv.normalize(tv.to_dtype(images.permute(0, 3, 1, 2), torch.float32, scale=True), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(training.normalise(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalise(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_processes_without_a_gpu(monkeypatch):

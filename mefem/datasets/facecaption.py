@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
-from ..config import replacing
+from ..files import replacing
 from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, require_columns, slices
 from ..shards import SUCCESS, MemberRefused, open_tar
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import cache_folders
+from ..files import cache_folders
 
 # %% ../../nbs/20_people.ipynb #563afff5
 # (folder, stem, negative and positive suffix, standard deviation between people)

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import cache_folders, usable_cores, write_atomic, write_json
+from ..compute import usable_cores
+from ..files import cache_folders, write_atomic, write_json
 from .further import FURTHER
 from .units import BLOOD, WORK, make_unit, stream, write_file, write_table
 
