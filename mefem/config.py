@@ -166,9 +166,6 @@ class Probing(Section):
 class Ablation(Section):
     pretrain: dict = {}  # what every run of Table 4 changes in the profile's pretrain section, e.g. its steps
     probing: dict = {}  # what every run changes in the profile's probing section, e.g. the folds
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    extra: tuple[str, ...] = ()  # runs of `ablations` beyond the paper's nine
-    jobs: Count | None = None  # runs side by side; null: one a GPU, or else one a core
 
 
 class Profile(Section):
@@ -188,6 +185,8 @@ class Settings(Section):
     runs: tuple[str, ...]
     overrides: dict[str, dict] = {}  # run -> changes to its pretrain section
     ablations: dict[str, dict] = {}  # run of Table 4 -> what it changes
+    ablation_runs: tuple[str, ...] = ()  # those of `ablations` that the graph runs, one stage each
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # each of those runs is repeated with
     profiles: dict[str, Profile]
 
     @model_validator(mode="after")
@@ -196,9 +195,8 @@ class Settings(Section):
             raise ValueError(f"profile {self.profile!r} is not one of {', '.join(self.profiles)}")
         if unknown := set(self.overrides) - set(self.runs):
             raise ValueError(f"overrides of runs that do not exist: {', '.join(sorted(unknown))}")
-        for name, profile in self.profiles.items():
-            if unknown := set(profile.ablation.extra) - set(self.ablations):
-                raise ValueError(f"profiles.{name}.ablation.extra: no such run in ablations: {', '.join(sorted(unknown))}")
+        if unknown := set(self.ablation_runs) - set(self.ablations):
+            raise ValueError(f"ablation_runs: no such run in ablations: {', '.join(sorted(unknown))}")
         ablation_probing(self)
         return self
 
