@@ -21,8 +21,8 @@ import pandas as pd
 
 from .compute import torch_threads, usable_cores
 from .files import write_json
-from .made_from import settings_hash
-from .features import FEATURE_SETS, code_version, load_features
+from .made_from import MadeFrom, code_hash, settings_hash
+from .features import FEATURE_SETS, load_features
 from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
 from .files import replacing
 
@@ -336,11 +336,10 @@ def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> d
     return found
 
 # %% ../nbs/53_metrics.ipynb #3cfcc38c
-def _result_key(features, task: Task, loaded_meta: dict, **settings) -> str:
+def _result_key(features, task: Task, loaded_meta: dict, **settings) -> MadeFrom:
     labels = Path(features) / f"{task.dataset}.parquet"
-    return settings_hash({"features": loaded_meta, "task": asdict(task), "code": code_version("probing", "metrics"),
-                          "labels": hashlib.sha256(labels.read_bytes()).hexdigest() if labels.is_file() else None,
-                          **settings})
+    data = {"features": loaded_meta, "labels": hashlib.sha256(labels.read_bytes()).hexdigest() if labels.is_file() else None}
+    return MadeFrom(settings_hash({"task": asdict(task), **settings}), settings_hash(data), code_hash("metrics"))
 
 # %% ../nbs/53_metrics.ipynb #b3178f88
 def _finished(out, stem: str, key: str) -> dict | None:
@@ -358,16 +357,16 @@ def probe_cell(features, out, task: str | Task, feature_set: str, head: str | No
     """One probe of the features in a folder, from features to the file in `out`; taken as it is where it is finished."""
     task = get_task(task)
     loaded = load_features(features, task.dataset)
-    key = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
-    if found := _finished(out, result_stem(task.name, feature_set, head), key):
-        return found
+    made = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
+    if found := _finished(out, result_stem(task.name, feature_set, head), made.key):
+        return found | {"kept": True}
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
     with torch_threads(1):  # cells run side by side instead, and numbers do not depend on the number of cores
         try:
             result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
         except TooFewLabels as error:
             result = ProbeResult(pd.DataFrame(), {**about, "state": "too few labels", "reason": str(error)})
-        return write_result(out, result, bootstrap, key=key)
+        return write_result(out, result, bootstrap, key=made.key, made_from=asdict(made))
 
 # %% ../nbs/53_metrics.ipynb #685e63ea
 def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) -> list[tuple]:
@@ -408,12 +407,15 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
     work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(
         joblib.delayed(probe_cell)(*folders[name], task, feature_set, head, **options)
         for _, task, feature_set, head, name in plan)
-    rows = []
+    rows, kept = [], 0
     for (_, task, feature_set, head, name), found in zip(plan, tqdm(work, total=len(plan), desc="probes", mininterval=10,
                                                                     disable=not progress), strict=True):
         cell = {"encoder": name, "task": task.name, "features": feature_set, "head": found.get("head") or head}
+        kept += found.get("kept", False)
         rows += [cell | {"metric": metric, **value} for metric, value in found["values"].items()] or [
             cell | {"metric": "", "state": found["state"]}]
+    if kept and progress:
+        print(f"{kept} of {len(plan)} probes were there, made from the same features, settings and code", flush=True)
     return pd.DataFrame(rows).sort_values(["encoder", "task", "features", "head"], kind="stable", ignore_index=True)
 
 # %% ../nbs/53_metrics.ipynb #3679852c

@@ -33,7 +33,8 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import mefem.datasets
-from ..made_from import files_hash
+
+from ..made_from import code_hash, files_hash
 from ..files import write_json
 from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
 from ..shards import SUCCESS, ShardWriter, finished_stats, read_labels, read_manifest, remove_shards_from, write_manifest
@@ -313,6 +314,8 @@ def _run_units(name, options, raw, out, units, settings, jobs, show, total) -> l
     "Stats of all units in order; those that are finished are kept, the others are made."
     stats = {index: finished_stats(out, index, setting) for index, setting in enumerate(settings)}
     missing = [index for index, found in stats.items() if found is None]
+    if show and len(missing) < len(units):
+        print(f"{name}: {len(units) - len(missing)} of {len(units)} shards are there, made from the same files, settings and code", flush=True)
     work = (delayed(_numbered)(index, name, options, raw, out, index, units[index], settings[index])
             for index in missing)
     pool = Parallel(n_jobs=1 if len(missing) == 1 else jobs or -1, return_as="generator_unordered")
@@ -351,7 +354,8 @@ def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scal
     if framing == "paper" and not reader.has_boxes:
         detector_model()  # fetched here once, not by every process at the same time
     units, total = reader.units(raw), reader.original(raw)
-    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit))}
+    code = code_hash("datasets.core", *[f"datasets.{name.replace('-', '_')}"] * (name in READERS))
+    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit)), "code": code}
                 for unit in units]
     stats = _run_units(name, options, raw, out, units, settings, jobs, progress, total)
     remove_shards_from(out, len(units))
