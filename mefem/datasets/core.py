@@ -355,7 +355,7 @@ def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scal
         detector_model()  # fetched here once, not by every process at the same time
     units, total = reader.units(raw), reader.original(raw)
     code = code_hash("datasets.core", *[f"datasets.{name.replace('-', '_')}"] * (name in READERS))
-    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit)), "code": code}
+    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit), raw), "code": code}
                 for unit in units]
     stats = _run_units(name, options, raw, out, units, settings, jobs, progress, total)
     remove_shards_from(out, len(units))
