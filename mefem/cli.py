@@ -86,22 +86,21 @@ def crop(source: Annotated[Path, typer.Argument(help="a folder of photographs, o
 @app.command()
 def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of the run, data/runs/<run>; --name under torchrun")] = "main",
              profile: Annotated[str | None, typer.Option(help="of params.yaml; default: the one in force")] = None,
-             width: Annotated[int | None, typer.Option(help="of the stripes, patches")] = None,
-             masking: Annotated[str | None, typer.Option(help="stripes, quadrant, multiblock")] = None,
-             steps: Annotated[int | None, typer.Option(min=1)] = None,
-             seed: Annotated[int | None, typer.Option(min=0)] = None,
-             settings: Annotated[Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of all of these")] = None,
-           resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings")] = True):
+             changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the profile's pretrain "
+                                                               "section (repeatable), e.g. --set masking.width=5 --set optimiser.clip=null")] = None,
+             settings: Annotated[Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of --profile and --set")] = None,
+             resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings")] = True):
     """Pretrain an encoder on the crops in data/faces, with the settings of params.yaml.
 
     One process; under torchrun, one of several: torchrun --nproc-per-node 8 -m mefem pretrain"""
-    from mefem.config import read_pretrain, run_changes
+    from mefem.config import changes_of, read_pretrain, run_name
     from mefem.training import pretrain as run_pretraining
 
     with _Plainly():
-        changes = run_changes(masking=masking, width=width, steps=steps, seed=seed)
-        config = read_pretrain(settings) if settings else pretrain_settings(load_settings(profile=profile), run, **changes)
-        path = run_pretraining(config, resume=resume, run=run, root=find_root())
+        if settings and (profile or changes):
+            raise SettingsError("--settings is a whole pretrain section: leave out --profile and --set")
+        config = read_pretrain(settings) if settings else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
+        path = run_pretraining(config, resume=resume, run=run_name(run), root=find_root())
         if os.environ.get("RANK", "0") == "0":
             typer.echo(path)
 

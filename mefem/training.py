@@ -364,7 +364,7 @@ def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:
     trained = [p for module in (jepa.student, jepa.predictor) for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
               {"params": [p for p in trained if p.squeeze().ndim <= 1], "decayed": False, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=config.optimiser.betas, fused=True)
 
 # %% ../nbs/45_training.ipynb #2d71eefb
 class CheckpointError(RuntimeError):

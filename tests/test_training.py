@@ -225,6 +225,12 @@ def old_loop(config, pictures):
     return jepa, losses
 
 
+def test_adamw_has_the_betas_of_the_settings():
+    for changes, expected in ((dict(), (0.9, 0.999)), (dict(optimiser=dict(betas=(0.8, 0.95))), (0.8, 0.95))):
+        jepa = training.build(config(**changes))
+        assert {group["betas"] for group in training.optimiser_of(jepa, config(**changes)).param_groups} == {expected}
+
+
 @pytest.mark.parametrize("changes", [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1), target_norm="batch")])
 def test_loop_gives_what_it_gave_before(tmp_path, pictures, changes):
     jepa, losses = old_loop(config(**changes), pictures)
