@@ -89,7 +89,9 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
              changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the profile's pretrain "
                                                                "section (repeatable), e.g. --set masking.width=5 --set optimiser.clip=null")] = None,
              settings: Annotated[Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of --profile and --set")] = None,
-             resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings")] = True):
+             resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings, pictures and code")] = True,
+             resume_anyway: Annotated[bool, typer.Option("--resume-anyway", help="go on from the newest checkpoint of the same settings, "
+                                                         "whatever its pictures and code; run.json says so")] = False):
     """Pretrain an encoder on the crops in data/faces, with the settings of params.yaml.
 
     One process; under torchrun, one of several: torchrun --nproc-per-node 8 -m mefem pretrain"""
@@ -100,7 +102,7 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
         if settings and (profile or changes):
             raise SettingsError("--settings is a whole pretrain section: leave out --profile and --set")
         config = read_pretrain(settings) if settings else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
-        path = run_pretraining(config, resume=resume, run=run_name(run), root=find_root())
+        path = run_pretraining(config, resume=resume, run=run_name(run), root=find_root(), resume_anyway=resume_anyway)
         if os.environ.get("RANK", "0") == "0":
             typer.echo(path)
 

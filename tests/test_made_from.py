@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mefem.made_from import PACKAGE, MadeFrom, closure, code_hash, files_hash, notebook_code, settings_hash, stage_code, syntax
+from mefem.made_from import (
+    PACKAGE,
+    MadeFrom,
+    closure,
+    code_hash,
+    files_hash,
+    notebook_code,
+    settings_hash,
+    stage_code,
+    syntax,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted((ROOT / "nbs" / "stages").glob("*.ipynb"))
