@@ -4,7 +4,16 @@ import pytest
 import yaml
 
 from mefem.compute import choose_precision
-from mefem.config import Profile, SettingsError, Settings, changes_of, load_settings, pretrain_settings, read_pretrain, run_name
+from mefem.config import (
+    Profile,
+    Settings,
+    SettingsError,
+    changes_of,
+    load_settings,
+    pretrain_settings,
+    read_pretrain,
+    run_name,
+)
 from mefem.files import write_atomic
 from mefem.made_from import settings_hash
 
