@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Photograph', 'Reader', 'get_reader', 'file_version',
            'row_groups', 'count_rows', 'iter_rows', 'require_columns', 'slices', 'is_simulated', 'read_text',
            'read_csv', 'VideoError', 'video_frame', 'FaceAt', 'crop_unit', 'crop_dataset', 'first_photographs',
-           'fetch_dataset', 'disk_use', 'consolidated_bmi']
+           'fetch_dataset', 'disk_use']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -402,23 +402,3 @@ def disk_use(folder) -> tuple[int, int]:
             more = disk_use(entry.path) if entry.is_dir(follow_symlinks=False) else (1, entry.stat(follow_symlinks=False).st_size)
             files, size = files + more[0], size + more[1]
     return files, size
-
-# %% ../../nbs/30_datasets.ipynb #980b98de
-def consolidated_bmi(faces, names=("bmi", "mcd-rppg")) -> pd.DataFrame:
-    """Labels of all crops with a body mass index in data sets `names` of `faces` (data/faces), one row each.
-
-    `dataset` and `row` say where its features are; `source` tells the sources apart. `DatasetError` where one person's id
-    occurs in two sources, for then folds by person would not keep people apart. Absent sets are passed over."""
-    parts = []
-    for name in names:
-        if read_manifest(Path(faces) / name)["state"] == "present":
-            labels = read_labels(Path(faces) / name)
-            parts.append(labels.assign(dataset=name, row=np.arange(len(labels))))
-    columns = ["dataset", "row", "key", "source", "person", "sex", "age", "height_cm", "weight_kg", "bmi"]
-    if not parts:
-        return pd.DataFrame(columns=columns)
-    joined = pd.concat([part[columns] for part in parts if len(part)], ignore_index=True).dropna(subset="bmi")
-    if (shared := joined.groupby("person").source.nunique() > 1).any():
-        raise DatasetError(f"person {shared.index[shared][0]!r} is in two sources of the body mass index: "
-                           f"{', '.join(sorted(joined.source[joined.person == shared.index[shared][0]].unique()))}")
-    return joined.reset_index(drop=True)
