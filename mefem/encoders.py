@@ -14,6 +14,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'WEIGHTS', 'ARCFACE_TEMPLATE', 'ALIGNED_SIZE
 import contextlib
 import hashlib
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,21 +104,41 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 # %% ../nbs/50_encoders.ipynb #104ec216
 class TimmTokens(nn.Module):
-    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D]."""
+    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D]: CLS or the pooled vector where `has_cls`, then the patches.
 
-    def __init__(self, model: nn.Module):
+    `image_size`: pixels per side, at which it is tried out; `ValueError` where it gives no square of patches."""
+
+    def __init__(self, model: nn.Module, image_size: int):
         super().__init__()
-        self.model = model
-        self.is_vit = hasattr(model, "num_prefix_tokens")
-        self.has_cls = bool(getattr(model, "has_class_token", False)) or not self.is_vit
+        self.model, self.has_cls = model.eval(), True
+        token = getattr(model, "cls_token", None)
+        self.class_token = bool(getattr(model, "has_class_token", token is not None))
+        self.prefix = getattr(model, "num_prefix_tokens", None if token is None else token.shape[1])
+        self._try(image_size)
+
+    @torch.no_grad()
+    def _try(self, size: int) -> None:
+        """Find out whether there is a CLS, and whether the other tokens are a square of patches."""
+        out = self.model.forward_features(torch.zeros(1, 3, size, size))
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+            found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise ValueError(f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is not supported")
+        self.has_cls = not self._has_tokens(out) or self.class_token
+        patches = self._tokens(out).shape[1] - self.has_cls
+        if round(patches**0.5) ** 2 != patches:
+            raise ValueError(f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be patches: these "
+                             f"are no square; such a model is not supported")
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.model.forward_features(x)
-        return self._without_registers(out) if self.is_vit and out.ndim == 3 else self._with_pooled(out)
+        return self._tokens(self.model.forward_features(x))
 
-    def _without_registers(self, out: Tensor) -> Tensor:
-        first = self.model.num_prefix_tokens
-        return torch.cat([out[:, :int(self.has_cls)], out[:, first:]], 1) if first > self.has_cls else out
+    def _has_tokens(self, out: Tensor) -> bool:
+        return self.prefix is not None and out.ndim == 3
+
+    def _tokens(self, out: Tensor) -> Tensor:
+        if not self._has_tokens(out):
+            return self._with_pooled(out)
+        return torch.cat([out[:, :int(self.has_cls)], out[:, self.prefix:]], 1) if self.prefix > self.has_cls else out
 
     def _with_pooled(self, out: Tensor) -> Tensor:
         pooled = self.model.forward_head(out, pre_logits=True)
@@ -134,9 +155,9 @@ class TimmTokens(nn.Module):
 # %% ../nbs/50_encoders.ipynb #3616bc45
 def freeze(name: str, model: nn.Module, mean, std, image_size: int | None = None, **options) -> FrozenEncoder:
     """A timm model as a `FrozenEncoder`."""
-    tokens = TimmTokens(model)
     if image_size is None:
         image_size = model.patch_embed.img_size[0]
+    tokens = TimmTokens(model, image_size)
     blocks = getattr(model, "blocks", None)
     heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
     return FrozenEncoder(name, tokens, image_size, mean, std, tokens.has_cls, heads, **options)
@@ -156,11 +177,14 @@ class WeightsMismatch(ValueError):
 # %% ../nbs/50_encoders.ipynb #0868e69d
 def read_checkpoint(path) -> dict:
     """A PyTorch file as it is, tensors only (nothing in it is executed); the error names the file."""
-    import pickle
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise WeightsMismatch(f"{path} is no PyTorch file of plain tensors: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings(action="ignore"):  # of a file that is no checkpoint, torch says much that leads nowhere
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
+        raise WeightsMismatch(f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else could run a "
+                              f"program and is not loaded") from error
     if not isinstance(found, dict):
         raise WeightsMismatch(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
     return found
@@ -558,12 +582,15 @@ def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32")
     """The PCA in `file` (of `save_pixels`), or, without one, a PCA still to be fitted."""
     if not file:
         return PixelEncoder(name, device=device)
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     if not Path(file).is_file():
         raise WeightsAbsent(f"{file}: no such file; save_pixels writes it after fit(images)")
-    with safe_open(file, framework="pt") as f:
-        about, average, axes = f.metadata() or {}, f.get_tensor("average"), f.get_tensor("axes")
-    encoder = PixelEncoder(name, len(axes), int(about["image_size"]), device)
+    try:
+        with safe_open(file, framework="pt") as f:
+            size, average, axes = int(f.metadata()["image_size"]), f.get_tensor("average"), f.get_tensor("axes")
+    except (SafetensorError, TypeError, KeyError):
+        raise WeightsMismatch(f"{file} is no PCA of pixels: expected a file of save_pixels") from None
+    encoder = PixelEncoder(name, len(axes), size, device)
     encoder.average, encoder.axes = average.to(encoder.device), axes.to(encoder.device)
     return encoder
 

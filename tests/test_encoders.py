@@ -16,6 +16,7 @@ from mefem.encoders import (
     WeightsMismatch,
     align_face,
     franca_positions,
+    freeze,
     load_encoder,
     nominal_points,
     resize,
@@ -23,6 +24,7 @@ from mefem.encoders import (
     similarity,
 )
 from mefem.fairness import SeesOnly
+from mefem.features import select_tokens
 from mefem.models import create_encoder, encode_tokens, save_encoder
 
 FACES = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
@@ -104,9 +106,14 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     torch.save({"state": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(WeightsMismatch, match="evil.pth"):
         load_encoder(tmp_path / "evil.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(WeightsMismatch, match="text.pth"):
-        load_encoder(tmp_path / "text.pth")
+    for content in (b"hello", b"a,b\n1,2\n", b"", b"PK\3\4junk", b"\x80\x04}q."):
+        (tmp_path / "embeddings.csv").write_bytes(content)
+        with pytest.raises(WeightsMismatch, match="embeddings.csv is no whole PyTorch file") as error:
+            load_encoder(tmp_path / "embeddings.csv")
+        assert "weights_only" not in str(error.value), "torch's advice to execute the file is not passed on"
+    for name in ("evil.pth", "embeddings.csv"):
+        with pytest.raises(WeightsMismatch, match=name):
+            load_encoder(f"pixels:{tmp_path / name}")
 
 
 # -- FaRL: CLIP's image tower, from the equations of its paper ---------------------------------------------------------
@@ -391,6 +398,89 @@ def test_random_timm_models(name, tokens, dim):
     a = load_encoder(f"random:{name}", device="cpu")
     assert (a.tokens, a.dim) == (tokens, dim)
     assert torch.equal(a.tokens_of(FACES[:1]), load_encoder(f"random:{name}", device="cpu").tokens_of(FACES[:1]))
+
+
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+FAMILIES = {  # timm name -> (changes that make it small, CLS?, prefix tokens, patches)
+    "vit_tiny_patch16_224": (TINY, True, 1, 14**2),
+    "vit_small_patch14_reg4_dinov2": (TINY | {"img_size": 56}, True, 5, 4**2),
+    "vit_pwee_patch16_reg1_gap_256": (TINY, False, 1, 16**2),
+    "vit_base_patch16_siglip_224": (TINY, False, 0, 14**2),
+    "vit_base_patch16_clip_224": (TINY, True, 1, 14**2),
+    "aimv2_large_patch14_224": (TINY, False, 0, 16**2),
+    "vit_tiny_r_s16_p8_224": ({"embed_dim": 48, "depth": 2}, True, 1, 7**2),
+    "vit_small_patch16_dinov3": (TINY, True, 5, 16**2),
+    "vit_base_patch16_rope_reg1_gap_256": (TINY, False, 1, 16**2),
+    "eva02_tiny_patch14_224": (TINY, True, 1, 16**2),
+    "eva_giant_patch14_224": (TINY, True, 1, 16**2),
+    "vit_pe_core_tiny_patch16_384": ({"depth": 2}, True, 1, 24**2),
+    "beit_base_patch16_224": (TINY, True, 1, 14**2),
+    "beitv2_base_patch16_224": (TINY, True, 1, 14**2),
+    "deit_tiny_distilled_patch16_224": (TINY, True, 2, 14**2),
+    "deit3_small_patch16_224": (TINY, True, 1, 14**2),
+    "vit_relpos_base_patch16_cls_224": (TINY, True, 1, 14**2),
+    "vit_relpos_small_patch16_224": (TINY, False, 0, 14**2),
+    "naflexvit_base_patch16_par_gap": ({"embed_dim": 48, "depth": 2, "num_heads": 3}, False, 4, 24**2),
+    "cait_xxs24_224": ({"embed_dim": 48, "depth": 2, "num_heads": 3}, True, 1, 14**2),
+    "convit_tiny": ({}, True, 1, 14**2),
+    "xcit_nano_12_p16_224": ({"depth": 2}, True, 1, 14**2),
+    "tnt_s_patch16_224": ({"depth": 2}, True, 1, 14**2),
+    "mvitv2_small_cls": ({}, True, 1, 7**2),
+    "vitamin_small_224": ({}, False, 0, 14**2),
+}
+
+
+def tokens_of_timm(name, changes):
+    "The encoder, and what the network itself gives for the same pictures."
+    import timm
+
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=0, **changes).eval()
+    config = timm.data.resolve_model_data_config(model)
+    size = changes.get("img_size", config["input_size"][1])
+    encoder = freeze(name, model, config["mean"], config["std"], size, device="cpu")
+    with torch.no_grad():
+        return encoder, encoder.tokens_of(FACES[:1]), model.forward_features(encoder.prepare(FACES[:1]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cls_registers_and_patches_of_each_family(name):
+    changes, cls, prefix, patches = FAMILIES[name]
+    encoder, tokens, whole = tokens_of_timm(name, changes)
+    assert whole.shape[1] == prefix + patches, "the table above is right about timm"
+    assert (encoder.has_cls, encoder.tokens) == (cls, cls + patches)
+    assert torch.equal(select_tokens(tokens, "patches", cls), whole[:, prefix:]), "every patch, and neither register nor CLS"
+    if cls:
+        assert torch.equal(select_tokens(tokens, "cls", cls), whole[:, 0])
+    else:
+        with pytest.raises(ValueError, match="no CLS"):
+            select_tokens(tokens, "cls", cls)
+
+
+def test_networks_without_a_count_of_their_prefix():
+    "VOLO has a CLS and no `num_prefix_tokens`; PiT gives its CLS alone, distilled or not."
+    volo, tokens, whole = tokens_of_timm("volo_d1_224", {})
+    assert volo.has_cls and whole.shape[1] == 197 and torch.equal(tokens, whole)
+    for name in ("pit_ti_224", "pit_ti_distilled_224"):
+        pit, tokens, whole = tokens_of_timm(name, {"depth": (1, 1, 1)})
+        assert pit.has_cls and pit.tokens == 1 and torch.equal(tokens, whole[:, :1])
+
+
+@pytest.mark.parametrize("name, words", [("crossvit_tiny_240", "gives a list"), ("coat_lite_tiny", "no square"),
+                                         ("efficientvim_m1", "gives a list"), ("lcnet_035", "pooled vector")])
+def test_networks_that_cannot_be_read_are_refused(name, words):
+    with pytest.raises(ValueError, match=f"({words}).*not supported"):
+        load_encoder(f"random:{name}", device="cpu")
+
+
+def test_tokens_that_are_no_square_are_refused():
+    "A prefix that nothing says must not be taken for patches."
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, reg_tokens=3, **TINY)
+    model.num_prefix_tokens = 1
+    with pytest.raises(ValueError, match="200 tokens, of which 199 should be patches.*not supported"):
+        freeze("odd", model, (0.5,) * 3, (0.5,) * 3, device="cpu")
 
 
 def test_random_weights_leave_the_global_generator_alone():

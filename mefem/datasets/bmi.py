@@ -8,11 +8,12 @@ __all__ = ['UNIT_ROWS', 'REQUIRED', 'LIMITS', 'BMI_SLACK', 'SEXES', 'HOW_TO_OBTA
 
 # %% ../../nbs/37_bmi.ipynb #6736fe21
 import math
+import re
 from functools import lru_cache
 from pathlib import Path
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, file_version, slices
+from .core import DatasetError, Photograph, as_number, file_version, slices
 
 # %% ../../nbs/37_bmi.ipynb #78389748
 UNIT_ROWS = 1000
@@ -39,9 +40,10 @@ def _number(text: str, name: str, where: str) -> float | None:
     if not text.strip():
         return None
     try:
-        value = float(text)
+        value = float(text.replace("_", "?"))  # to Python 1_80 is a number
     except ValueError:
-        raise DatasetError(f"{where}: {name} is {text!r}, expected a number") from None
+        hint = "; a decimal comma? it has to be a point" if re.fullmatch(r"\s*\d+,\d+\s*", text) else ""
+        raise DatasetError(f"{where}: {name} is {text!r}, expected a number{hint}") from None
     low, high = LIMITS.get(name, (-math.inf, math.inf))
     if not low <= value <= high or not math.isfinite(value):
         hint = "; in metres? it has to be in cm" if name == "height" and 0.5 <= value <= 2.72 else ""
@@ -61,23 +63,15 @@ def body_labels(row: dict, where: str) -> dict:
 
 # %% ../../nbs/37_bmi.ipynb #652aca1e
 def row_labels(row: dict, source: str, where: str) -> dict:
-    "All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the file's further columns."
+    "All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the numbers of the file's further columns (words cannot be predicted)."
     sex, person = row["sex"].strip().lower(), row["person"].strip()
     if sex not in SEXES:
         raise DatasetError(f"{where}: sex is {row['sex']!r}, expected male, female or nothing")
     if not person:
         raise DatasetError(f"{where}: person is empty; give every photograph the id of the person it shows")
-    more = {name: _further(text) for name, text in row.items() if name not in (*REQUIRED, "age", LINE)}
+    more = {name: as_number(text) for name, text in row.items() if name not in (*REQUIRED, "age", LINE)}
     return {**body_labels(row, where), "sex": SEXES[sex], "age": _number(row.get("age", ""), "age", where),
             "person": f"{source}/{person}", "source": source, **more}
-
-
-def _further(text: str) -> float | None:
-    "A further column's cell: a number, or nothing. Words are not kept, they cannot be predicted."
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 # %% ../../nbs/37_bmi.ipynb #671e94c4
 @lru_cache(maxsize=8)

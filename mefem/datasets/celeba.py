@@ -38,10 +38,13 @@ def read_attributes(path) -> pd.DataFrame:
     try:
         with open(path, encoding="utf-8-sig") as f:
             count, names = f.readline().strip(), f.readline().split()
-        table = pd.read_csv(path, sep=r"\s+", skiprows=2, header=None, names=["image", *names], index_col="image", dtype={"image": str})
+        table = pd.read_csv(path, sep=r"\s+", skiprows=2, header=None, names=["image", *names], index_col="image",
+                            dtype={"image": str}, keep_default_na=False)
     except ValueError as error:
         raise DatasetError(f"{path} is not CelebA's list of attributes: {error}") from None
-    if (twice := table.index.duplicated()).any():
+    if not (good := table.index.str.fullmatch(r"[\w-]+\.\w+")).all():
+        raise DatasetError(f"{path}, line {int((~good).argmax()) + 3}: {table.index[~good][0]!r}, expected a file name such as 000001.jpg")
+    if (twice := table.index.str.rpartition(".", expand=False).str[0].duplicated()).any():  # what stands before the ending is the key
         raise DatasetError(f"{path}, line {int(twice.argmax()) + 3}: {table.index[twice][0]} stands there twice")
     if count != str(len(table)) or len(names) != ATTRIBUTES:
         raise DatasetError(f"{path}: line 1 says {count!r} and line 2 names {len(names)} attributes, but {len(table)} rows "
@@ -53,12 +56,15 @@ def read_attributes(path) -> pd.DataFrame:
 
 # %% ../../nbs/34_celeba.ipynb #9bb00921
 def read_pairs(path, column: str) -> pd.Series:
-    "A list of file names and numbers, as a series indexed by file name."
+    "A list of file names and whole numbers, as a series of text indexed by file name."
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["image", column], index_col="image",
-                            dtype={"image": str, column: "int64"})
+                            dtype=str, keep_default_na=False)
     except ValueError as error:
         raise DatasetError(f"{path}: {error}; expected a file name and a number in every line") from None
+    if not (good := table[column].str.fullmatch(r"[0-9]+").eq(True)).all():
+        line = int((~good).to_numpy().argmax()) + 1
+        raise DatasetError(f"{path}, line {line}: {column} is {table[column].iat[line - 1]!r}; expected a file name and a number in every line")
     if (twice := table.index.duplicated()).any():
         raise DatasetError(f"{path}, line {int(twice.argmax()) + 1}: {table.index[twice][0]} stands there twice")
     return table[column]
@@ -72,10 +78,10 @@ def _table(versions: tuple) -> pd.DataFrame:
         found = read_pairs(path, column).reindex(table.index)
         if found.isna().any():
             raise DatasetError(f"{path} has no line for {found.index[found.isna()][0]}, which {attributes.name} lists")
-        table[column] = found.astype(int)
-    if not table.split.isin(range(len(SPLITS))).all():
-        raise DatasetError(f"{partition}: a part is {table.split.max()}, expected 0, 1 or 2")
-    return table.assign(person=table.person.astype(str), split=[SPLITS[part] for part in table.split])
+        table[column] = found
+    if not (known := table.split.isin(list("012"))).all():
+        raise DatasetError(f"{partition}: a part is {table.split[~known].iloc[0]}, expected 0, 1 or 2")
+    return table.assign(split=[SPLITS[int(part)] for part in table.split])
 
 
 def label_table(root) -> pd.DataFrame:

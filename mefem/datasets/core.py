@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Photograph', 'Reader', 'get_reader', 'file_version',
            'row_groups', 'count_rows', 'iter_rows', 'require_columns', 'slices', 'is_simulated', 'read_text',
-           'read_csv', 'VideoError', 'video_frame', 'FaceAt', 'crop_unit', 'crop_dataset', 'first_photographs',
-           'fetch_dataset', 'disk_use']
+           'read_csv', 'as_number', 'VideoError', 'video_frame', 'FaceAt', 'crop_unit', 'crop_dataset',
+           'first_photographs', 'fetch_dataset', 'disk_use']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -14,8 +14,10 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import pkgutil
+import re
 import sys
 import zlib
 from abc import ABC, abstractmethod
@@ -33,7 +35,6 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import mefem.datasets
-
 from ..made_from import code_hash, files_hash
 from ..files import write_json
 from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
@@ -212,6 +213,15 @@ def read_csv(path, columns, hint: str = "") -> pd.DataFrame:
     except csv.Error as error:
         raise DatasetError(f"{path} cannot be read as CSV: {error} (in the row after line {line})") from None
     return pd.DataFrame(rows, index=pd.Index(lines, dtype="int64"), columns=names, dtype=object)
+
+# %% ../../nbs/30_datasets.ipynb #7fe284ed
+_NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)(e[+-][0-9]{1,3})?", re.ASCII | re.IGNORECASE)
+
+
+def as_number(text: str) -> float | None:
+    "A cell as a finite number; None where it is none: empty, a word, `007`, `1e5`, `nan`, `1_000`, more than 15 digits."
+    value = float(text) if _NUMBER.fullmatch(text := text.strip()) else math.inf
+    return value if math.isfinite(value) else None
 
 # %% ../../nbs/30_datasets.ipynb #4acd02b7
 class VideoError(Unusable):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNIT_ROWS', 'PADDINGS', 'SPLITS', 'COLUMNS', 'CLASSES', 'LISTS', 'CLASS_NAMES', 'HOW_TO_OBTAIN', 'check_schema',
-           'class_names', 'row_labels', 'list_rows', 'Reader']
+           'class_names', 'row_labels', 'what_happened', 'list_rows', 'Reader']
 
 # %% ../../nbs/35_fairface.ipynb #2df09edd
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def row_labels(row: dict, names: dict[str, list[str]], split: str, key: str, whe
         labels[name], labels[f"{name}_name"] = int(value), names[name][value]
     return labels
 
+# %% ../../nbs/35_fairface.ipynb #f36f392b
+_DATES = {"3-9": ({"3", "9"}, {"sep", "mar", "mrt", "mär"}), "10-19": ({"10", "19", "2019"}, {"oct", "okt", "out", "ott"})}
+
+
+def what_happened(name: str, value: str) -> str:
+    "What a spreadsheet did to an age class that is none any more, and what helps; empty where it was something else."
+    numbers = [text.lstrip("0") for text in re.findall(r"\d+", value)]
+    words = {word[:3] for word in re.findall(r"[^\W\d_]+", value.lower())}
+    for age, (parts, months) in _DATES.items():
+        date = words <= months if len(numbers) == 1 else not words and len(numbers) == 3
+        if name == "age" and date and len(parts.intersection(numbers)) + len(words) >= 2:
+            return (f". A spreadsheet took the age class {age} for a date and saved it so: take the authors' list anew, or put "
+                    f"{age} in place of {value} (look for the other of 3-9 and 10-19 too) and open it as text only")
+    return ""
+
 # %% ../../nbs/35_fairface.ipynb #8cb04fdc
 @lru_cache(maxsize=4)
 def _list_rows(path: str, size: int, changed: int) -> pd.DataFrame:
@@ -80,7 +96,7 @@ def _list_rows(path: str, size: int, changed: int) -> pd.DataFrame:
         if (strange := ~table[name].isin(CLASS_NAMES[name])).any():
             row = int(strange.to_numpy().argmax())
             raise DatasetError(f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected one of "
-                               f"{', '.join(CLASS_NAMES[name])}")
+                               f"{', '.join(CLASS_NAMES[name])}{what_happened(name, table[name].iat[row])}")
     for line, file in table.file.items():
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:
             raise DatasetError(f"{path}, line {line}: file is {file!r}, expected a path such as train/1.jpg")

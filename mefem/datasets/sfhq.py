@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mefem.datasets.core as core
 from .core import Photograph, file_version, slices
+from ..faces import flat_names
 
 # %% ../../nbs/33_sfhq.ipynb #ef5a80eb
 UNIT_FILES = 1000
@@ -21,14 +22,15 @@ HOW_TO_OBTAIN = """SFHQ: MIT licence; four parts, 425,258 synthetic portraits of
 
 
 @lru_cache(maxsize=8)
-def _names(folder: str, size: int, changed: int) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+def _names(folder: str, size: int, changed: int) -> dict[str, str]:
+    names = sorted(path.name for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    return dict(zip(names, flat_names(names, r"[^\w-]"), strict=True))  # a tar shard's names end at their first dot
 
 
-def part_names(root, part: str) -> list[str]:
-    "File names of one part's portraits, sorted; listed once while the folder does not change."
+def part_names(root, part: str) -> dict[str, str]:
+    "File names of one part's portraits, sorted -> their keys; listed once while the folder does not change."
     folder = Path(root) / part / "images"
-    return _names(*file_version(folder)) if folder.is_dir() else []
+    return _names(*file_version(folder)) if folder.is_dir() else {}
 
 # %% ../../nbs/33_sfhq.ipynb #8faf1389
 class Reader(core.Reader):
@@ -50,11 +52,10 @@ class Reader(core.Reader):
 
     def files(self, root, unit):
         part, start = unit.split("/")
-        names = part_names(root, part)[int(start):int(start) + UNIT_FILES]
+        names = [*part_names(root, part)][int(start):int(start) + UNIT_FILES]
         return [Path(root) / part / "images" / name for name in names]
 
     def read(self, root, unit):
-        part = int(unit.split("/")[0].removeprefix("SFHQ_part"))
+        part, keys = int(unit.split("/")[0].removeprefix("SFHQ_part")), part_names(root, unit.split("/")[0])
         for path in self.files(root, unit):
-            key = f"{part}_{path.stem.replace('.', '_')}"  # a tar shard's names end at their first dot
-            yield Photograph(key, path.read_bytes(), None, {"part": part})
+            yield Photograph(f"{part}_{keys[path.name]}", path.read_bytes(), None, {"part": part})
