@@ -5,7 +5,9 @@ import re
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from mefem.cli import app
 from mefem.files import write_json
 from mefem.readme import FILES, readme_text, write_readme
 
@@ -131,3 +133,14 @@ def test_equal_files_give_equal_bytes_and_the_stage_writes_them(tmp_path, root):
 def test_every_link_of_the_page_leads_somewhere(root):
     for target in re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("https://") or (root / target).exists(), target
+
+
+def test_info_reproduction_shows_table_2_of_the_tables_folder(tmp_path, root, monkeypatch):
+    shutil.copy(root / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    missing = CliRunner().invoke(app, ["info", "reproduction"])
+    assert missing.exit_code == 1 and "figures/tables/table2.md is missing: run `make reproduce`" in missing.stderr
+    (tmp_path / "figures" / "tables").mkdir(parents=True)
+    (tmp_path / "figures" / "tables" / "table2.md").write_text("the table")
+    shown = CliRunner().invoke(app, ["info", "reproduction"])
+    assert shown.exit_code == 0 and "the table" in shown.output and "figures/tables/" in shown.output

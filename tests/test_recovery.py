@@ -1,4 +1,5 @@
-"""SIGKILL at any moment: what DVC leaves half written is put right, and the next run ends where an uninterrupted one does."""
+"""SIGKILL at any moment: what DVC leaves half written is put right, and the next run ends where an uninterrupted one does.
+And the Makefile's targets that have to work for whoever runs them."""
 
 import contextlib
 import json
@@ -115,34 +116,44 @@ def test_a_cut_lock_is_replaced_by_the_last_whole_one_and_it_is_said(graph):
     assert tool(folder).stdout == ""                       # a whole one is left alone, without a word
 
 
-def test_without_the_copy_gits_lock_is_taken_and_without_both_none(graph):
-    folder = ran(graph("bare"))
-    lock, copy = folder / "dvc.lock", folder / ".dvc" / "tmp" / "dvc.lock.whole"
-    whole = lock.read_bytes()
-    subprocess.run(["git", "add", "dvc.lock"], cwd=folder, check=True)
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "lock"], cwd=folder, check=True)
+def lock_of(stages: int) -> str:
+    "A dvc.lock as DVC writes it."
+    part = "  part@{0}:\n    cmd: echo {0}\n    outs:\n    - path: part-{0}.txt\n      hash: md5\n      md5: 0123\n      size: 2\n"
+    return "schema: '2.0'\nstages:\n" + "".join(part.format(number) for number in range(stages))
+
+
+@pytest.fixture
+def committed(tmp_path):
+    "A folder with a lock of two stages, which git has and of which there is a copy."
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.lock").write_text(lock_of(2))
+    for command in ("init -q", "add dvc.lock", "-c user.name=t -c user.email=t@example.org commit -qm lock"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    assert tool(tmp_path).stdout == "" and (tmp_path / ".dvc" / "tmp" / "dvc.lock.whole").read_text() == lock_of(2)
+    return tmp_path
+
+
+def test_without_the_copy_gits_lock_is_taken_and_without_both_none(committed):
+    lock, copy = committed / "dvc.lock", committed / ".dvc" / "tmp" / "dvc.lock.whole"
     copy.unlink()
-    lock.write_bytes(whole[:-9])
-    assert "git has" in tool(folder).stdout and lock.read_bytes() == whole
-    subprocess.run(["git", "update-ref", "-d", "HEAD"], cwd=folder, check=True)
-    copy.write_bytes(whole[:-9])                           # a copy that is cut itself is no copy
-    lock.write_bytes(whole[:-9])
-    assert "removed" in tool(folder).stdout and not lock.exists()
+    lock.write_text(lock_of(2)[:-9])
+    assert "git has" in tool(committed).stdout and lock.read_text() == lock_of(2)
+    subprocess.run(["git", "update-ref", "-d", "HEAD"], cwd=committed, check=True)
+    copy.write_text(lock_of(2)[:-9])                       # a copy that is cut itself is no copy
+    lock.write_text(lock_of(2)[:-9])
+    assert "removed" in tool(committed).stdout and not lock.exists()
 
 
-def test_an_older_lock_of_git_is_no_cut_one_and_a_removed_lock_stays_removed(graph):
-    folder = graph("older")
-    lock = folder / "dvc.lock"
-    assert tool(folder, "dvc", "repro", "-q", "part@0").returncode == 0
-    older = lock.read_bytes()
-    subprocess.run(["git", "add", "dvc.lock"], cwd=folder, check=True)
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "lock"], cwd=folder, check=True)
-    ran(folder)
-    lock.write_bytes(older)                                # as `git checkout dvc.lock` does
-    assert tool(folder).stdout == "" and lock.read_bytes() == older
+def test_an_older_lock_of_git_is_no_cut_one_and_a_removed_lock_stays_removed(committed):
+    lock, copy = committed / "dvc.lock", committed / ".dvc" / "tmp" / "dvc.lock.whole"
+    lock.write_text(lock_of(4))
+    assert tool(committed).stdout == "" and copy.read_text() == lock_of(4)
+    lock.write_text(lock_of(3))                            # the end of it is missing
+    assert "put back" in tool(committed).stdout and lock.read_text() == lock_of(4)
+    lock.write_text(lock_of(2))                            # as `git checkout dvc.lock` does
+    assert tool(committed).stdout == "" and lock.read_text() == lock_of(2)
     lock.unlink()
-    assert tool(folder).stdout == "" and not lock.exists()
-    assert not (folder / ".dvc" / "tmp" / "dvc.lock.whole").exists()
+    assert tool(committed).stdout == "" and not lock.exists() and not copy.exists()
 
 
 def test_rwlock_is_removed_where_dvc_would_stumble_over_it(tmp_path):
@@ -172,3 +183,21 @@ def test_the_commands_exit_code_and_sigterm_are_passed_on(tmp_path):
     process.terminate()
     assert process.wait(10) == 128 + signal.SIGTERM
     assert subprocess.run([sys.executable, TOOL], cwd=tmp_path.parent, capture_output=True).returncode == 1
+
+
+def targets(name: str, **environment) -> str:
+    "The commands of a target, not run."
+    return subprocess.run(["make", "-n", name], cwd=TOOL.parent.parent, env=os.environ | environment, capture_output=True, text=True,
+                          check=True).stdout
+
+
+def test_reproduce_starts_dvc_through_the_script():
+    assert "python tools/whole_lock.py dvc repro\n" in targets("reproduce")
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_jupyter_is_allowed_to_run_as_root_only_as_root(tmp_path, user):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    line = next(line for line in targets("lab", PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines() if line.startswith("jupyter lab"))
+    assert ("--allow-root" in line) == (user == 0)

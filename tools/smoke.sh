@@ -24,5 +24,9 @@ fi
 dvc metrics show
 dvc stage list > /dev/null
 dvc dag > /dev/null
-test -s figures/table2.md && test -s figures/figure2_maskings.png && test -s figures/figure3_weights.png
+test -s figures/tables/table2.md && test -s figures/maskings/figure2_maskings.png && test -s figures/maskings/figure3_weights.png
+grep -q "wiring only" README.md
+cp README.md "$scratch/README.md"
+python -c "from mefem.readme import write_readme; write_readme('.')"
+cmp README.md "$scratch/README.md"
 echo "== smoke: $((middle - start)) s, second run $(( $(date +%s) - middle )) s and nothing done"
