@@ -6,9 +6,9 @@
 __all__ = ['TABLE2_COLUMNS', 'CONTROLS', 'TABLE2_ROWS', 'TABLE3_COLUMNS', 'TABLE3_ROWS', 'TABLE2', 'TABLE3', 'LEARNED_COLUMNS',
            'LEARNED_ROWS', 'LEARNED', 'RIVALS', 'CELL_FIELDS', 'NOTES', 'SOURCE', 'TARGET', 'NEITHER', 'EDGE', 'STYLE',
            'WRITTEN', 'load_result', 'Column', 'Row', 'Table', 'compare', 'rival_of', 'results_table', 'scale_of',
-           'notes_of', 'marks_of', 'table_markdown', 'table_csv', 'tex', 'table_tex', 'cells_json', 'write_table',
-           'write_table2', 'write_table3', 'write_learned', 'save_figure', 'figure_maskings', 'figure_weights',
-           'figure_learning', 'hardware', 'size_of', 'describe_run', 'stage_durations', 'provenance']
+           'size_of', 'notes_of', 'marks_of', 'table_markdown', 'table_csv', 'tex', 'table_tex', 'cells_json',
+           'write_table', 'write_table2', 'write_table3', 'write_learned', 'save_figure', 'figure_maskings',
+           'figure_weights', 'figure_learning', 'hardware', 'describe_run', 'stage_durations', 'provenance']
 
 # %% ../nbs/60_report.ipynb #2225678e
 import csv
@@ -259,6 +259,12 @@ def scale_of(cells: pd.DataFrame, profile: str, model: str = "", pretraining: st
         else ""
     )
     return "; ".join(parts) + "." + warning
+
+# %% ../nbs/60_report.ipynb #f5819cd8
+def size_of(parameters: int) -> str:
+    """A number of parameters as tables show it: "0.37 M", "86 M"."""
+    millions = parameters / 1e6
+    return f"{millions:,.0f} M" if millions >= 10 else f"{millions:.2g} M"
 
 # %% ../nbs/60_report.ipynb #9719b9e4
 NOTES = {
@@ -634,12 +640,6 @@ def hardware() -> dict:
     return {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()}
 
 # %% ../nbs/60_report.ipynb #3c7e505b
-def size_of(parameters: int) -> str:
-    """A number of parameters as tables show it: "0.37 M", "86 M"."""
-    millions = parameters / 1e6
-    return f"{millions:,.0f} M" if millions >= 10 else f"{millions:.2g} M"
-
-
 def describe_run(about: dict) -> tuple[str, str]:
     """A run's `run.json` as (model, pretraining), each a phrase for the caption of a table."""
     settings, encoder = about["settings"], about["settings"]["encoder"]

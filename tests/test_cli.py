@@ -94,7 +94,7 @@ def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
     import mefem.training as training
 
     called = []
-    monkeypatch.setattr(training, "pretrain", lambda config, resume, run, root: called.append((run, config)) or "done")
+    monkeypatch.setattr(training, "pretrain", lambda config, resume, run, root, resume_anyway: called.append((run, config)) or "done")
     mefem("pretrain", "--profile", "smoke", "--name", "2026", "--set", "masking.width=5", "--set", "optimiser.lr=1e-4",
           "--set", "masking.cls_in_source=null", "--set", "optimiser.betas=[0.9, 0.95]")
     (run, config), = called
