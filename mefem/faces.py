@@ -253,7 +253,8 @@ _LONGEST = 180  # bytes of a name; file systems end at 255, and a temporary file
 def flat_names(paths, unwanted: str = r"[\\\0\ud800-\udfff]") -> list[str]:
     """A name without ending for each of the relative `paths` (all different); no two are equal, also where case does not count.
 
-    Folders are joined by "__"; what the pattern `unwanted` matches (else: bytes that are no text) becomes "_". Only names with a hash hold "~"."""
+    Folders are joined by "__"; what the pattern `unwanted` matches (else: bytes that are no text) becomes "_". Only a name that
+    has a hash holds "~"."""
     paths = [os.fspath(path) for path in paths]
     short = [re.sub(unwanted, "_", os.path.splitext(path)[0].replace(os.sep, "__")) for path in paths]
     alike = [name.casefold() if name.isascii() else unicodedata.normalize("NFKC", name.casefold()) for name in short]

@@ -496,8 +496,8 @@ def embed_photographs(source, encoder, out, features: str = "cls", detect: bool 
 
     `out` ends in .parquet, .csv or .npz. A photograph without an embedding has the reason as its status; without `detect` a picture
     that is not square is one of them. `dim`: numbers of one token."""
-    out, files, home = check_target(out), photographs_in(source), _home(source)
-    frozen, rows = as_encoder(encoder, device), []
+    out, home, rows = check_target(out), _home(source), []
+    frozen, files = as_encoder(encoder, device), photographs_in(source)
     for start in tqdm(range(0, len(files), batch), unit="batch", mininterval=1, disable=not progress):
         crops, status = [], []
         for path in files[start:start + batch]:
