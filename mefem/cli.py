@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .config import SettingsError, load_settings, pretrain_settings
+from .config import Probing, SettingsError, load_settings, pretrain_settings
 from .files import DiskFull, find_root, write_json
 
 # %% ../nbs/70_cli.ipynb #8efdb4e5
@@ -108,7 +108,7 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
 # %% ../nbs/70_cli.ipynb #e995513e
 @app.command()
 def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
-          out: Annotated[Path, typer.Option("--out", "-o", help="a .parquet file")],
+          out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
           encoder: Annotated[str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")] = "mefem-b",
           features: Annotated[str, typer.Option(help="cls, patches or patches+cls")] = "cls",
           detect: Annotated[bool, typer.Option(help="find and crop the face first; --no-detect for crops")] = True,
@@ -132,21 +132,41 @@ def probe(features: Annotated[Path, typer.Argument(help="a folder of data/featur
           task: Annotated[str, typer.Option(help="bmi, fairface-age ...")] = "bmi",
           feature_set: Annotated[str, typer.Option(help="cls, patches or patches+cls")] = "patches",
           head: Annotated[str | None, typer.Option(help="attentive, mlp or linear; default: as in the paper")] = None,
-          out: Annotated[Path | None, typer.Option("--out", "-o", help="write the numbers as JSON too")] = None,
-          folds: Annotated[int, typer.Option(min=2)] = 5, epochs: Annotated[int, typer.Option(min=1)] = 20,
-          seed: Annotated[int, typer.Option(min=0)] = 0):
-    "Train a small head on frozen features and test it on other people, with 95 % intervals."
+          out: Annotated[Path | None, typer.Option("--out", "-o", help="write the numbers too, to a .json file")] = None,
+          profile: Annotated[str | None, typer.Option(help="of params.yaml; default: the one in force")] = None,
+          folds: Annotated[int | None, typer.Option(min=2)] = None, epochs: Annotated[int | None, typer.Option(min=1)] = None,
+          seed: Annotated[int | None, typer.Option(min=0)] = None):
+    """Train a small head on frozen features and test it on other people, with 95 % intervals.
+
+    What is not given is as params.yaml has it, so that the numbers are those of the graph; outside a checkout, as `Probing` has it."""
+    from mefem.compute import torch_threads
     from mefem.metrics import summarise
     from mefem.probing import probe as run_probe
 
     with _Plainly():
-        result = run_probe(features, task, feature_set, head=head, folds=folds, epochs=epochs, seeds=(seed,))
+        if out and (out.suffix != ".json" or out.is_dir()):
+            raise ValueError(f"{out}: expected a file ending in .json")
+        settings = _probing_settings(profile) | {k: v for k, v in (("folds", folds), ("epochs", epochs), ("seed", seed)) if v is not None}
+        seed, seeds, bootstrap = (settings.pop(name) for name in ("seed", "seeds", "bootstrap"))
+        with torch_threads(1):  # as in the graph: the numbers do not depend on the number of cores
+            result = run_probe(features, task, feature_set, head=head, seeds=tuple(range(seed, seed + seeds)), **settings)
         if result.state != "present":
             raise FileNotFoundError(f"{features}: {result.state}: {result.info['reason']}")
-        numbers = summarise(result.predictions, task)
+        numbers = summarise(result.predictions, task, bootstrap)
         typer.echo(json.dumps(numbers, indent=1))
         if out:
             write_json(out, numbers)
+
+
+def _probing_settings(profile: str | None) -> dict:
+    "The `probing` section of params.yaml, or its defaults where there is no params.yaml and no profile is asked for."
+    try:
+        root = find_root()
+    except FileNotFoundError:
+        if profile:
+            raise
+        return Probing().model_dump()
+    return load_settings(root / "params.yaml", profile).active.probing.model_dump()
 
 # %% ../nbs/70_cli.ipynb #584a051d
 info = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What is at hand: data sets, weights, and how the last reproduction went.")

@@ -144,6 +144,8 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow brings these upright itself while it decodes, and gives the upright size before
+        return 1
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's EXIF parser raises almost anything on damaged blocks
@@ -248,10 +250,11 @@ def is_photograph(path) -> bool:
 _LONGEST = 180  # bytes of a name; file systems end at 255, and a temporary file's name is longer
 
 
-def flat_names(paths, unwanted: str = r"[\\\0]") -> list[str]:
+def flat_names(paths, unwanted: str = r"[\\\0\ud800-\udfff]") -> list[str]:
     """A name without ending for each of the relative `paths` (all different); no two are equal, also where case does not count.
 
-    Folders are joined by "__"; what the pattern `unwanted` matches becomes "_". Only names with a hash hold "~"."""
+    Folders are joined by "__"; what the pattern `unwanted` matches (else: bytes that are no text) becomes "_". Only a name that
+    has a hash holds "~"."""
     paths = [os.fspath(path) for path in paths]
     short = [re.sub(unwanted, "_", os.path.splitext(path)[0].replace(os.sep, "__")) for path in paths]
     alike = [name.casefold() if name.isascii() else unicodedata.normalize("NFKC", name.casefold()) for name in short]

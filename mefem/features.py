@@ -374,7 +374,7 @@ def _shown(path) -> str:
 
 
 def _write_crop_list(out: Path, files, names, status) -> None:
-    table = pd.DataFrame({"file": map(_shown, files), "crop": names, "status": status}, columns=CROP_COLUMNS, dtype=object)
+    table = pd.DataFrame({"file": [*map(_shown, files)], "crop": names, "status": status}, columns=CROP_COLUMNS, dtype=object)
     write_atomic(out / CROP_LIST, table.to_csv(index=False))
 
 # %% ../nbs/51_features.ipynb #2e5f1460
@@ -462,8 +462,10 @@ def _write_csv(table: pd.DataFrame, path) -> None:
 
 def _write_npz(table: pd.DataFrame, path) -> None:
     columns = {name: table[name].to_numpy(str if name != "dim" else int) for name in _TABLE}
-    with open(path, "wb") as f:                           # to a name, NumPy would add its ending
-        np.savez(f, embedding=_matrix(table), **columns)
+    with zipfile.ZipFile(path, "w") as archive:           # NumPy's own `savez` takes no array named "file"
+        for name, column in {**columns, "embedding": _matrix(table)}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array(f, column, allow_pickle=False)
 
 
 _WRITERS = {".parquet": pd.DataFrame.to_parquet, ".csv": _write_csv, ".npz": _write_npz}
@@ -475,8 +477,8 @@ def embed_photographs(source, encoder, out, features: str = "cls", detect: bool 
 
     `out` ends in .parquet, .csv or .npz. A photograph without an embedding has the reason as its status; without `detect` a picture
     that is not square is one of them. `dim`: numbers of one token."""
-    out, files, home = check_target(out), photographs_in(source), _home(source)
-    frozen, rows = as_encoder(encoder, device), []
+    out, home, rows = check_target(out), _home(source), []
+    frozen, files = as_encoder(encoder, device), photographs_in(source)
     for start in tqdm(range(0, len(files), batch), unit="batch", mininterval=1, disable=not progress):
         crops, status = [], []
         for path in files[start:start + batch]:

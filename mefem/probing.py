@@ -718,14 +718,14 @@ def probe_split(targets: np.ndarray, task: Task, split: Split, recipe: Recipe, s
 
 # %% ../nbs/52_probing.ipynb #f6f19e4e
 def probe(features: str | Path | Features, task: str | Task, feature_set: str = "patches", *, head: str | None = None,
-          lrs=(1e-3, 3e-3), weight_decays=(1e-2, 1e-1), starts=STARTS, epochs: int = 20, batch: int = 64, patience: int = 6,
-          folds: int = 5, validation: float = 0.15, hidden: int = 256, heads: int = 4, seeds=(0,), device="cpu",
+          lrs=(1e-3, 3e-3), weight_decays=(1e-2, 1e-1), starts=STARTS, epochs: int = 20, batch: int = 128, patience: int = 10,
+          folds: int = 5, validation: float = 0.15, hidden: int = 256, heads: int = 4, seeds=(0,), device="auto",
           memory: int = 4 << 30, progress: bool = True) -> ProbeResult:
     """Probe one encoder's features (a folder of `extract_features`, or `Features`) for `task` with one feature set.
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
     "linear") says otherwise. The grid is lrs x weight_decays x starts (see `starting_points`). `heads` counts only where the features do not say how
-    many heads their encoder has; `device`: "auto" or what PyTorch takes. Features that are absent give an empty result whose info has their state and the
+    many heads their encoder has; `device`: "auto" or what PyTorch takes. Defaults are those of `mefem.config.Probing`. Features that are absent give an empty result whose info has their state and the
     reason. Raises `TooFewLabels` where the labels do not suffice, `PersonLeak` where a split is not one of people."""
     task, device = get_task(task), choose_device(str(device))
     features = features if isinstance(features, Features) else task_features(features, task)

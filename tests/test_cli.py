@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from mefem.cli import app
+from mefem.config import Probing
 from mefem.models import create_encoder, save_encoder
 from mefem.report import stage_durations
 from mefem.shards import read_labels, read_manifest
@@ -72,6 +74,91 @@ def test_bad_photographs_are_named_and_the_rest_unharmed(tmp_path, encoder_file)
     mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--no-detect")
     table = pd.read_parquet(tmp_path / "e.parquet").set_index("file")
     assert table.loc["grey.png", "status"] == "success" and table.loc["empty.jpg", "status"] != "success"
+
+
+def test_one_picture_that_is_not_square_does_not_end_the_run(tmp_path, encoder_file):
+    crops = tmp_path / "crops"
+    crops.mkdir()
+    for name, size in (("a.png", (112, 112)), ("b.png", (112, 90)), ("c.png", (200, 200))):
+        Image.new("RGB", size, "grey").save(crops / name)
+    result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--no-detect")
+    assert "b.png: not square" in result.stderr and "2 of 3 photographs" in result.output
+    table = pd.read_csv(tmp_path / "e.csv")
+    assert table.status.tolist() == ["success", "not square", "success"] and table.filter(regex="^e[0-9]").notna().sum(1).tolist() == [32, 0, 32]
+    (tmp_path / "labels.csv").write_text("image,age\na.png,31\n")
+    for out, words in (("labels.csv", "is no table of embeddings"), ("e.xlsx", "ending in .parquet, .csv, .npz")):
+        assert words in mefem("embed", crops, "-o", tmp_path / out, "-e", encoder_file, "--no-detect", code=1).stderr
+    assert (tmp_path / "labels.csv").read_text().startswith("image,age")
+
+
+def test_crops_inside_the_photographs_folder(shared, tmp_path, encoder_file):
+    import shutil
+
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for path in sorted((shared / "frll").glob("*.jpg"))[:3]:
+        shutil.copy(path, photos)
+        shutil.copy(path, photos / "more")
+    for _ in range(2):
+        assert mefem("crop", photos, "-o", photos / "crops").stdout.split() == ["6", "usable"]
+        assert len(list((photos / "crops").glob("*.jpg"))) == 6
+    mefem("embed", photos, "-o", tmp_path / "e.npz", "-e", encoder_file)
+    with np.load(tmp_path / "e.npz") as found:
+        assert len(found["file"]) == 6 and not [name for name in found["file"] if "crops" in name]
+    assert "choose another one" in mefem("crop", photos, "-o", photos, code=1).stderr
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+def toy_features(folder, n=80):
+    rng = np.random.default_rng(0)
+    bmi = 25 + 4 * rng.standard_normal(n)
+    tokens = rng.standard_normal((n, 5, 8)) + (bmi - 25)[:, None, None] * rng.standard_normal(8) / 4
+    folder.mkdir()
+    np.save(folder / "bmi.npy", tokens.astype(np.float16))
+    pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": bmi}).to_parquet(folder / "bmi.parquet")
+    about = {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2, "encoder": "toy", "encoder_hash": "a" * 12, "faces_hash": "f" * 12}
+    (folder / "bmi.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_defaults_of_the_probe_are_those_of_the_settings():
+    import inspect
+
+    from mefem.probing import probe
+
+    settings = Probing().model_dump()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(probe).parameters.items()}
+    shared = settings.keys() & defaults.keys()
+    assert shared == settings.keys() - {"bootstrap", "seed"} and defaults["seeds"] == (settings["seed"],) and settings["seeds"] == 1
+    assert {name: defaults[name] for name in shared - {"seeds"}} == {name: settings[name] for name in shared - {"seeds"}}
+
+
+@pytest.mark.parametrize("changes", [None, {"folds": 3, "epochs": 3, "batch": 16, "patience": 2, "bootstrap": 100, "seed": 4, "seeds": 2}])
+def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes):
+    from mefem.metrics import evaluate
+
+    features = toy_features(tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    if changes:
+        profile = {"probing": changes}
+        params = {"profile": "mine", "datasets": ["bmi"], "encoders": {"toy": "pixels"}, "runs": ["main"],
+                  "profiles": {"mine": profile, "other": {"probing": {"epochs": 1}}}}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    else:
+        def nowhere():
+            raise FileNotFoundError("no params.yaml")
+        monkeypatch.setattr("mefem.cli.find_root", nowhere)
+    evaluate({"toy": (features, tmp_path / "results")}, ["bmi"], ["patches"], linear=False, progress=False, jobs=1,
+             **Probing(**(changes or {})).model_dump())
+    graph, = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
+    mefem("probe", features, "-o", tmp_path / "numbers.json")
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["values"] == graph["values"] and found["folds"] == graph["folds"]
+    quick = json.loads(mefem("probe", features, "--epochs", 1, "--folds", 2, "--seed", 7).stdout)
+    assert len(quick["folds"]) == 2 and quick["seeds"][0] == 7 and quick["values"] != graph["values"]
+    assert "numbers.csv: expected a file ending in .json" in mefem("probe", features, "-o", tmp_path / "numbers.csv", code=1).stderr
+    assert ("wrong" if changes else "params.yaml") in mefem("probe", features, "--profile", "wrong", code=1).stderr
 
 
 @pytest.mark.parametrize(

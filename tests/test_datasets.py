@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_faces import cartoon, saved
 
 from mefem.datasets import core, facecaption, fairface
 from mefem.datasets.core import READERS, DatasetError, crop_dataset, get_reader, iter_rows
 from mefem.faces import encode_crop, read_image
+from mefem.features import crop_photographs
 from mefem.shards import (
     SUCCESS,
     ShardError,
@@ -223,6 +225,8 @@ def test_fairface_class_names_are_those_of_the_real_release(shared):
 
 @pytest.mark.parametrize("line, message", [
     ("train/1.jpg,9-Mar,Male,Black,True", "line 2: age is '9-Mar', expected one of 0-2, 3-9"),
+    ("train/1.jpg,03-Sep,Male,Black,True", "more than 70. A spreadsheet took the age class 3-9 for a date and saved it so: take the authors' list anew"),
+    ("train/1.jpg,Oct-19,Male,Black,True", "age is 'Oct-19', expected"), ("train/1.jpg,2019-10-01,Male,Black,True", "put 10-19 in place of 2019-10-01"),
     ("train/1.jpg,3-9,male,Black,True", "line 2: gender is 'male', expected one of Male, Female"),
     ("../1.jpg,3-9,Male,Black,True", "line 2: file is '../1.jpg'"), ("train/1.jpg,3-9,Male", "line 2: 3 cells, expected 5")])
 def test_fairface_broken_lists_are_named(tmp_path, line, message):
@@ -232,6 +236,27 @@ def test_fairface_broken_lists_are_named(tmp_path, line, message):
     with pytest.raises(DatasetError, match="fairface_label_train.csv") as caught:
         get_reader("fairface").original(tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("age, dates", [
+    ("3-9", ["03-Sep", "3-Sep", "9-Mar", "Mar-09", "9. Mar", "3. Sep.", "09.03.2026", "3/9/2024", "2026-09-03"]),
+    ("10-19", ["Oct-19", "19-Oct", "Okt 19", "01.10.2019", "10/1/2019", "2019-10-01"]),
+    (None, ["21-29", "3 to 9", "10 - 19", "70+", "more than 80", "1-Jan", "2026-01-01", "Mar", "9", ""])])
+def test_what_a_spreadsheet_did_to_an_age_class(age, dates):
+    for date in dates:
+        found = fairface.what_happened("age", date)
+        assert (f"the age class {age} for a date" in found and f"put {age} in place of {date}" in found) if age else found == "", date
+        assert fairface.what_happened("race", date) == ""
+
+
+def test_a_spreadsheets_fairface_of_the_real_lists(shared, tmp_path):
+    "The authors' list with its two damaged classes, as a spreadsheet leaves it: line and remedy, at the first of them."
+    (tmp_path / "0.25/train").mkdir(parents=True)
+    for split in ("train", "val"):
+        text = (shared / f"fairface/lists/fairface_label_{split}.csv").read_text()
+        (tmp_path / f"fairface_label_{split}.csv").write_text(text.replace(",3-9,", ",03-Sep,").replace(",10-19,", ",Oct-19,"))
+    with pytest.raises(DatasetError, match=r"fairface_label_train.csv, line \d+: age is '(03-Sep|Oct-19)'.*A spreadsheet took the age class"):
+        get_reader("fairface").original(tmp_path)
 
 
 def test_fairface_bad_files(tmp_path):
@@ -294,6 +319,8 @@ def test_bmi_accounts_for_all_rows_of_all_sources(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ("1.jpg,1.80,81,25,male,7,", "line 2: height is 1.80, expected 50 to 272"),
+    ('1.jpg,"180,5",81,25,male,7,', "line 2: height is '180,5', expected a number; a decimal comma?"),
+    ("1.jpg,1_80,81,25,male,7,", "line 2: height is '1_80', expected a number"),
     ("1.jpg,180,nan,,male,7,", "line 2: weight is nan"), ("1.jpg,180,x,25,male,7,", "line 2: weight is 'x'"),
     ("1.jpg,180,81,31,male,7,", "line 2: bmi is 31, but 81 kg at 180 cm give 25.0"),
     ("1.jpg,180,81,25,man,7,", "line 2: sex is 'man'"), ("1.jpg,180,81,25,male,,", "line 2: person is empty"),
@@ -303,6 +330,14 @@ def test_bmi_impossible_values_name_file_line_and_value(tmp_path, line, message)
     with pytest.raises(DatasetError) as caught:
         crop_dataset("bmi", tmp_path / "raw", tmp_path / "faces", framing="dataset", **QUICK)
     assert message in str(caught.value) and "own/labels.csv" in str(caught.value)
+
+
+def test_bmi_ids_stay_text_and_codes_are_no_numbers(tmp_path):
+    lines = ["1.jpg,180,81,25,male,007,007", "2.jpg,160,60,,f,7,1e5", "1.jpg,180,81,25,m,1e5,nan", "2.jpg,160,60,,f,NA,8.5"]
+    make_bmi(tmp_path, "own", lines)
+    found = [photo.labels for photo in get_reader("bmi").read(tmp_path, "own/0")]
+    assert [labels["person"] for labels in found] == ["own/007", "own/7", "own/1e5", "own/NA"]
+    assert [labels["haemoglobin"] for labels in found] == [None, None, None, 8.5]
 
 
 def test_bmi_missing_column(tmp_path):
@@ -439,16 +474,28 @@ def test_sfhq_is_only_made_smaller(tmp_path):
     assert np.abs(load_images(tmp_path / "faces")[1] - whole).mean() < 2
 
 
+def test_sfhq_keys_are_those_of_the_published_names_and_never_two_alike(tmp_path):
+    names = ["SFHQ_pt1_00000001.jpg", "a.b.jpg", "a_b.jpg", "x.jpg", "x.jpeg", "Y.JPG", "y.jpg"]
+    (tmp_path / "SFHQ_part1/images").mkdir(parents=True)
+    for number, name in enumerate(names):
+        (tmp_path / "SFHQ_part1/images" / name).write_bytes(photo(number))
+    found = {found.key: found.data for found in get_reader("sfhq").read(tmp_path, "SFHQ_part1/0")}
+    assert len(found) == len(names) and found["1_SFHQ_pt1_00000001"] == photo(0)
+    assert len({key.lower() for key in found}) == len(names)
+    manifest = crop_dataset("sfhq", tmp_path, tmp_path / "faces", **QUICK)
+    assert manifest["usable"] == len(names)
+
+
 # --- CelebA ----------------------------------------------------------------------------------------------------------
 
-def make_celeba(root, rows=3, flat=False, value=None, count=None, partition=None):
+def make_celeba(root, rows=3, flat=False, value=None, count=None, partition=None, name="000003.jpg"):
     "Attribute k of photograph i is 1 where (i + k) % 3 == 0; the second photograph has no file."
     names = [f"A{k}" for k in range(40)]
     values = [[1 if (i + k) % 3 == 0 else -1 for k in range(40)] for i in range(rows)]
     if value is not None:
         values[1][2] = value
     lists = {"Anno/list_attr_celeba.txt": "\n".join([str(count or rows), " ".join(names) + " ", *(
-                 f"{i + 1:06d}.jpg " + " ".join(f"{v:2d}" for v in line) for i, line in enumerate(values)), ""]),
+                 f"{f'{i + 1:06d}.jpg' if i != 2 else name} " + " ".join(f"{v:2d}" for v in line) for i, line in enumerate(values)), ""]),
              "Anno/identity_CelebA.txt": "".join(f"{i + 1:06d}.jpg {2880 + i // 2}\n" for i in range(rows)),
              "Eval/list_eval_partition.txt": partition or "".join(f"{i + 1:06d}.jpg {i // 2}\n" for i in range(rows))}
     for path, text in lists.items():
@@ -473,12 +520,21 @@ def test_celeba_labels_person_and_official_part(tmp_path, flat):
     assert labels[[f"A{k}" for k in range(40)]].dtypes.eq(bool).all()
 
 
+def test_celeba_identities_are_names_not_numbers(tmp_path):
+    make_celeba(tmp_path)
+    (tmp_path / "Anno/identity_CelebA.txt").write_text("000001.jpg 007\n000002.jpg 7\n000003.jpg 12345678901234567890\n")
+    assert [found.labels["person"] for found in get_reader("celeba").read(tmp_path, "0")] == ["007", "7", "12345678901234567890"]
+
+
 @pytest.mark.parametrize("change, message", [
     ({"value": 0}, "list_attr_celeba.txt, line 4: A2 is 0, expected -1 or 1"), ({"count": 7}, "line 1 says '7'"),
     ({"partition": "000001.jpg 0\n"}, "list_eval_partition.txt has no line for 000002.jpg"),
     ({"partition": "000001.jpg 0\n000001.jpg 0\n"}, "list_eval_partition.txt, line 2: 000001.jpg stands there twice"),
     ({"partition": "000001.jpg 0\n000002.jpg 3\n000003.jpg 0\n"}, "a part is 3"),
-    ({"partition": "000001.jpg train\n"}, "expected a file name and a number")])
+    ({"partition": "000001.jpg train\n"}, "line 1: split is 'train'; expected a file name and a number"),
+    ({"partition": "000001.jpg 0\n000002.jpg\n"}, "expected a file name and a number"),
+    ({"name": "000002.png"}, "list_attr_celeba.txt, line 5: 000002.png stands there twice"),
+    ({"name": "../000003.jpg"}, "line 5: '../000003.jpg', expected a file name")])
 def test_celeba_broken_lists_are_named(tmp_path, change, message):
     make_celeba(tmp_path, **change)
     with pytest.raises(DatasetError) as caught:
@@ -540,6 +596,34 @@ def test_folder_with_and_without_a_table(tmp_path):
     assert [found.problem for found in photos] == [None, "missing photograph", None] and reader.original(tmp_path) == 3
     assert photos[0].labels == {"file": "b/2.PNG", "person": "007", "age": 31.0, "note": "x"}
     assert photos[1].labels == {"file": "gone.jpg", "person": "8", "age": None, "note": None}
+
+
+def test_folder_leaves_crops_and_hidden_folders_alone(tmp_path):
+    for name in ("a.jpg", "b/a.jpg", ".thumbs/a.jpg", "b/.x/a.jpg", "b/._a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(saved(Image.fromarray(cartoon()), "JPEG"))
+    crop_photographs(tmp_path, tmp_path / "crops", jobs=1, progress=False, size=64, min_side=64)
+    assert len(list((tmp_path / "crops").glob("*.jpg"))) == 2
+    reader = get_reader("folder")
+    assert [found.labels["file"] for found in reader.read(tmp_path, "0")] == ["a.jpg", "b/a.jpg"] and reader.original(tmp_path) == 2
+    (tmp_path / "labels.csv").write_text("image,person\ncrops/a.jpg,7\n./b//a.jpg,8\n")
+    assert [found.labels["file"] for found in reader.read(tmp_path, "0")] == ["crops/a.jpg", "b/a.jpg", "a.jpg"], "what a table names is meant"
+
+
+def test_folder_cells_are_guessed_by_nobody(tmp_path):
+    rows = {"image": ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], "person": ["007", "7", " 7 ", "NA"], "site": ["007", "7", "08", "1"],
+            "code": ["1e5", "100000", "2e7", "1"], "nick": ["NA", "nan", "None", "inf"], "long": ["12345678901234567", "12345678901234568", "1", "2"],
+            "age": ["31", "NA", "", "-0.5"], "tiny": ["1e-05", "2.5", "nan", "1e+05"], "size": ["1_000", "1", "2", "3"], "comma": ["1,5", "2", "3", "4"]}
+    for name in rows["image"]:
+        (tmp_path / name).write_bytes(photo(1))
+    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False, sep=";")
+    crop_dataset("folder", tmp_path, tmp_path / ".faces", framing="dataset", **QUICK)
+    labels = read_labels(tmp_path / ".faces")
+    assert labels.person.tolist() == ["007", "7", "7", "NA"]
+    for name in ("site", "code", "nick", "long", "size", "comma"):
+        assert labels[name].tolist() == rows[name], name
+    np.testing.assert_array_equal(labels.age, [31, np.nan, np.nan, -0.5])
+    np.testing.assert_array_equal(labels.tiny, [1e-5, 2.5, np.nan, 1e5])
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])

@@ -2,10 +2,14 @@
 import io
 import pickle
 import subprocess
+import time
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from mefem import config, faces
@@ -29,11 +33,11 @@ def detector():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_is_that_of_pillow(orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
     data = saved(Image.fromarray(gradient()), format, exif=exif, **options)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(read_image(data), np.asarray(expected))
@@ -53,6 +57,81 @@ def test_modes_become_rgb():
     two_tone = Image.fromarray((grey > 100).astype(np.uint8) * 255).convert("1")
     assert set(np.unique(read_image(saved(two_tone)))) == {0, 255}
     assert read_image(saved(Image.fromarray(rgb).quantize(16))).shape == rgb.shape
+
+
+def disguises():
+    "Kinds of file whose pixels are not simply those of an array: name -> bytes."
+    rgb = gradient()
+    grey, alpha = rgb[..., 0], np.dstack([rgb, rgb[..., 1]])
+    found = {"16 bit PNG": saved(Image.fromarray(grey.astype(np.uint16) * 257)), "16 bit TIFF": saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+             "RGBA": saved(Image.fromarray(alpha)), "LA": saved(Image.fromarray(np.ascontiguousarray(alpha[..., :2]), "LA")),
+             "palette": saved(Image.fromarray(rgb).quantize(16)), "clear palette": saved(Image.fromarray(rgb).quantize(8), transparency=0),
+             "clear colour": saved(Image.fromarray(rgb), transparency=tuple(map(int, rgb[0, 0]))), "one bit": saved(Image.fromarray(grey > 100)),
+             "CMYK": saved(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100),
+             "GIF": saved(Image.fromarray(rgb), "GIF", save_all=True, append_images=[Image.new("RGB", (32, 24))])}
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found |= {f"{kind} {orientation}": saved(Image.fromarray(rgb), kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")}
+    return found
+
+
+DISGUISES = disguises()
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_an_opened_picture_is_read_as_its_file_is(name, tmp_path):
+    (tmp_path / "photo").write_bytes(DISGUISES[name])
+    by_path = read_image(tmp_path / "photo")
+    with Image.open(tmp_path / "photo") as opened:
+        assert np.array_equal(read_image(opened), by_path)
+    loaded = Image.open(tmp_path / "photo")
+    loaded.load()
+    assert np.array_equal(read_image(loaded), by_path) and np.array_equal(read_image(loaded), by_path), "and read again"
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo"))
+    assert np.array_equal(read_image(upright), by_path), "what was brought upright is not turned twice"
+
+
+def test_an_opened_picture_is_refused_as_its_file_is(tmp_path):
+    jpeg = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(jpeg[:-900])
+    with pytest.raises(ImageError, match="cut.jpg: corrupt image"):
+        read_image(Image.open(tmp_path / "cut.jpg"))
+    with pytest.raises(ImageError, match="picture in memory: too many pixels"):
+        read_image(Image.new("RGB", (100, 100)), max_pixels=9999)
+
+
+@given(st.lists(st.text("aAbB_~/.\u00e9\u0301\u00df\u6f22" + "s", min_size=1, max_size=12).map("x{}.jpg".format) | st.sampled_from(
+    ["a/b.jpg", "a__b.jpg", "x.jpg", "x.jpg.webp", "x.png", "X.JPG", "a/b.jpg.jpg", "y" * 300 + ".jpg"]), unique=True, max_size=12))
+def test_no_two_photographs_share_a_name(paths):
+    names = faces.flat_names(paths)
+    assert len({unicodedata.normalize("NFD", name.casefold()) for name in names}) == len(paths)
+    assert all("/" not in name and len(name.encode()) < 200 for name in names)
+    assert len({name.casefold() for name in faces.flat_names(paths, r"[^\w-]")}) == len(paths), "nor where characters are replaced"
+
+
+def test_a_hundred_thousand_names_take_less_than_a_second():
+    paths = [f"folder/{number}{ending}" for number in range(50_000) for ending in (".jpg", ".png")]
+    start = time.process_time()
+    names = faces.flat_names(paths)
+    assert time.process_time() - start < 1 and len(set(names)) == 100_000
+    assert faces.flat_names(["anna.jpg", "otto/1.png"]) == ["anna", "otto__1"], "plain names stay plain"
+
+
+def test_what_is_no_photograph_of_a_folder(tmp_path):
+    for name in ("a.jpg", "b/c.PNG", "b/._c.png", ".thumbs/a.jpg", "b/.x/y/z.jpg", "crops/a.jpg", "crops/mine.jpg", "other/d.jpg", "n.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "crops/crops.csv").write_text("file,crop,status\nphotos/a.jpg,a.jpg,success\n../x.jpg,../a.jpg,success\nphotos/e.jpg,,no face\n")
+    (tmp_path / "other/crops.csv").write_text("field,crop\n7,wheat\n")
+    def seen(*where, **options):
+        return [p.relative_to(tmp_path).as_posix() for p in faces.visible_files(tmp_path.joinpath(*where), **options) if faces.is_photograph(p)]
+    assert seen() == ["a.jpg", "b/c.PNG", "crops/mine.jpg", "other/d.jpg"]
+    assert seen(leave_out=tmp_path / "b") == ["a.jpg", "crops/mine.jpg", "other/d.jpg"]
+    assert seen("crops") == ["crops/a.jpg", "crops/mine.jpg"], "a folder of crops that is asked for itself"
+    assert faces.listed_crops(tmp_path / "crops") == {"a.jpg": "photos/a.jpg"} and faces.listed_crops(tmp_path / "b") == {}
+    with pytest.raises(ValueError, match="other/crops.csv is no list of crops"):
+        faces.listed_crops(tmp_path / "other")
 
 
 def test_alpha_lies_on_white():

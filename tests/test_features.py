@@ -1,17 +1,22 @@
 """Embeddings in memory, in scikit-learn and on disk."""
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
+from test_faces import DISGUISES, cartoon
 
 from mefem import features as module
 from mefem.encoders import PixelEncoder, freeze
+from mefem.faces import CropError
 from mefem.features import (
     FaceEmbedder,
     decode_ahead,
@@ -81,8 +86,196 @@ def test_embed_takes_what_is_at_hand(encoder, tmp_path):
     assert np.allclose(mixed[0], whole[0, 0], atol=1e-5) and mixed.shape == (2, 24)
     with pytest.raises(ValueError, match="no pictures"):
         embed([], encoder)
-    with pytest.raises(ValueError, match="square"):
-        embed([CROPS[0], CROPS[1][:20]], encoder)
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_an_opened_picture_gives_the_embedding_of_its_file(encoder, tmp_path, name):
+    with Image.open(io.BytesIO(DISGUISES[name])) as image:
+        square = [0, 0, 24, 24]
+        image.crop(square).save(tmp_path / "photo", image.format, **{k: image.info[k] for k in ("exif", "transparency") if k in image.info})
+    path = tmp_path / "photo"
+    by_path, opened = embed([path], encoder, "patches+cls"), embed([Image.open(path)], encoder, "patches+cls")
+    assert np.array_equal(by_path, opened)
+    transformer = FaceEmbedder(encoder, detect=False).fit(None)
+    assert np.array_equal(transformer.transform([Image.open(path)]), transformer.transform([str(path)]))
+
+
+def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
+    Image.fromarray(CROPS[1][:20]).save(tmp_path / "wide.png")
+    for wide, name in ((CROPS[1][:20], "picture 4 "), (tmp_path / "wide.png", "wide.png"), (Image.open(tmp_path / "wide.png"), "wide.png"),
+                       (Image.fromarray(CROPS[1][:20]), "picture 4 ")):
+        pictures = [*CROPS[:4], wide, *CROPS[5:]]
+        with pytest.raises(CropError, match=f"{name}.*not square.*32 x 20 pixels"):
+            embed(pictures, encoder, batch=3)
+        transformer = FaceEmbedder(encoder, detect=False, batch=3).fit(None)
+        with pytest.raises(CropError, match=f"{name}.*not square"):
+            transformer.transform(pictures)
+        rows = transformer.set_params(on_error="nan").transform(pictures)
+        assert np.isnan(rows).any(1).tolist() == [False] * 4 + [True] + [False] * 2
+    with pytest.raises(ValueError, match="picture 2 .*float64"):
+        embed([CROPS[0], CROPS[1], CROPS[2] / 255], encoder)
+
+
+# --- folders of photographs ------------------------------------------------------------------------------------------
+
+COLOURS = {"a/b.jpg": "red", "a__b.jpg": "green", "x.jpg": "blue", "x.jpg.webp": "yellow", "Anna.png": "white", "anna.jpg": "black",
+           "plain.png": "grey", "a/._b.jpg": "pink", ".thumbs/x.jpg": "pink"}
+SEEN = [name for name in COLOURS if "/." not in name and name[0] != "."]
+
+
+def save_face(path, colour):
+    "A face in a frame of that colour, by which its crop is known."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (700, 700), colour)
+    image.paste(Image.fromarray(cartoon()).crop((140, 100, 372, 402)), (234, 194))
+    image.save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name, colour in COLOURS.items():
+        save_face(tmp_path / "photos" / name, colour)
+    return tmp_path / "photos"
+
+
+def crop_all(photos, out, **options):
+    "Counts, and the list of crops by the photographs' names."
+    counts = module.crop_photographs(photos, out, size=64, jobs=1, progress=False, **options)
+    table = pd.read_csv(out / "crops.csv", dtype=str, keep_default_na=False)
+    return counts, {Path(row.file).relative_to(photos).as_posix(): row for row in table.itertuples()}
+
+
+def colour_of(crop):
+    "The colour of the crop's corner."
+    corner = tuple(np.asarray(Image.open(crop))[0, 0].astype(int))
+    return min(set(COLOURS.values()), key=lambda name: sum(abs(a - b) for a, b in zip(ImageColor.getrgb(name), corner, strict=True)))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_each_photograph_has_its_own_crop(photos, tmp_path, inside):
+    out = photos / "the crops" if inside else tmp_path / "crops"
+    counts, rows = crop_all(photos, out)
+    assert counts == {"usable": 7} and sorted(rows) == sorted(SEEN)
+    assert {name: colour_of(out / row.crop) for name, row in rows.items()} == {name: COLOURS[name] for name in SEEN}
+    assert len({row.crop.lower() for row in rows.values()}) == 7 and rows["plain.png"].crop == "plain.jpg"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert crop_all(photos, out) == (counts, rows), "a second run crops no crop"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.relative_to(photos).as_posix() for path in module.photographs_in(photos)] == sorted(SEEN)
+
+
+def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encoder):
+    out = tmp_path / "crops"
+    _, before = crop_all(photos, out)
+    Image.new("RGB", (700, 700)).save(out / "mine.png")
+    (photos / "plain.png").unlink()
+    Image.new("RGB", (700, 700)).save(photos / "a/b.jpg")  # and one that shows no face any more
+    counts, rows = crop_all(photos, out)
+    assert counts == {"usable": 5, "no face": 1} and rows["a/b.jpg"].crop == ""
+    assert {path.name for path in out.iterdir()} == {"crops.csv", "mine.png", *(row.crop for row in rows.values() if row.crop)}
+    assert {"plain.jpg", before["a/b.jpg"].crop}.isdisjoint(path.name for path in out.iterdir())
+    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", detect=False, progress=False)
+    assert len(table) == 6 and (table.status == "success").all()
+
+
+def test_a_run_that_was_stopped_is_taken_up(photos, tmp_path, monkeypatch):
+    out, real = tmp_path / "crops", module._crop_file
+    monkeypatch.setattr(module, "_crop_file", lambda path, *rest, **crop: 1 / 0 if path.name == "plain.png" else real(path, *rest, **crop))
+    with pytest.raises(ZeroDivisionError):
+        crop_all(photos, out)
+    monkeypatch.undo()
+    assert "unfinished" in (out / "crops.csv").read_text() and list(out.glob("*.jpg"))
+    assert crop_all(photos, out)[0] == {"usable": 7}
+
+
+def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
+    def refused(source, out, words):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=words):
+            module.crop_photographs(source, out, jobs=1, progress=False)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused(photos, photos, "is the folder of the photographs")
+    refused(photos / "x.jpg", photos, "is the folder of the photographs")
+    refused(photos, photos / "x.jpg", "is a file")
+    save_face(tmp_path / "album/plain.jpg", "red")
+    refused(photos, tmp_path / "album", "album/plain.jpg is in the way")
+    crop_all(photos, tmp_path / "crops")
+    refused(tmp_path / "album", tmp_path / "crops", "holds crops of other photographs, such as .*photos/")
+    (tmp_path / "field").mkdir()
+    (tmp_path / "field/crops.csv").write_text("field,crop\n7,wheat\n")
+    refused(photos, tmp_path / "field", "field/crops.csv is no list of crops")
+
+
+def test_names_that_are_no_text(tmp_path, encoder):
+    "A name from an old archive, in Latin-1."
+    odd = os.path.join(os.fsencode(tmp_path), b"ren\xe9.png")
+    save_face(tmp_path / "a.png", "red")
+    os.rename(tmp_path / "a.png", odd)
+    counts = module.crop_photographs(tmp_path, tmp_path / "crops", size=64, jobs=1, progress=False)
+    assert counts == {"usable": 1} and r"ren\xe9.png" in (tmp_path / "crops/crops.csv").read_text()
+    table = module.embed_photographs(tmp_path, encoder, tmp_path / "e.parquet", progress=False)
+    assert table.file.tolist() == [r"ren\xe9.png"]
+
+
+# --- tables of embeddings --------------------------------------------------------------------------------------------
+
+def read_table(path):
+    "(files, status, embeddings float32) of a table, as somebody else would read it."
+    if path.suffix == ".npz":
+        with np.load(path) as found:
+            return found["file"].tolist(), found["status"].tolist(), found["embedding"]
+    if path.suffix == ".csv":
+        table = pd.read_csv(path, dtype={"file": str})
+        return table.file.tolist(), table.status.tolist(), table.filter(regex=r"^e\d+$").to_numpy(np.float32)
+    table = pd.read_parquet(path)
+    width = max(len(vector) for vector in table.embedding if vector is not None)
+    return table.file.tolist(), table.status.tolist(), np.stack([np.full(width, np.nan) if v is None else v for v in table.embedding])
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv", "E.NPZ"])
+@pytest.mark.parametrize("features", ["cls", "patches"])
+def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, features):
+    for i in range(3):
+        (tmp_path / "crops").mkdir(exist_ok=True)
+        Image.fromarray(CROPS[i]).save(tmp_path / f"crops/00{i}.png")
+    Image.fromarray(CROPS[3][:20]).save(tmp_path / "crops/wide.png")
+    (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
+    for _ in range(2):  # the second time over a table of ours
+        module.embed_photographs(tmp_path / "crops", encoder, tmp_path / name, features, detect=False, batch=2, progress=False)
+    path = (tmp_path / name).rename(tmp_path / name.lower())
+    files, status, embedding = read_table(path)
+    assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
+    assert status == ["success"] * 3 + ["not an image", "not square"], "one picture that is not square is a row like any other"
+    assert np.array_equal(embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True) or np.allclose(
+        embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
+    assert np.isnan(embedding[3:].astype(float)).all()
+
+
+def test_a_table_in_csv_keeps_every_bit(tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(-9, 11)[:, None].astype(np.float32)
+    table = pd.DataFrame({"file": "a", "status": "success", "embedding": list(vectors), "encoder": "e", "features": "cls", "dim": 7})
+    for name, write in module._WRITERS.items():
+        write(table, tmp_path / f"t{name}")
+        assert np.array_equal(read_table(tmp_path / f"t{name}")[2], vectors), name
+
+
+@pytest.mark.parametrize("name, words", [
+    ("e.tsv", "expected a file ending in .parquet, .csv, .npz"), ("e", "expected a file ending in"), ("folder.csv", "is no table of embeddings"),
+    ("labels.csv", "is no table of embeddings"), ("labels.parquet", "is no table of embeddings"), ("labels.npz", "is no table of embeddings"),
+    ("old.csv", "is no table of embeddings"), ("labels.csv/e.csv", "cannot be written: (Not a directory|File exists)"),
+    ("/proc/nowhere/e.csv", "/proc/nowhere/e.csv cannot be written")])
+def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeypatch, name, words):
+    Image.fromarray(CROPS[0]).save(tmp_path / "a.png")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "labels.csv").write_text("file,status,age\na.png,success,31\n")
+    pd.DataFrame({"file": ["a.png"], "status": ["known"]}).to_parquet(tmp_path / "labels.parquet")
+    pd.DataFrame({"file": ["a.png"], "status": ["known"]}).to_parquet(tmp_path / "old.csv")
+    np.savez(tmp_path / "labels.npz", ages=np.arange(3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "as_encoder", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match=words):
+        module.embed_photographs(tmp_path, "mefem-s", tmp_path / name, progress=False)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_scikit_learn_conventions(encoder):
