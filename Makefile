@@ -11,12 +11,13 @@ export OMP_WAIT_POLICY := PASSIVE
 # A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env reproduce test lab bench bench-crop libraries lint notebooks unit smoke
+.PHONY: help env reproduce test readme lab bench bench-crop libraries lint notebooks unit smoke
 
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
 	@echo "make test        all checks, as CI runs them"
 	@echo "make lab         JupyterLab on nbs/"
+	@echo "make readme      README.md from its template and figures/ (make reproduce does it too)"
 	@echo "make bench       pictures per second of a training step, beside I-JEPA's (minutes; nobody's CI runs it)"
 	@echo "make bench-crop  photographs a second of the crop stage, beside the plain way; needs a quiet machine"
 
@@ -35,8 +36,9 @@ $(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml
 
 env: libraries $(INSTALLED)
 
+# Started through a script that first puts right what a power cut left of DVC's own files.
 reproduce: env
-	dvc repro
+	python tools/whole_lock.py dvc repro
 	@mefem info reproduction
 
 test: env lint notebooks unit smoke
@@ -60,8 +62,13 @@ smoke:
 	@echo "== the whole graph at profile smoke, in a scratch clone, twice"
 	bash tools/smoke.sh
 
+# README.md from nbs/README.md.jinja and figures/; the graph's last stage does the same.
+readme: env
+	python -c "from mefem.readme import write_readme; write_readme('.')"
+
+# Jupyter refuses to run as root, which in a container is the only user, unless told that it may.
 lab: env
-	jupyter lab --notebook-dir=nbs
+	jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: env
 	@mkdir -p data/bench

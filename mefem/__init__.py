@@ -13,7 +13,7 @@ _PUBLIC = {
 }
 _MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
             "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "report", "ablations",
-            "fairness", "pictures", "datasheets", "cli"}
+            "fairness", "pictures", "datasheets", "readme", "cli"}
 
 
 def __getattr__(name):

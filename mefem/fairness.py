@@ -25,7 +25,7 @@ from .files import write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
-from .probing import ProbeResult, Task, get_task, probe
+from .probing import ProbeResult, Task, get_task, probe, task_features
 from .report import STYLE, save_figure
 from .files import replacing
 from .shards import iter_samples, load_images
@@ -431,7 +431,7 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
     """Out-of-fold predictions of `task`: those kept in the folder `results`, else of a probe fitted now.
 
     An empty result says why where the features or the label are absent."""
-    loaded = load_features(features, task.dataset)
+    loaded = task_features(features, task)
     about = {"task": task.name, "state": loaded.state, "reason": loaded.meta.get("reason", ""), "features": loaded.meta}
     if loaded.state != "present":
         return ProbeResult(pd.DataFrame(), about)
@@ -469,7 +469,7 @@ def audit_encoder(features, results, faces, out, feature_set: str = "patches", t
     `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with their
     intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs` probes are fitted at a
     time (None: one a core, one on a GPU); `probing` goes to `probe`."""
-    found, people = [], {}
+    found, people, tones = [], {}, {}
     answers = _all_predictions(features, results, targets, feature_set, jobs, seeds=(seed,), **probing)
     for task, result in zip(targets, answers, strict=True):
         (Path(out) / f"{task.name}.parquet").unlink(missing_ok=True)
@@ -477,7 +477,7 @@ def audit_encoder(features, results, faces, out, feature_set: str = "patches", t
             found.append(Audit(task, result.state, result.info["reason"]))
             continue
         if task.dataset not in people:
-            people[task.dataset] = _people_of(features, task.dataset, Path(faces) / task.dataset, out)
+            people[task.dataset] = _people_of(features, task, faces, out, tones)
         simulated = bool(result.info["features"].get("simulated"))
         one = audit(task, result.predictions, people[task.dataset], simulated, confidence, bootstrap, seed)
         with replacing(Path(out) / f"{task.name}.parquet") as temporary:
@@ -486,11 +486,16 @@ def audit_encoder(features, results, faces, out, feature_set: str = "patches", t
     return found
 
 # %% ../nbs/63_fairness.ipynb #48ed0de2
-def _people_of(features, dataset: str, faces, out) -> pd.DataFrame:
-    tones = skin_tones(faces)
-    with replacing(Path(out) / f"tones.{dataset}.parquet") as temporary:
-        tones.to_frame().to_parquet(temporary)
-    return attributes(load_features(features, dataset).labels, tones)
+def _people_of(features, task: Task, faces, out, tones: dict) -> pd.DataFrame:
+    """`attributes` of the people that a task is probed on; `tones` keeps the skin tones of each data set once they are measured."""
+    loaded = task_features(features, task)
+    there = [name for name, part in loaded.meta.get("parts", {task.dataset: loaded.meta}).items() if part["state"] == "present"]
+    for name in there:
+        if name not in tones:
+            tones[name] = skin_tones(Path(faces) / name)
+            with replacing(Path(out) / f"tones.{name}.parquet") as temporary:
+                tones[name].to_frame().to_parquet(temporary)
+    return attributes(loaded.labels, pd.concat([tones[name] for name in there]))
 
 # %% ../nbs/63_fairness.ipynb #7bfeeb8e
 MUST_NOT = """This is research software, not a medical device. It must not be used
@@ -572,7 +577,8 @@ def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
     lines = ["## What it reads: the shortcut check", ""]
     if left is None:
         return [*lines, f"Not run: {reason}", ""]
-    lines += ["Body mass index by a linear probe on the mean patch token, when all but one part of the picture is painted over.", "",
+    lines += ["Body mass index by a linear probe on the mean patch token, when all but one part of the picture is painted over; "
+              "photographs of the data set `bmi` alone.", "",
               "| seen | r² | share of the whole picture's |", "|---|---|---|"]
     for _, row in left.iterrows():
         share = "nothing to share" if pd.isna(row.share) else _ci(row, "share")

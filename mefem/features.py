@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'HALF_MAX', 'select_tokens', 'as_rgb', 'as_encoder', 'face_crop', 'embed', 'embed_usable',
-           'FaceEmbedder', 'Features', 'load_features', 'decode_ahead', 'code_version', 'faces_hash',
-           'extract_features', 'to_half', 'features_of', 'photographs_in', 'crop_photographs', 'check_target',
-           'embed_photographs']
+           'FaceEmbedder', 'Features', 'load_features', 'decode_ahead', 'extract_features', 'to_half', 'features_of',
+           'photographs_in', 'crop_photographs', 'check_target', 'embed_photographs']
 
 # %% ../nbs/51_features.ipynb #a79495e1
 import hashlib
@@ -17,7 +16,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -30,12 +29,12 @@ from tqdm import tqdm
 
 from .compute import usable_cores
 from .files import write_atomic, write_json
-from .made_from import settings_hash
+from .made_from import MadeFrom, code_hash, settings_hash
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
 from .faces import CROP_COLUMNS, CROP_LIST, PICTURES, Unusable, check_framed, crop_face, crop_image, detector_model
 from .faces import encode_crop, flat_names, is_photograph, listed_crops, open_image, read_image, visible_files
 from .files import replacing
-from .shards import DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
+from .shards import crops_hash, DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
 
 # %% ../nbs/51_features.ipynb #e81a44f6
 FEATURE_SETS = ("cls", "patches", "patches+cls")
@@ -226,32 +225,12 @@ def _absent(out, dataset: str, reason: str, state: str = "data absent", **about)
     write_json(Path(out) / f"{dataset}.json", meta)
     return meta
 
-# %% ../nbs/51_features.ipynb #2f1bb7fc
-def code_version(*modules: str) -> str:
-    """12 hexadecimal digits of a SHA-256 over the source of these modules of the package."""
-    import mefem
-
-    digest = hashlib.sha256()
-    for module in modules:
-        digest.update((Path(mefem.__file__).parent / f"{module}.py").read_bytes())
-    return digest.hexdigest()[:12]
-
-# %% ../nbs/51_features.ipynb #cc0a38e0
-def faces_hash(faces) -> str:
-    """12 hexadecimal digits of a SHA-256 over manifest, crops and labels in a folder of shards."""
-    digest = hashlib.sha256((Path(faces) / "manifest.json").read_bytes())
-    for shard in read_manifest(faces)["shards"]:
-        for suffix in (".tar", ".parquet"):
-            with (Path(faces) / f"{shard['name']}{suffix}").open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:12]
-
 # %% ../nbs/51_features.ipynb #dd456754
 def _features_key(encoder: FrozenEncoder, faces, **about) -> dict:
-    """What the features follow from, and the hash of it all."""
-    made_of = {**encoder.about(), "faces_hash": faces_hash(faces),
-               "code": code_version("encoders", "features", "models", "faces", "shards"), **about}
-    return made_of | {"key": settings_hash(made_of)}
+    """What the features follow from: the encoder, the crops, and the code from here downwards."""
+    encoder_of = {**encoder.about(), **about}
+    made = MadeFrom(settings_hash(encoder_of), crops_hash(faces), code_hash("features"))
+    return {**encoder_of, "faces_hash": made.data, "made_from": asdict(made), "key": made.key}
 
 # %% ../nbs/51_features.ipynb #b5e0690d
 def _finished(out, dataset: str, key: str) -> dict | None:
@@ -276,6 +255,8 @@ def extract_features(encoder, faces, out, batch: int = 64, device=None, threads:
     encoder = as_encoder(encoder, device)
     made_of = _features_key(encoder, faces, **about)
     if found := _finished(out, dataset, made_of["key"]):
+        if progress:
+            print(f"{encoder.name} on {dataset}: nothing to do, the features of these crops, encoder and code are there", flush=True)
         return found
     labels = read_labels(faces)
     out.mkdir(parents=True, exist_ok=True)

@@ -36,11 +36,12 @@ def _file_digest(path: str, size: int, changed: int) -> bytes:
         return hashlib.sha256(b"%d:" % size + head + f.read(_SAMPLE)).digest()
 
 # %% ../nbs/04_made_from.ipynb #61b0d491
-def files_hash(files) -> str:
-    "16 hexadecimal digits over names, sizes and ends of files; a missing file counts as such."
+def files_hash(files, root=None) -> str:
+    "16 hexadecimal digits over names (below `root`, if given), sizes and ends of files; a missing file counts as such."
     total = hashlib.sha256()
     for path in map(Path, files):
-        total.update(path.name.encode())
+        name = path.relative_to(root).as_posix() if root else path.name
+        total.update(name.encode() + b"\0")
         if path.is_file():
             stat = path.stat()
             total.update(_file_digest(str(path), stat.st_size, stat.st_mtime_ns))
@@ -116,6 +117,7 @@ def closure(*modules: str, package: Path = PACKAGE) -> tuple[str, ...]:
             path = _path(module, package)
             parts = tuple(module.split("."))
             waiting += _targets(_module(module, package)[1], parts if path.name == "__init__.py" else parts[:-1], package)
+            waiting += [".".join(parts[:i]) for i in range(1, len(parts))]  # the packages it is in are run too
     return tuple(sorted(found))
 
 # %% ../nbs/04_made_from.ipynb #bd60235e

@@ -21,9 +21,9 @@ import pandas as pd
 
 from .compute import torch_threads, usable_cores
 from .files import write_json
-from .made_from import settings_hash
-from .features import FEATURE_SETS, code_version, load_features
-from .probing import ProbeResult, Task, TooFewLabels, get_task, probe
+from .made_from import MadeFrom, code_hash, settings_hash
+from .features import FEATURE_SETS
+from .probing import ProbeResult, Task, TooFewLabels, get_task, probe, task_features
 from .files import replacing
 
 # %% ../nbs/53_metrics.ipynb #7ea50442
@@ -259,8 +259,12 @@ def paired_differences(predictions: dict[str, pd.DataFrame], metric: str, replic
 
 # %% ../nbs/53_metrics.ipynb #43d7bcb6
 def _groups(predictions: pd.DataFrame, task: Task) -> Iterator[tuple[str, pd.DataFrame]]:
-    """All predictions, then those of each group or of each label with "/name"."""
+    """All predictions, then those of each source, group or label with "/name"."""
     yield "", predictions
+    if "source" in predictions and predictions.source.nunique() > 1:
+        for name, part in predictions.groupby("source"):
+            if part.person.nunique() > 1 and part.target.nunique() > 1:  # where all targets are alike no r2 is defined
+                yield f"/{name}", part
     by = "label" if task.kind == "multilabel" else "group"
     if by in predictions:
         for name in task.classes if by == "label" else task.group_names:
@@ -336,11 +340,10 @@ def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> d
     return found
 
 # %% ../nbs/53_metrics.ipynb #3cfcc38c
-def _result_key(features, task: Task, loaded_meta: dict, **settings) -> str:
-    labels = Path(features) / f"{task.dataset}.parquet"
-    return settings_hash({"features": loaded_meta, "task": asdict(task), "code": code_version("probing", "metrics"),
-                          "labels": hashlib.sha256(labels.read_bytes()).hexdigest() if labels.is_file() else None,
-                          **settings})
+def _result_key(features, task: Task, loaded_meta: dict, **settings) -> MadeFrom:
+    labels = [path for name in task.datasets if (path := Path(features) / f"{name}.parquet").is_file()]
+    data = {"features": loaded_meta, "labels": [hashlib.sha256(path.read_bytes()).hexdigest() for path in labels]}
+    return MadeFrom(settings_hash({"task": asdict(task), **settings}), settings_hash(data), code_hash("metrics"))
 
 # %% ../nbs/53_metrics.ipynb #b3178f88
 def _finished(out, stem: str, key: str) -> dict | None:
@@ -357,17 +360,17 @@ def probe_cell(features, out, task: str | Task, feature_set: str, head: str | No
                device: str = "cpu", memory: int = 4 << 30, progress: bool = False, **probing) -> dict:
     """One probe of the features in a folder, from features to the file in `out`; taken as it is where it is finished."""
     task = get_task(task)
-    loaded = load_features(features, task.dataset)
-    key = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
-    if found := _finished(out, result_stem(task.name, feature_set, head), key):
-        return found
+    loaded = task_features(features, task)
+    made = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
+    if found := _finished(out, result_stem(task.name, feature_set, head), made.key):
+        return found | {"kept": True}
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
     with torch_threads(1):  # cells run side by side instead, and numbers do not depend on the number of cores
         try:
             result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
         except TooFewLabels as error:
             result = ProbeResult(pd.DataFrame(), {**about, "state": "too few labels", "reason": str(error)})
-        return write_result(out, result, bootstrap, key=key)
+        return write_result(out, result, bootstrap, key=made.key, made_from=asdict(made))
 
 # %% ../nbs/53_metrics.ipynb #685e63ea
 def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) -> list[tuple]:
@@ -377,7 +380,7 @@ def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) 
     if unknown := {feature_set for _, feature_set in skip} - set(FEATURE_SETS):
         raise ValueError(f"skip: feature set {min(unknown)!r} is unknown, expected one of {', '.join(FEATURE_SETS)}")
     for task in map(get_task, tasks):
-        meta = load_features(features, task.dataset).meta
+        meta = task_features(features, task).meta
         for feature_set in feature_sets or feature_sets_of(meta):
             if (task.name, feature_set) in skip:
                 continue
@@ -408,12 +411,15 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
     work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(
         joblib.delayed(probe_cell)(*folders[name], task, feature_set, head, **options)
         for _, task, feature_set, head, name in plan)
-    rows = []
+    rows, kept = [], 0
     for (_, task, feature_set, head, name), found in zip(plan, tqdm(work, total=len(plan), desc="probes", mininterval=10,
                                                                     disable=not progress), strict=True):
         cell = {"encoder": name, "task": task.name, "features": feature_set, "head": found.get("head") or head}
+        kept += found.get("kept", False)
         rows += [cell | {"metric": metric, **value} for metric, value in found["values"].items()] or [
             cell | {"metric": "", "state": found["state"]}]
+    if kept and progress:
+        print(f"{kept} of {len(plan)} probes were there, made from the same features, settings and code", flush=True)
     return pd.DataFrame(rows).sort_values(["encoder", "task", "features", "head"], kind="stable", ignore_index=True)
 
 # %% ../nbs/53_metrics.ipynb #3679852c

@@ -8,6 +8,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'sincos_positions', 'create_encoder'
 
 # %% ../nbs/42_models.ipynb #0389f83f
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,12 +88,13 @@ class Predictor(nn.Module):
         from timm.models.vision_transformer import Block
 
         super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(sincos_positions(grid, dim, cls)[None], requires_grad=False)
         self.cls_position = nn.Parameter(torch.zeros(1, 1, dim)) if cls else None
-        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
+        self.norm = norm(dim)
         self.project = nn.Linear(dim, encoder_dim)
         self.apply(self._initialise)
         for number, block in enumerate(self.blocks, 1):  # keeps the residual stream's variance flat over depth

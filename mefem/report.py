@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'CONTROLS', 'TABLE2_ROWS', 'TABLE3_COLUMNS', 'TABLE3_ROWS', 'TABLE2', 'TABLE3', 'LEARNED_COLUMNS',
-           'LEARNED_ROWS', 'LEARNED', 'CELL_FIELDS', 'NOTES', 'SOURCE', 'TARGET', 'NEITHER', 'EDGE', 'STYLE', 'WRITTEN',
-           'load_result', 'Column', 'Row', 'Table', 'compare', 'results_table', 'scale_of', 'notes_of', 'marks_of',
-           'table_markdown', 'table_csv', 'tex', 'table_tex', 'write_table', 'write_table2', 'write_table3',
-           'write_learned', 'save_figure', 'figure_maskings', 'figure_weights', 'figure_learning', 'hardware',
-           'describe_run', 'provenance']
+           'LEARNED_ROWS', 'LEARNED', 'RIVALS', 'CELL_FIELDS', 'NOTES', 'SOURCE', 'TARGET', 'NEITHER', 'EDGE', 'STYLE',
+           'WRITTEN', 'load_result', 'Column', 'Row', 'Table', 'compare', 'rival_of', 'results_table', 'scale_of',
+           'size_of', 'notes_of', 'marks_of', 'table_markdown', 'table_csv', 'tex', 'table_tex', 'cells_json',
+           'write_table', 'write_table2', 'write_table3', 'write_learned', 'save_figure', 'figure_maskings',
+           'figure_weights', 'figure_learning', 'hardware', 'describe_run', 'stage_durations', 'provenance']
 
 # %% ../nbs/60_report.ipynb #2225678e
 import csv
@@ -50,7 +50,7 @@ class Column:
 # %% ../nbs/60_report.ipynb #84a1290c
 @dataclass(frozen=True)
 class Row:
-    """A row of a results table: labels as in the paper, its numbers there (None: not given), where ours come from."""
+    """A row of a results table: labels and size as in the paper, its numbers there (None: not given), where ours come from."""
     model: str
     size: str
     features: str
@@ -150,7 +150,7 @@ def _cell(results, row: Row, index: int, column: Column) -> dict:
     found = load_result(results, row.encoder, column.task, row.feature_set) if row.encoder else {"state": "as published"}
     state = (found or {}).get("state", "no result")
     value = (found or {}).get("values", {}).get(column.metric)
-    cell = {"row": row.name, "model": row.model, "size": row.size, "features": row.features, "column": column.name,
+    cell = {"row": row.name, "model": row.model, "size": row.size, "paper_size": row.size, "features": row.features, "column": column.name,
             "state": state if value or state != "present" else "no result",
             "paper": row.paper[index] if row.paper else None}
     if value:
@@ -191,6 +191,15 @@ def _verdict(pairs: pd.DataFrame, column: str, name: str, other: str) -> str | N
     return None if found.empty or name == other else found.better.iloc[0]
 
 # %% ../nbs/60_report.ipynb #f235f7a0
+RIVALS = {"random": "Random encoder", "pixels": "PCA of pixels"}
+
+
+def rival_of(cell: dict, rival: str) -> str:
+    """The row that a row of ours is compared with: the random encoder with the same features, the pixels with the same head."""
+    components = rival == "pixels" and cell["features"] != "Linear probe"
+    return f"{RIVALS[rival]} / {'Components' if components else cell['features']}"
+
+
 def _mark(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
     """`best`, `near_best`, and for our rows `beats_random` and `beats_pixels`; None where nothing was compared."""
     name, column = cell["row"], cell["column"]
@@ -198,13 +207,13 @@ def _mark(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
         return {}
     marks = {"best": name == best, "near_best": _verdict(pairs, column, name, best) == ""}
     if cell["model"] == "MeFEm":
-        for mark, other in (("beats_random", f"Random encoder / {cell['features']}"), ("beats_pixels", "PCA of pixels / Components")):
-            verdict = _verdict(pairs, column, name, other)
-            marks[mark] = None if verdict is None else verdict == name
+        for rival in RIVALS:
+            verdict = _verdict(pairs, column, name, rival_of(cell, rival))
+            marks[f"beats_{rival}"] = None if verdict is None else verdict == name
     return marks
 
 # %% ../nbs/60_report.ipynb #08e3ca3a
-CELL_FIELDS = ("row", "model", "size", "features", "column", "state", "value", "low", "high", "n", "persons", "majority", "paper",
+CELL_FIELDS = ("row", "model", "size", "paper_size", "features", "column", "state", "value", "low", "high", "n", "persons", "majority", "paper",
                "simulated", "best", "near_best", "beats_random", "beats_pixels", "file")
 
 # %% ../nbs/60_report.ipynb #4a155a05
@@ -215,9 +224,13 @@ def _best(cells: list[dict], column: Column) -> str | None:
     return max(run, key=lambda cell: sign * cell["value"])["row"] if len(run) > 1 else None
 
 # %% ../nbs/60_report.ipynb #3284e368
-def results_table(results, table: Table, replicates: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table as one line per cell (value, interval, counts, paper, marks, results file), and its pairs (`compare`)."""
+def results_table(results, table: Table, replicates: int = 2000, size: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table as one line per cell (value, interval, counts, paper, marks, results file), and its pairs (`compare`).
+
+    `size` is that of our encoder; a row of ours with any value has it in place of the paper's."""
     cells = [_cell(results, row, i, column) for row in table.rows for i, column in enumerate(table.columns)]
+    run = {cell["row"] for cell in cells if cell["model"] == "MeFEm" and cell["state"] == "present"}
+    cells = [cell | ({"size": size} if size and cell["row"] in run else {}) for cell in cells]
     pairs = compare(results, table.rows, table.columns, replicates)
     best = {column.name: _best(cells, column) for column in table.columns}
     return pd.DataFrame([cell | _mark(cell, pairs, best[cell["column"]]) for cell in cells], columns=CELL_FIELDS), pairs
@@ -247,15 +260,21 @@ def scale_of(cells: pd.DataFrame, profile: str, model: str = "", pretraining: st
     )
     return "; ".join(parts) + "." + warning
 
+# %% ../nbs/60_report.ipynb #f5819cd8
+def size_of(parameters: int) -> str:
+    """A number of parameters as tables show it: "0.37 M", "86 M"."""
+    millions = parameters / 1e6
+    return f"{millions:,.0f} M" if millions >= 10 else f"{millions:.2g} M"
+
 # %% ../nbs/60_report.ipynb #9719b9e4
 NOTES = {
     "value": "In brackets: 95 % bootstrap interval over people.",
-    "paper": " 'Paper' columns: arXiv 2602.14672, {}; 'Size' is the paper's.",
+    "paper": " 'Paper' columns: arXiv 2602.14672, {}; the size there stands beside them where it is not ours.",
     "star": "* approximate parameter count of a comparable ViT, as in the paper.",
-    "best": "Bold: the best of its column. c: cannot be told from the best (paired bootstrap over people).",
+    "best": "Bold: the best of its column. c: not distinguishable from the best (paired bootstrap over people).",
     "a": "better than the random encoder with the same features, beyond noise (paired bootstrap over people)",
     "b": "better than the PCA of pixels, beyond noise (paired bootstrap over people)",
-    "r2": "An r² whose interval holds 0 is not told from always answering the mean.",
+    "r2": "An r² whose interval holds 0 is indistinguishable from always predicting the mean.",
     "quoted": "Baseline: remote photoplethysmography over the whole video, as reported by its authors; its split is not known.",
 }
 
@@ -296,10 +315,11 @@ def _ours(cell) -> str:
 
 # %% ../nbs/60_report.ipynb #20e1f203
 def _paper(cell) -> str:
-    """The paper's value; text is taken as printed there."""
+    """The paper's value, with the size it was reached at where that is not ours; text is taken as printed there."""
     if pd.isna(cell.paper):
         return ""
-    return cell.paper if isinstance(cell.paper, str) else f"{cell.paper:.3f}"
+    value = cell.paper if isinstance(cell.paper, str) else f"{cell.paper:.3f}"
+    return value if cell.size == cell.paper_size else f"{value} ({cell.paper_size})"
 
 # %% ../nbs/60_report.ipynb #b67bda6e
 def _grid(lines: list[list[str]]) -> str:
@@ -397,12 +417,46 @@ def table_tex(cells: pd.DataFrame, scale: str, table: Table = TABLE2) -> str:
         *(line for block in table.blocks for line in _tex_block(cells, block)),
         rf"\smallskip{{\footnotesize {notes}}}", r"\end{table*}", ""])
 
-# %% ../nbs/60_report.ipynb #54e012e1
-def write_table(table: Table, results, out, profile: str, model: str = "", pretraining: str = "", replicates: int = 2000) -> str:
-    """Write a table as <name>.md, .csv, .tex, .json (for `dvc metrics`) and its pairs as <name>_pairs.csv; the Markdown.
+# %% ../nbs/60_report.ipynb #f1566944
+def _number(value) -> float | int | None:
+    if value is None or pd.isna(value):
+        return None
+    return int(value) if float(value).is_integer() else round(float(value), 6)
 
-    `results` has a folder for each encoder, see `mefem.metrics.write_result`."""
-    cells, pairs = results_table(results, table, replicates)
+
+def _against(cell, rival: str, pairs: pd.DataFrame) -> dict | None:
+    """A cell of ours against a rival's: verdict (beats, loses, inconclusive), difference and its interval; None: not compared."""
+    ours, other = cell["row"], rival_of(cell, rival)
+    found = pairs[(pairs.column == cell["column"]) & pairs["first"].isin([ours, other]) & pairs["second"].isin([ours, other])]
+    if found.empty:
+        return None
+    pair = found.iloc[0]
+    gap, low, high = ((pair.difference, pair.low, pair.high) if pair["first"] == ours else (-pair.difference, -pair.high, -pair.low))
+    verdict = {ours: "beats", other: "loses"}.get(pair.better, "inconclusive")
+    return {"verdict": verdict, "row": other, "difference": _number(gap), "low": _number(low), "high": _number(high)}
+
+
+def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
+    """{row: {column: state, value, interval, counts and, for rows of ours, the comparison with each of `RIVALS`}}."""
+    rows = {}
+    for cell in cells.to_dict("records"):
+        found = {"state": cell["state"], "size": cell["size"]}
+        if cell["state"] == "present":
+            found |= {key: _number(cell[key]) for key in ("value", "low", "high", "n", "persons")}
+            found["simulated"] = bool(cell["simulated"])
+            if cell["model"] == "MeFEm":
+                found |= {rival: against for rival in RIVALS if (against := _against(cell, rival, pairs))}
+        rows.setdefault(cell["row"], {})[cell["column"]] = found
+    return rows
+
+# %% ../nbs/60_report.ipynb #54e012e1
+def write_table(table: Table, results, out, profile: str, model: str = "", pretraining: str = "", replicates: int = 2000,
+                size: str = "") -> str:
+    """Write a table as <name>.md, .csv, .tex, .json (for `dvc metrics`), <name>_cells.json (`cells_json`) and its pairs as
+    <name>_pairs.csv; returns the Markdown.
+
+    `results` has a folder for each encoder, see `mefem.metrics.write_result`; `size` is our encoder's (`size_of`)."""
+    cells, pairs = results_table(results, table, replicates, size)
     scale, out, run = scale_of(cells, profile, model, pretraining), Path(out), cells[cells.state == "present"]
     text = table_markdown(cells, scale, table)
     write_atomic(out / f"{table.name}.md", text)
@@ -411,6 +465,7 @@ def write_table(table: Table, results, out, profile: str, model: str = "", pretr
     write_atomic(out / f"{table.name}.tex", table_tex(cells, scale, table))
     write_json(out / f"{table.name}.json", {row: {c.column: round(c.value, 6) for c in part.itertuples()}
                                             for row, part in run.groupby("row", sort=False)})
+    write_json(out / f"{table.name}_cells.json", {"profile": profile, "scale": scale, "rows": cells_json(cells, pairs)})
     return text
 
 # %% ../nbs/60_report.ipynb #52047e5f
@@ -596,8 +651,18 @@ def describe_run(about: dict) -> tuple[str, str]:
                    f"{settings['batch']} ({masking['kind']} {stripes}, P = {masking['cls_in_source']}, "
                    f"{settings['weights']['kind']} weights)")
 
+# %% ../nbs/60_report.ipynb #081a3a16
+def stage_durations(folder: Path) -> list[tuple[str, float]]:
+    "(stage, seconds) of the executed notebooks in `folder`, in the order in which they ran."
+    found = []
+    for path in folder.glob("*.ipynb"):
+        about = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+        if about.get("duration") is not None:
+            found.append((about["start_time"], path.stem, float(about["duration"])))
+    return [(stage, seconds) for _, stage, seconds in sorted(found)]
+
 # %% ../nbs/60_report.ipynb #ebc3390b
-WRITTEN = ("figures", "dvc.lock")  # tracked, and made anew by a run: DVC removes a stage's outputs before it runs it
+WRITTEN = ("figures", "dvc.lock", "README.md")  # tracked, and made anew by a run: DVC removes a stage's outputs before it runs it
 
 
 def provenance(root, settings=None, seed: int | None = None, started: float | None = None) -> dict:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SUCCESS', 'LEAKS', 'ShardError', 'DataAbsent', 'shard_paths', 'check_key', 'ShardWriter', 'write_shard',
-           'finished_stats', 'write_manifest', 'read_manifest', 'remove_shards_from', 'MemberRefused', 'TarIndex',
-           'tar_index', 'open_tar', 'read_labels', 'iter_samples', 'decode_square', 'load_images', 'ClusterAbsent',
-           'on_cluster', 'leaked_keys']
+           'finished_stats', 'write_manifest', 'read_manifest', 'crops_hash', 'remove_shards_from', 'MemberRefused',
+           'TarIndex', 'tar_index', 'open_tar', 'read_labels', 'iter_samples', 'decode_square', 'load_images',
+           'ClusterAbsent', 'on_cluster', 'leaked_keys']
 
 # %% ../nbs/11_shards.ipynb #e70bf0c2
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from joblib import parallel_config
 from PIL import Image
 
 from .compute import usable_cores
+from .made_from import files_hash
 from .files import replacing, write_json
 
 # %% ../nbs/11_shards.ipynb #f23243ab
@@ -61,6 +63,15 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     entry = tarfile.TarInfo(name)  # its defaults carry no user, no machine and the time 0
     entry.size, entry.mode = len(data), 0o644
     tar.addfile(entry, io.BytesIO(data))
+
+# %% ../nbs/11_shards.ipynb #68f834e4
+def _content(*paths) -> str:
+    "SHA-256 over the whole content of files, in hexadecimal digits."
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
 
 # %% ../nbs/11_shards.ipynb #a2350997
 class ShardWriter:
@@ -97,7 +108,7 @@ class ShardWriter:
             stats = self._stats()
         with replacing(self.parquet_path) as temporary:
             pq.write_table(pa.Table.from_pylist(self.rows, schema=_schema(self.rows)), temporary)
-        write_json(self.stats_path, stats)
+        write_json(self.stats_path, stats | {"sha256": _content(self.tar_path, self.parquet_path)})
 
     def _stats(self) -> dict:
         status = Counter(row["status"] for row in self.rows)
@@ -159,7 +170,7 @@ def write_manifest(folder, dataset: str, original: int, stats: list[dict], crop:
     manifest = {
         "dataset": dataset, "state": state, "reason": reason, "simulated": simulated, "original": original,
         "usable": status.pop(SUCCESS, 0), "dropped": dict(sorted(status.items())), "crop": crop,
-        "shards": [{"name": f"{index:05d}", "original": part["count"], "usable": part["successes"]}
+        "shards": [{"name": f"{index:05d}", "original": part["count"], "usable": part["successes"], "sha256": part.get("sha256")}
                    for index, part in enumerate(stats)]}
     write_json(Path(folder) / "manifest.json", _check_manifest(manifest, folder))
     return manifest
@@ -181,6 +192,14 @@ def _present_shards(folder) -> list[dict]:
     if manifest["state"] != "present":
         raise DataAbsent(f"{manifest['dataset']}: data {manifest['state']}: {manifest['reason']}")
     return manifest["shards"]
+
+# %% ../nbs/11_shards.ipynb #27ce5908
+def crops_hash(*folders, leaks=None) -> str:
+    "16 hexadecimal digits that change with the crops in `folders` (and with the file `leaks`)."
+    files = [leaks] if leaks else []
+    for folder in map(Path, folders):
+        files += [folder / "manifest.json", *sorted([*folder.glob("[0-9]*.tar"), *folder.glob("[0-9]*.parquet")])]
+    return files_hash(files)
 
 # %% ../nbs/11_shards.ipynb #344509de
 _SHARD = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")

@@ -6,17 +6,20 @@
 __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures', 'train_rows', 'shard_lengths',
            'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'GlobalBatchJEPA',
            'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
-           'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'start_run', 'resume_order', 'arithmetic_of',
-           'random_state', 'restore_random', 'save_run', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens',
-           'check', 'train', 'waiting_for', 'progress_bar', 'open_log', 'present_sets', 'data_print', 'load_pictures',
-           'open_pictures', 'probe_pictures', 'pretrain', 'write_run', 'processes_of', 'launch']
+           'newest_of_others', 'adopt_checkpoint', 'tell_of_others', 'cut_log', 'append_log', 'dvclive_sink', 'Stop',
+           'Run', 'start_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random', 'save_run', 'draw',
+           'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for', 'progress_bar',
+           'open_log', 'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain', 'write_run',
+           'processes_of', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
 import dataclasses
 import hashlib
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +35,12 @@ import torch.distributed as dist
 
 from .compute import choose_device, choose_precision, usable_cores
 from .config import Pretrain, SettingsError
-from .files import find_root, write_atomic, write_json
-from .made_from import settings_hash
+from .files import find_root, replacing, write_atomic, write_json
+from .made_from import MadeFrom, code_hash, files_hash, settings_hash
 from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
 from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
+from .shards import crops_hash
 from .monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
 from .weighting import create_weights
 
@@ -110,6 +114,11 @@ class MemoryPictures:
     def read(self, numbers) -> torch.Tensor:
         "Pictures by number, uint8 [B, H, W, 3], where they lie."
         return self.images[torch.as_tensor(numbers).to(self.images.device)]
+
+    def content_hash(self) -> str:
+        "16 hexadecimal digits over size and bytes of all pictures."
+        content = np.ascontiguousarray(self.images.cpu().numpy())
+        return hashlib.sha256(repr(content.shape).encode() + memoryview(content).cast("B")).hexdigest()[:16]
 
     def to_device(self, device, share: float = 0.3) -> None:
         "Move the whole set to a GPU, if it takes less than `share` of what is free there: then no step copies anything."
@@ -206,6 +215,10 @@ class ShardPictures:
             jpeg = os.pread(self._handle(shard), size, offset)
             out[row] = decode_square(jpeg, self.size, f"{self.paths[shard]}: the picture at byte {offset}")
         return torch.from_numpy(out)
+
+    def content_hash(self) -> str:
+        "16 hexadecimal digits over the shards' files and the places of the pictures in them."
+        return hashlib.sha256(files_hash(self.paths).encode() + self.places.tobytes()).hexdigest()[:16]
 
     def _handle(self, shard: int, most: int = 128) -> int:
         # One descriptor per shard in use, far below the usual limit of 1,024 in a process.
@@ -351,7 +364,7 @@ def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:
     trained = [p for module in (jepa.student, jepa.predictor) for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
               {"params": [p for p in trained if p.squeeze().ndim <= 1], "decayed": False, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=config.optimiser.betas, fused=True)
 
 # %% ../nbs/45_training.ipynb #2d71eefb
 class CheckpointError(RuntimeError):
@@ -383,10 +396,11 @@ def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
     return path
 
 # %% ../nbs/45_training.ipynb #6ec87455
-def load_checkpoint(folder: Path, settings: str, data: str = "", say=print) -> dict | None:
+def load_checkpoint(folder: Path, made: MadeFrom, anyway: bool = False, say=print) -> dict | None:
     """The newest whole checkpoint's state, on the CPU; None when there is none.
 
-    Raises `CheckpointError` for a checkpoint of other settings or pictures, and when none of the files can be read."""
+    Raises `CheckpointError` for a checkpoint made from other settings, pictures or code, and when none of the files can be read.
+    `anyway`: one of other pictures or code is taken all the same, and `state["adopted"]` says what it was made from."""
     paths = sorted(folder.glob("step_*.pt"), reverse=True)
     for path in paths:
         try:
@@ -394,14 +408,60 @@ def load_checkpoint(folder: Path, settings: str, data: str = "", say=print) -> d
         except Exception as error:  # torch raises many kinds for a file cut short; all mean the same here
             say(f"checkpoint {path.name} cannot be read ({type(error).__name__}); trying the one before it", flush=True)
             continue
-        for what, mine in (("settings", settings), ("data", data)):
-            if state[what] != mine:
-                raise CheckpointError(f"{path} is of {what} {state[what]!r}, this run has {mine!r}: choose another folder, or "
-                                      "remove this one if it is no longer wanted")
-        return state
+        return _accept(state, path, made, anyway, say)
     if paths:
         raise CheckpointError(f"no checkpoint in {folder} can be read: {', '.join(p.name for p in paths)}")
     return None
+
+
+def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
+    before = state.get("made_from", {})
+    differs = made.differs(before)
+    if not differs:
+        return state
+    words = f"other {' and '.join(differs)} ({', '.join(f'{name} {before.get(name)}' for name in differs)}; this run: {made})"
+    if not anyway:
+        raise CheckpointError(f"{path} was made from {words}. It is left as it is: choose another folder, remove this one if it is no "
+                              "longer wanted, or go on from it with --resume-anyway (resume_anyway=True)")
+    if "settings" in differs:
+        raise CheckpointError(f"{path} was made from {words}: with other settings a run cannot go on, not even anyway")
+    say(f"goes on anyway from {path}, made from {words}", flush=True)
+    return state | {"adopted": {"step": state["step"], **before}}
+
+# %% ../nbs/45_training.ipynb #36b65423
+def newest_of_others(folder: Path, same_settings: MadeFrom | None = None) -> Path | None:
+    "The newest checkpoint in the folders beside `folder`; `same_settings`: only of runs with these settings."
+    found = []
+    for path in folder.parent.glob("*/step_*.pt"):
+        about = path.parent / "made_from.json"
+        made = json.loads(about.read_text()) if about.is_file() else {}
+        if path.parent != folder and (same_settings is None or made.get("settings") == same_settings.settings):
+            found.append((path.stat().st_mtime_ns, path.name, path))
+    return max(found)[2] if found else None
+
+
+def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
+    "Copy the newest checkpoint of these settings, whatever its pictures and code, into the empty `folder`, with its log."
+    if any(folder.glob("step_*.pt")):
+        return
+    path = newest_of_others(folder, made)
+    if path is None:
+        raise CheckpointError(f"nothing to go on from anyway: {folder.parent} has no checkpoint of settings {made.settings}")
+    with replacing(folder / path.name) as temporary:
+        shutil.copyfile(path, temporary)
+    if (log := path.parent / "log.csv").is_file():
+        write_atomic(folder / "log.csv", log.read_bytes())
+
+
+def tell_of_others(folder: Path, made: MadeFrom, run: str) -> None:
+    "One line where this run starts anew although checkpoints of other settings, pictures or code lie beside it."
+    if any(folder.glob("step_*.pt")) or not (path := newest_of_others(folder)):
+        return
+    about = path.parent / "made_from.json"
+    differs = made.differs(json.loads(about.read_text())) if about.is_file() else ["origin"]
+    remedy = "" if "settings" in differs else "; --resume-anyway goes on from it"
+    print(f"{run} starts at step 0: {path.parent.name}/{path.name}, beside it, was made from other {' and '.join(differs)} and is left "
+          f"as it is{remedy}", flush=True)
 
 # %% ../nbs/45_training.ipynb #eb485d0a
 LOG_FIELDS = ("step", "pictures", "loss", "target_spread", "prediction_spread", "teacher_spread", "rankme", "alpha", "probe", "lr",
@@ -476,7 +536,7 @@ class Run:
 
     config: Pretrain
     folder: Path
-    data: str
+    made: MadeFrom
     pictures: MemoryPictures | ShardPictures
     world: World
     device: torch.device
@@ -490,6 +550,7 @@ class Run:
     counted: int = 0  # steps at the last check
     clock: float = 0.0  # time of the last check
     waited: float = 0.0  # seconds spent waiting for pictures since then
+    adopted: dict | None = None  # step and origin of the checkpoint of other code or pictures that this run goes on from
 
     @property
     def precision(self) -> str:
@@ -502,7 +563,7 @@ class Run:
         return self.world.rank == 0
 
 # %% ../nbs/45_training.ipynb #24274275
-def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: bool = True) -> Run:
+def start_run(config: Pretrain, pictures, folder: Path, made: MadeFrom, resume: bool = True, resume_anyway: bool = False) -> Run:
     "Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them."
     world, device = join_world(config)
     # Told how many, MKL keeps to it; untold it may take fewer for a product, and the last bits are then those of another sum.
@@ -511,7 +572,7 @@ def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: 
     optimiser, forward = optimiser_of(jepa, config), jepa
     if not resume and any(folder.glob("step_*.pt")):
         raise CheckpointError(f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder")
-    state = load_checkpoint(folder, settings_hash(config), data, print if world.rank == 0 else lambda *a, **k: None)
+    state = load_checkpoint(folder, made, resume_anyway, print if world.rank == 0 else lambda *a, **k: None)
     window = None if isinstance(pictures, MemoryPictures) else config.runtime.window
     order = Order(pictures.lengths, config.seed, window)
     if state:
@@ -527,9 +588,11 @@ def start_run(config: Pretrain, pictures, folder: Path, data: str = "", resume: 
         forward = torch.nn.parallel.DistributedDataParallel(jepa, broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.compile:
         forward = torch.compile(forward)
-    start = state["step"] if state else 0
-    return Run(config, folder, data, pictures, world, device, jepa, forward, optimiser, order,
-               torch.Generator(device=device), start=start, counted=start)
+    start, adopted = (state["step"], state.get("adopted")) if state else (0, None)
+    if world.rank == 0:
+        write_json(folder / "made_from.json", dataclasses.asdict(made) | ({"adopted": adopted} if adopted else {}))
+    return Run(config, folder, made, pictures, world, device, jepa, forward, optimiser, order,
+               torch.Generator(device=device), start=start, counted=start, adopted=adopted)
 
 # %% ../nbs/45_training.ipynb #08016fc0
 def resume_order(sampler: dict, pictures, folder) -> Order:
@@ -570,7 +633,7 @@ def save_run(run: Run, step: int) -> None:
                                  "before; lower optimiser.lr or set optimiser.clip")
     if run.chief:
         sampler = {"lengths": list(map(int, run.order.lengths)), "window": run.order.window, "seed": run.order.seed}
-        state = {"step": step, "settings": settings_hash(run.config), "data": run.data, "sampler": sampler,
+        state = {"step": step, "made_from": dataclasses.asdict(run.made), "adopted": run.adopted, "sampler": sampler,
                  "arithmetic": arithmetic_of(run.world, run.device, run.precision), "random": random_state(),
                  "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
         save_checkpoint(run.folder, state, run.config.runtime.keep)
@@ -664,14 +727,20 @@ def check(run: Run, done: int, out: dict, panel: Panel | None, thorough: bool) -
 
 # %% ../nbs/45_training.ipynb #ea24d1a8
 def train(config: Pretrain, pictures, folder: Path, resume: bool = True, progress: bool = True, data: str = "", labelled=None,
-          dvclive: Path | None = None) -> JEPA:
+          dvclive: Path | None = None, resume_anyway: bool = False) -> JEPA:
     """Train on `pictures`, checkpoints and log in `folder`; returns the trained networks.
 
-    `pictures`: uint8 [N, H, W, 3], `MemoryPictures` or `ShardPictures`; `data`: what a checkpoint must say of them; `labelled`:
+    `pictures`: uint8 [N, H, W, 3], `MemoryPictures` or `ShardPictures`; `data`: their hash, if it is known; `labelled`:
     (pictures, labels, people) of the probe; `dvclive`: a folder for DVCLive. With `resume`, goes on from the newest checkpoint
-    there; without, refuses a folder that holds one. SIGTERM and Ctrl-C write a checkpoint and end the process."""
+    there; without, refuses a folder that holds one. A checkpoint made from other settings, pictures or code is refused;
+    `resume_anyway` takes one of other pictures or code. SIGTERM and Ctrl-C write a checkpoint and end the process."""
     pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
-    run = start_run(config, pictures, Path(folder), data, resume)
+    made = MadeFrom(settings_hash(config), data or pictures.content_hash(), code_hash("training"))
+    run = start_run(config, pictures, Path(folder), made, resume, resume_anyway)
+    if run.start == config.steps:
+        if run.chief:
+            print(f"nothing to do: finished at step {run.start} of {config.steps}, made from {made}", flush=True)
+        return run.jepa.eval()
     write_row = open_log(run, dvclive)
     panel = Panel(run, labelled) if run.chief else None
     with Stop() as stop, progress_bar(run, progress) as bar:
@@ -754,20 +823,6 @@ def present_sets(folders, say=print) -> list[Path]:
         raise FileNotFoundError(f"no data set to train on among {', '.join(Path(f).name for f in folders)}: all are absent")
     return present
 
-
-def data_print(folders, leaks=None, piece: int = 1 << 20) -> str:
-    "8 hexadecimal digits that change with the crops (and with the file `leaks`): SHA-256 of manifests, and of size, head and tail of each tar and parquet."
-    found = hashlib.sha256(Path(leaks).read_bytes() if leaks else b"")
-    for folder in folders:
-        found.update((folder / "manifest.json").read_bytes())
-        for path in sorted([*folder.glob("[0-9]*.tar"), *folder.glob("[0-9]*.parquet")]):
-            size = path.stat().st_size
-            with path.open("rb") as f:
-                found.update(f"{path.name} {size}".encode() + f.read(piece))
-                f.seek(max(piece, size - piece))
-                found.update(f.read(piece))
-    return found.hexdigest()[:8]
-
 # %% ../nbs/45_training.ipynb #6a555035
 def load_pictures(folders, size: int, exclude_leaked: bool = False) -> MemoryPictures:
     "All crops in `folders` that may be trained on, decoded at `size` pixels."
@@ -808,22 +863,34 @@ def probe_pictures(faces: Path, what: str, size: int, most: int = 1000):
     return images, labels[label].to_numpy(), labels["person"].to_numpy() if "person" in labels else None
 
 # %% ../nbs/45_training.ipynb #375603ca
-def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None, pictures=None, progress: bool = True) -> Path:
+def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None, pictures=None, progress: bool = True,
+             resume_anyway: bool = False) -> Path:
     """Run one pretraining, or this process's part of it under torchrun; returns the path of `encoder.safetensors`.
 
     Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W, 3]); all is written to
-    `data/runs/<run>`, checkpoints to a folder there named by the hash of the settings and of the crops: other settings, or
-    other pictures, never meet them."""
+    `data/runs/<run>`, checkpoints to `checkpoints/<key>` there, the key being that of settings, pictures and code (`MadeFrom`):
+    a run never goes on from what was made from others. `resume_anyway` goes on from the newest checkpoint of the same settings,
+    whatever its pictures and code; run.json then says so."""
     home, (world, _), begun = Path(root or find_root()) / "data", join_world(config), time.perf_counter()
-    out, data, size = home / "runs" / run, "", config.encoder.image_size
+    out, size = home / "runs" / run, config.encoder.image_size
     if pictures is None:
         silent = print if world.rank == 0 else lambda *a, **k: None
         folders = present_sets([home / "faces" / name for name in config.datasets], silent)
-        data = data_print(folders, home / "faces" / "leaks.json" if config.exclude_leaked else None)
-        pictures = open_pictures(folders, config, world, out / f"index-{data}.npz")
+        data = crops_hash(*folders, leaks=home / "faces" / "leaks.json" if config.exclude_leaked else None)
+        pictures = open_pictures(folders, config, world, out / f"index-{data}-{code_hash('training')}.npz")
+    else:
+        pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
+        data = pictures.content_hash()
     labelled = probe_pictures(home / "faces", config.runtime.probe, size) if config.runtime.probe and world.rank == 0 else None
-    folder = out / (settings_hash(config) + (f"-{data}" if data else ""))
-    jepa = train(config, pictures, folder, resume, progress, data, labelled, out / "dvclive" if config.runtime.dvclive else None)
+    made = MadeFrom(settings_hash(config), data, code_hash("training"))
+    folder = out / "checkpoints" / made.key
+    if world.rank == 0 and resume_anyway:
+        adopt_checkpoint(folder, made)
+    elif world.rank == 0:
+        tell_of_others(folder, made, run)
+    world.wait()
+    live = out / "dvclive" if config.runtime.dvclive else None
+    jepa = train(config, pictures, folder, resume, progress, data, labelled, live, resume_anyway)
     if world.rank == 0:
         write_run(config, run, jepa, out, folder, len(pictures))
         print(f"{run}: {config.steps} steps of {config.batch}, {time.perf_counter() - begun:.0f} s in this process", flush=True)
@@ -837,7 +904,8 @@ def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, p
                  settings=settings_hash(config))
     write_atomic(out / "log.csv", (folder / "log.csv").read_bytes())
     write_json(out / "run.json", {"run": run, "settings": config.model_dump(mode="json"), "hash": settings_hash(config),
-                                  "pictures": pictures, "parameters": sum(p.numel() for p in jepa.teacher.parameters())})
+                                  "made_from": json.loads((folder / "made_from.json").read_text()), "pictures": pictures,
+                                  "parameters": sum(p.numel() for p in jepa.teacher.parameters())})
 
 # %% ../nbs/45_training.ipynb #0a9330a0
 def processes_of(config: Pretrain) -> int:
@@ -849,16 +917,17 @@ def processes_of(config: Pretrain) -> int:
     return count
 
 
-def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True) -> Path:
+def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False) -> Path:
     "`pretrain`, here or through torchrun in several processes on this machine; `ChildProcessError` when they fail."
     root, count = Path(root or find_root()), processes_of(config)
     if count == 1:
-        return pretrain(config, resume=resume, run=run, root=root)
+        return pretrain(config, resume=resume, run=run, root=root, resume_anyway=resume_anyway)
     out = root / "data" / "runs" / run
     settings = write_json(out / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json"))
     # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it stands.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mefem",
                "pretrain", "--name", run, "--settings", str(settings), "--resume" if resume else "--no-resume"]
+    command += ["--resume-anyway"] * resume_anyway
     # torchrun would give each process one thread, however many cores there are.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))} | os.environ
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

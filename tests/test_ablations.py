@@ -1,4 +1,4 @@
-"""Table 4: the paper's rows and claims, verdicts from paired intervals, runs that resume and never go stale."""
+"""Table 4: the paper's rows and claims, verdicts from paired intervals over people and seeds, one run at a time."""
 
 import io
 import json
@@ -6,21 +6,23 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from mefem import ablations
 from mefem.ablations import (
     LABELS,
     ORDERINGS,
     TABLE4_ROWS,
     VERDICTS,
+    absent_data,
+    collect,
     comparisons,
     costs,
+    feature_sets_of_run,
     orderings,
+    probe_run,
     rows_of,
-    run_ablations,
+    run_folder,
     summary_of,
     table4,
     verdict,
@@ -31,7 +33,7 @@ from mefem.metrics import paired_difference, write_result
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
 from mefem.shards import write_manifest, write_shard
-from mefem.training import build
+from mefem.training import build, pretrain
 
 PAPER = """
 Patches	Stripes 2/14	—	Circular	0.291	4.206
@@ -105,27 +107,48 @@ def made_up(folder, settings, quality, people=150, seeds=(0,)):
 
 @pytest.fixture()
 def settings(root):
-    return load_settings(root / "params.yaml", "smoke")
+    found = load_settings(root / "params.yaml", "smoke")
+    beyond = ("teacher-targets", "share25", "sigreg")
+    return found.model_copy(update={"ablation_runs": (*found.ablation_runs, *beyond), "seeds": (0, 1, 2)})
 
 
 def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
     quality = {"stripes3": 1.0, "multiblock": 3.0, "quadrant": 0.2, "stripes2": 1.0, "stripes4": 1.02}
-    made_up(tmp_path, settings, lambda row: quality.get(row.run))
+    made_up(tmp_path, settings, lambda row: quality.get(row.run), seeds=(0, 1, 2))
     found = orderings(tmp_path, replicates=400).set_index("claim")
-    assert found.verdict["Stripes beat multiblock"] == "confirmed"
+    assert found.verdict["Stripes beat multiblock"] == "supported"
     assert found.verdict["Stripes beat quadrants"] == "contradicted"
-    assert found.verdict["Width 3 beats width 4"] == "cannot be told apart"
+    assert found.verdict["Width 3 beats width 4"] == "inconclusive"
     assert found.verdict["P = 1 sacrifices CLS"] == "not run"
     frames = [pd.read_parquet(tmp_path / run / "bmi.patches.parquet") for run in ("stripes3", "multiblock")]
     gap = paired_difference(*frames, "r2", 400)
     assert tuple(found.loc["Stripes beat multiblock", ["gap", "low", "high"]]) == (gap.value, gap.low, gap.high)
     assert found.paper["Stripes beat multiblock"] == pytest.approx(0.447 - 0.371)
     words = summary_of(found.reset_index())
-    assert "13 orderings" in words and "confirms 1, contradicts 1" in words and "9 could not be tested" in words
+    assert "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. 9 could not be tested." in words
+
+
+def test_one_seed_decides_nothing_however_wide_the_gap(tmp_path, settings):
+    made_up(tmp_path, settings, lambda row: 9.0 if row.run == "multiblock" else 0.1)
+    found = orderings(tmp_path, replicates=400)
+    assert found.low[found.claim == "Stripes beat multiblock"].item() > 1 and (found.verdict == "inconclusive").all()
+    assert summary_of(found) == "One seed of pretraining per row cannot decide an ordering: all 13 tested are inconclusive."
+
+
+def test_seeds_that_disagree_leave_it_inconclusive(tmp_path, settings):
+    "Many people, three seeds: what differs between the seeds is larger than the gap, which over people alone would be far from 0."
+    truth = 26 + 5 * np.random.default_rng(0).standard_normal(400)
+    for run, errors in (("stripes3", (1.0, 2.4, 3.6)), ("multiblock", (2.0, 3.0, 4.0))):
+        frames = [pd.DataFrame({"key": np.arange(400).astype(str), "person": np.arange(400).astype(str), "seed": s, "target": truth,
+                                "prediction": truth + e * np.random.default_rng(s).standard_normal(400)}) for s, e in enumerate(errors)]
+        info = {"task": "bmi", "feature_set": "patches", "state": "present", "features": {}}
+        write_result(tmp_path / run, ProbeResult(pd.concat(frames), info), 200)
+    line = orderings(tmp_path).set_index("claim").loc["Stripes beat multiblock"]
+    assert line.gap > 0.1 and line.low < 0 < line.high and line.verdict == "inconclusive"
 
 
 def test_an_interval_that_holds_zero_tells_nothing():
-    assert [verdict(*pair) for pair in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))] == [
+    assert [verdict(*pair, 2) for pair in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))] == [
         VERDICTS[0], VERDICTS[1], VERDICTS[2], VERDICTS[2], VERDICTS[2]]
 
 
@@ -153,7 +176,7 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
         stored = json.loads((results / row.run / f"bmi.{row.feature_set}.json").read_text())["values"]["r2"]
         assert f"{stored['value']:.3f} [{stored['low']:.3f}, {stored['high']:.3f}]" in line
     assert "Simulated people" in text and "equal for all rows" in text and summary_of(orderings(results, replicates=200)) in text
-    assert ("One pretraining a row" in text) == (len(seeds) == 1)
+    assert ("One pretraining per row" in text) == (len(seeds) == 1)
     assert (cells.seeds == len(seeds)).all() and set(cells.pictures) == {4 * 16}
     tex = (tmp_path / "a" / "table4.tex").read_text()
     assert tex.count("{") == tex.count("}") and "²" not in tex and "—" not in tex
@@ -203,62 +226,66 @@ def home(root, tmp_path):
     smoke = params["profiles"]["smoke"]
     smoke["pretrain"] |= {"batch": 4, "encoder": {"name": "vit_small_patch16_224", "kwargs": {
         "img_size": 112, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}}, "predictor": {"dim": 8, "depth": 1, "heads": 2}}
-    smoke["ablation"] = {"pretrain": {"steps": 2, "checkpoint_every": 2, "log_every": 2}, "seeds": [0, 1], "extra": ["share25"], "jobs": 1}
+    smoke["ablation"] = {"pretrain": {"steps": 2, "checkpoint_every": 2, "log_every": 2}}
     smoke["probing"] |= {"epochs": 1, "bootstrap": 100, "lrs": [1e-3], "weight_decays": [0.1]}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"profile": "smoke"}))
+    changed = {"profile": "smoke", "seeds": [0, 1], "ablation_runs": ["stripes3", "cls1", "share25"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | changed))
     make_faces(tmp_path / "data" / "faces" / "facecaption", "facecaption", 8)
     make_faces(tmp_path / "data" / "faces" / "bmi", "bmi", 16)
     return tmp_path
 
 
-def test_runs_are_made_once_resume_and_never_go_stale(home, monkeypatch):
+def make_run(settings, home, run, seed):
+    "What the stage's notebook does."
+    config = ablation_settings(settings, run, seed)
+    if not absent_data(home, config):
+        pretrain(config, run=f"ablations/{run}-{seed}", root=home, progress=False)
+    return probe_run(settings, home, run, seed, progress=False)
+
+
+def test_runs_and_seeds_come_together_in_one_result(home):
     settings = load_settings(home / "params.yaml")
-    trained = []
-    monkeypatch.setattr(ablations, "_pretrained", lambda encoder_of, *rest, real=ablations._pretrained: (
-        trained.append(rest[0].name), real(encoder_of, *rest))[1])
-    runs = ["stripes3", "cls1"]
-    results = run_ablations(settings, home, runs, progress=False)
-    assert sorted(trained) == sorted(f"{run}-{seed}" for run in runs for seed in (0, 1))
-    assert sorted(p.name for p in (results / "stripes3").iterdir()) == ["bmi.patches.json", "bmi.patches.parquet"]
-    assert len(list((results / "cls1").iterdir())) == 6
-    both = pd.read_parquet(results / "cls1" / "bmi.cls.parquet")
+    for run in settings.ablation_runs:
+        for seed in settings.seeds:
+            results = make_run(settings, home, run, seed)
+            assert {p.stem for p in results.iterdir()} == {f"bmi.{s}" for s in feature_sets_of_run(settings, run)}
+            assert {p.name for p in results.parent.iterdir()} == {"encoder.safetensors", "log.csv", "run.json", "results", "checkpoints"}
+    out = collect(settings, home, home / "data" / "ablations")
+    both = pd.read_parquet(out / "cls1" / "bmi.cls.parquet")
     assert both.groupby("seed").size().to_dict() == {0: 16, 1: 16}
-    about = json.loads((results / "cls1" / "bmi.cls.json").read_text())
+    one = pd.read_parquet(run_folder(home, "cls1", 1) / "results" / "bmi.cls.parquet")
+    pd.testing.assert_frame_equal(both[both.seed == 1].drop(columns="seed").reset_index(drop=True), one.drop(columns="seed"))
+    about = json.loads((out / "cls1" / "bmi.cls.json").read_text())
     assert about["seeds"] == [0, 1] and about["run"]["settings"]["masking"]["cls_in_source"] == 1.0
-    assert not list((home / "data" / "ablations").rglob("*.npy"))  # features do not stay
-
-    trained.clear()
-    run_ablations(settings, home, runs, progress=False)
-    assert trained == []  # finished, of the same settings, data and code
-    (home / "data" / "ablations" / "cls1-0" / "done.json").unlink()  # killed while probing
-    again = run_ablations(settings, home, runs, progress=False)
-    assert trained == ["cls1-0"]
-    pd.testing.assert_frame_equal(pd.read_parquet(again / "cls1" / "bmi.cls.parquet"), both)
-
-    trained.clear()
-    encoder = home / "data" / "runs" / "ablations" / "stripes3-0" / "encoder.safetensors"
-    before = encoder.read_bytes()
-    make_faces(home / "data" / "faces" / "facecaption", "facecaption", 9)  # other pictures: everything again
-    run_ablations(settings, home, ["stripes3"], progress=False)
-    assert sorted(trained) == ["stripes3-0", "stripes3-1"] and encoder.read_bytes() != before
+    text = write_table4(out, home / "figures", settings, 100)
+    assert "not run: no result" in text  # the rows that ablation_runs leaves out
+    found = json.loads((home / "figures" / "table4.json").read_text())
+    assert found["seeds"] == 2 and found["summary"] in text and set(found["orderings"].values()) <= {*VERDICTS, "not run"}
 
 
-def test_two_at_a_time_give_what_one_at_a_time_gives(home):
-    settings, threads = load_settings(home / "params.yaml"), torch.get_num_threads()
-    results = run_ablations(settings, home, ["share25"], jobs=1, progress=False)
-    assert torch.get_num_threads() == threads  # one at a time is this process: what it does next must not depend on it
-    one = pd.read_parquet(results / "share25" / "bmi.patches.parquet")
-    for folder in (home / "data" / "ablations", home / "data" / "runs"):
-        folder.rename(folder.with_name(folder.name + "-before"))
-    run_ablations(settings, home, ["share25"], jobs=2, progress=False)
-    pd.testing.assert_frame_equal(pd.read_parquet(results / "share25" / "bmi.patches.parquet"), one)
+def test_a_probed_run_is_kept_and_another_encoder_is_probed_anew(home):
+    settings = load_settings(home / "params.yaml")
+    (path,) = make_run(settings, home, "stripes3", 0).glob("*.parquet")
+    before = path.stat().st_mtime_ns
+    make_run(settings, home, "stripes3", 0)
+    assert path.stat().st_mtime_ns == before
+    make_faces(home / "data" / "faces" / "facecaption", "facecaption", 9)  # other pictures: trained and probed anew
+    make_run(settings, home, "stripes3", 0)
+    assert path.stat().st_mtime_ns != before
 
 
 def test_absent_data_are_a_state_and_train_nothing(home, capsys):
     settings = load_settings(home / "params.yaml")
     make_faces(home / "data" / "faces" / "bmi", "bmi", 0, "absent")
-    results = run_ablations(settings, home, progress=False)
-    assert not (home / "data" / "runs").exists() and "ablations not run: bmi: data absent" in capsys.readouterr().out
-    assert write_table4(results, home / "figures", settings, 100).count("not run: bmi: data absent") == 2 * len(rows_of(settings))
-    with pytest.raises(ValueError, match="runs that Table 4 does not have: nobody"):
-        run_ablations(settings, home, ["nobody"])
+    for run in settings.ablation_runs:
+        for seed in settings.seeds:
+            make_run(settings, home, run, seed)
+    assert not list((home / "data" / "runs").rglob("encoder.safetensors"))
+    assert "stripes3-0 not run: bmi: data absent" in capsys.readouterr().out
+    text = write_table4(collect(settings, home, home / "data" / "ablations"), home / "figures", settings, 100)
+    assert text.count("not run: bmi: data absent") == 2 * sum(row.run in settings.ablation_runs for row in rows_of(settings))
+
+
+def test_a_run_that_table4_does_not_have_is_named(home):
+    with pytest.raises(ValueError, match="run 'sigreg' is not in Table 4: it has stripes2, .* share25; name another in ablation_runs"):
+        feature_sets_of_run(load_settings(home / "params.yaml"), "sigreg")

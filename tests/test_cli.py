@@ -9,9 +9,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from mefem.cli import app, stage_durations
+from mefem.cli import app
 from mefem.config import Probing
 from mefem.models import create_encoder, save_encoder
+from mefem.report import stage_durations
 from mefem.shards import read_labels, read_manifest
 
 KWARGS = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)
@@ -174,6 +175,27 @@ def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes
 def test_errors_are_one_line_and_exit_code_1(tmp_path, arguments, named):
     result = mefem(*[a.replace("{tmp}", str(tmp_path)) for a in arguments], code=1)
     assert named in result.stderr and "Traceback" not in result.stderr
+
+
+def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
+    import mefem.training as training
+
+    called = []
+    monkeypatch.setattr(training, "pretrain", lambda config, resume, run, root, resume_anyway: called.append((run, config)) or "done")
+    mefem("pretrain", "--profile", "smoke", "--name", "2026", "--set", "masking.width=5", "--set", "optimiser.lr=1e-4",
+          "--set", "masking.cls_in_source=null", "--set", "optimiser.betas=[0.9, 0.95]")
+    (run, config), = called
+    assert run == "2026" and config.batch == 16 and config.masking.width == 5 and config.masking.cls_in_source is None
+    assert config.optimiser.lr == 1e-4 and config.optimiser.betas == (0.9, 0.95)
+    (tmp_path / "s.json").write_text(json.dumps({"steps": 7}))
+    mefem("pretrain", "--name", "x", "--settings", tmp_path / "s.json")
+    assert called[1][1].steps == 7
+    for arguments, said in ((["--set", "masking.widht=5"], "mefem: run 'main': unknown key 'masking.widht'; did you mean 'masking.width'?\n"),
+                            (["--set", "width=5"], "did you mean 'masking.width'?\n"), (["--set", "width"], "expected KEY=VALUE"),
+                            (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
+                            (["--settings", tmp_path / "s.json", "--name", "../x"], "names no folder")):
+        assert said in mefem("pretrain", *arguments, code=1).stderr
+    assert len(called) == 2
 
 
 def test_info_lists_data_and_weights(root, monkeypatch):

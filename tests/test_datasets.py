@@ -649,23 +649,6 @@ def test_folder_bad_tables_are_named(tmp_path, table, message):
 
 # --- across data sets ------------------------------------------------------------------------------------------------
 
-def labelled(folder, name, rows):
-    stats = write_shard(folder / name, 0, [(row["key"], photo(1, 64), {}) for row in rows], [{"status": SUCCESS, **row} for row in rows])
-    core.write_manifest(folder / name, name, len(rows), [stats], {"size": 64})
-
-
-def test_bmi_sources_are_joined_and_told_apart(tmp_path):
-    body = {"sex": "male", "age": 30.0, "height_cm": 170.0, "weight_kg": 70.0, "hemoglobin": 9.0}
-    labelled(tmp_path, "bmi", [{"key": "a", "source": "own", "person": "own/1", "bmi": 22.0, **body}])
-    labelled(tmp_path, "mcd-rppg", [{"key": "b", "source": "mcd-rppg", "person": "mcd-rppg/1", "bmi": None, **body},
-                                    {"key": "c", "source": "mcd-rppg", "person": "mcd-rppg/1", "bmi": 30.0, **body}])
-    joined = core.consolidated_bmi(tmp_path)
-    assert joined[["dataset", "row", "key", "source"]].to_numpy().tolist() == [["bmi", 0, "a", "own"], ["mcd-rppg", 1, "c", "mcd-rppg"]]
-    labelled(tmp_path, "mcd-rppg", [{"key": "b", "source": "mcd-rppg", "person": "own/1", "bmi": 25.0, **body}])
-    with pytest.raises(DatasetError, match="person 'own/1' is in two sources .* mcd-rppg, own"):
-        core.consolidated_bmi(tmp_path)
-
-
 def test_leaked_keys(tmp_path):
     with pytest.raises(ShardError, match="leaks.json is missing"):
         leaked_keys(tmp_path, "sfhq")

@@ -333,6 +333,31 @@ def test_audit_of_an_encoder_end_to_end(planted, tmp_path):
     assert f"{everybody.error:.2f}" in text and f"{audits[0].score}" in text, "the page's numbers are the tables'"
 
 
+def test_the_audit_is_of_all_sources_of_the_body_mass_index(planted, tmp_path, monkeypatch):
+    import shutil
+
+    import mefem.fairness as fairness
+
+    folder, _ = planted
+    features, faces = tmp_path / "features", tmp_path / "faces"
+    extract(planted, features)
+    for suffix in ("npy", "json", "parquet"):
+        shutil.copy(features / f"bmi.{suffix}", features / f"mcd-rppg.{suffix}")
+    labels = pd.read_parquet(features / "mcd-rppg.parquet")
+    labels.assign(key="m" + labels.key, person="m" + labels.person).to_parquet(features / "mcd-rppg.parquet")
+    for name in ("bmi", "mcd-rppg"):
+        shutil.copytree(folder, faces / name)
+    measured = []
+    tones = {"bmi": pd.Series(20.0, labels.key, name="angle"), "mcd-rppg": pd.Series(60.0, "m" + labels.key, name="angle")}
+    monkeypatch.setattr(fairness, "skin_tones", lambda path: measured.append(path.name) or tones[path.name])
+    audits = audit_encoder(features, tmp_path / "results", faces, tmp_path / "out", "cls", bootstrap=200, **QUICK)
+    assert audits[0].errors.iloc[0].photographs == 240 and audits[0].errors.iloc[0].persons == 2 * labels.person.nunique()
+    assert measured == ["bmi", "mcd-rppg"]  # once each, though two targets are read from them
+    toned = audits[0].errors[audits[0].errors.attribute == "skin tone"]
+    assert dict(zip(toned.group, toned.photographs, strict=True)) == {"tan": 120, "very light": 120}
+    assert {p.name for p in (tmp_path / "out").glob("tones.*")} == {"tones.bmi.parquet", "tones.mcd-rppg.parquet"}
+
+
 def test_kept_predictions_are_taken_and_strangers_refused(planted, tmp_path):
     extract(planted, tmp_path / "features")
     (tmp_path / "results").mkdir()

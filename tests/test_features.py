@@ -357,7 +357,7 @@ def test_extraction_and_back(encoder, tmp_path):
 def test_features_are_kept_until_encoder_crops_or_code_change(encoder, tmp_path, monkeypatch):
     faces, out = make_faces(tmp_path / "faces"), tmp_path / "out"
     meta = extract_features(encoder, faces, out, progress=False)
-    assert {"encoder_hash", "faces_hash", "code", "key"} <= set(meta)
+    assert {"encoder_hash", "faces_hash", "made_from", "key"} <= set(meta)
     monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("extracted again"))
     assert extract_features(encoder, faces, out, progress=False) == meta
     other = freeze("small", create_encoder("vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3),
@@ -367,7 +367,7 @@ def test_features_are_kept_until_encoder_crops_or_code_change(encoder, tmp_path,
         with pytest.raises(pytest.fail.Exception, match="again"):
             change()
         write_json(out / "bmi.json", meta)                              # a failure took the account away
-    monkeypatch.setattr(module, "code_version", lambda *_: "another")
+    monkeypatch.setattr(module, "code_hash", lambda *_: "another")
     with pytest.raises(pytest.fail.Exception, match="again"):
         extract_features(encoder, faces, out, progress=False)
 

@@ -82,7 +82,7 @@ def predict(known, state, source, target, cls, heads=2):
     x = [linear(z, state, "embed") + place(token) for z, token in zip(known, source, strict=True)]
     x = np.stack(x + [state["mask_token"][0, 0] + place(token) for token in target])
     x = block(x, state, "blocks.0", heads, 1e-6)
-    return linear(norm(x, state, "norm", 1e-5), state, "project")[len(source):]
+    return linear(norm(x, state, "norm", 1e-6), state, "project")[len(source):]
 
 
 def weight_of(token, cls):
@@ -128,6 +128,94 @@ def test_loss_is_equation_5_by_hand_in_float64(masking, teacher_input):
         found = jepa(images, splits=splits)["loss"].item()
     assert abs(found - expected) < 1e-10 * max(1.0, expected)
     assert expected > 0.05  # a loss to speak of
+
+
+# I-JEPA as its paper and released weights have it, written once more in plain torch: no CLS, no weights, names of its own
+# checkpoints. Those are loaded into ours.
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        q, k, v = (part.reshape(b, n, self.heads, d // self.heads).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / (d // self.heads) ** 0.5
+        return self.proj((torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v).transpose(1, 2).reshape(b, n, d))
+
+
+class TransformerBlock(torch.nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (torch.nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn = Attention(dim, heads)
+        self.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(dim, 4 * dim), "fc2": torch.nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        hidden = self.mlp["fc1"](self.norm2(x))
+        return x + self.mlp["fc2"](hidden * (1 + torch.erf(hidden / 2**0.5)) / 2)
+
+
+class ReferenceEncoder(torch.nn.Module):
+    "Pictures [B, 3, 112, 112] and kept patches [B, K] (None: all) to representations [B, K, dim]."
+
+    def __init__(self, dim=32, depth=2, heads=2):
+        super().__init__()
+        self.patch_embed = torch.nn.ModuleDict({"proj": torch.nn.Conv2d(3, dim, 8, stride=8)})
+        self.pos_embed = torch.nn.Parameter(torch.empty(1, 196, dim))
+        self.blocks = torch.nn.ModuleList(TransformerBlock(dim, heads) for _ in range(depth))
+        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, images, kept=None):
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed
+        x = x if kept is None else torch.stack([tokens[rows] for tokens, rows in zip(x, kept, strict=True)])
+        for layer in self.blocks:
+            x = layer(x)
+        return self.norm(x)
+
+
+class ReferencePredictor(torch.nn.Module):
+    def __init__(self, dim=32, width=16, depth=2, heads=2):
+        super().__init__()
+        self.predictor_embed, self.predictor_proj = torch.nn.Linear(dim, width), torch.nn.Linear(width, dim)
+        self.mask_token, self.predictor_pos_embed = (torch.nn.Parameter(torch.empty(1, n, width)) for n in (1, 196))
+        self.predictor_blocks = torch.nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        self.predictor_norm = torch.nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, context, kept, asked):
+        places = self.predictor_pos_embed[0]
+        x = torch.cat([self.predictor_embed(context) + places[kept], self.mask_token + places[asked]], 1)
+        for layer in self.predictor_blocks:
+            x = layer(x)
+        return self.predictor_proj(self.predictor_norm(x)[:, kept.shape[1]:])
+
+
+def test_i_jepas_weights_give_i_jepas_loss():
+    torch.manual_seed(0)
+    student, teacher, predictor = (module.double() for module in (ReferenceEncoder(), ReferenceEncoder(), ReferencePredictor()))
+    with torch.no_grad():
+        for module in (student, teacher, predictor):
+            for p in module.parameters():
+                p.normal_(std=0.3)
+    masking = StripeMasking(cls_in_source=None)
+    jepa = JEPA(create_encoder(**KWARGS, class_token=False), Predictor(32, 14, cls=False, dim=16, depth=2, heads=2), masking, uniform_weights())
+    ours = {"predictor_embed": "embed", "predictor_pos_embed": "positions", "predictor_blocks": "blocks", "predictor_norm": "norm",
+            "predictor_proj": "project", "mask_token": "mask_token"}
+    jepa.double()
+    jepa.student.load_state_dict(student.state_dict())
+    jepa.teacher.load_state_dict(teacher.state_dict())
+    jepa.predictor.load_state_dict({".".join([ours[name.partition(".")[0]], *name.split(".")[1:]]): value
+                                    for name, value in predictor.state_dict().items()})
+    images, split = torch.randn(3, 3, 112, 112, dtype=torch.float64), masking.sample(3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        z = torch.stack([tokens[rows] for tokens, rows in zip(teacher(images), split.target, strict=True)])
+        z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        gap = (predictor(student(images, split.source), split.source, split.target) - z).abs()
+        expected = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean().item()
+        assert abs(jepa(images, splits=[split])["loss"].item() - expected) < 1e-12 and expected > 0.3
 
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "whiten"])

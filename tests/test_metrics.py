@@ -283,3 +283,37 @@ def test_too_few_people_are_a_state_not_an_error(folders):
     pd.read_parquet(labels).assign(bmi=21.0).to_parquet(labels)
     found = evaluate(folders, ("bmi",), ("cls",), linear=False, jobs=1, **SHORT).set_index("encoder")
     assert found.state["a"] == "too few labels" and found.metric["b"].tolist() == ["r2", "mae"]
+
+
+def test_errors_by_source_stand_in_the_results(folders):
+    import json
+
+    features, out = folders["a"]
+    labels = pd.read_parquet(features / "bmi.parquet").assign(source="own")
+    labels.loc[labels.index[:20], "source"] = "fiw-bmi"
+    labels.to_parquet(features / "bmi.parquet")
+    tokens, meta = np.load(features / "bmi.npy"), json.loads((features / "bmi.json").read_text())
+    np.save(features / "mcd-rppg.npy", tokens[:24])
+    clinic = labels[:24].assign(source="mcd-rppg", key=lambda f: "m" + f.key, person=lambda f: "m" + f.person)
+    clinic.to_parquet(features / "mcd-rppg.parquet")
+    write_json(features / "mcd-rppg.json", meta | {"n": 24})
+    evaluate({"a": folders["a"]}, ("bmi",), ("patches",), linear=False, jobs=1, **SHORT)
+    found, kept = json.loads((out / "bmi.patches.json").read_text()), pd.read_parquet(out / "bmi.patches.parquet")
+    assert found["n"] == 72 and found["dataset"] == "bmi+mcd-rppg" and found["features"]["parts"]["mcd-rppg"]["n"] == 24
+    for source, photographs in {"fiw-bmi": 20, "own": 28, "mcd-rppg": 24}.items():
+        part = kept[kept.source == source]
+        assert len(part) == photographs == found["values"][f"mae/{source}"]["n"]
+        assert np.isclose(found["values"][f"mae/{source}"]["value"], (part.target - part.prediction).abs().mean())
+    assert found["values"]["r2"]["n"] == 72
+    before = (out / "bmi.patches.json").read_bytes()
+    clinic.assign(bmi=20.0).to_parquet(features / "mcd-rppg.parquet")  # another label in any of the sets: another result
+    evaluate({"a": folders["a"]}, ("bmi",), ("patches",), linear=False, jobs=1, **SHORT)
+    assert (out / "bmi.patches.json").read_bytes() != before
+    assert not any("mcd-rppg" in metric for metric in json.loads((out / "bmi.patches.json").read_text())["values"])  # no spread, no r2
+
+
+def test_one_source_is_not_counted_twice(folders):
+    import json
+
+    evaluate({"a": folders["a"]}, ("bmi",), ("cls",), linear=False, jobs=1, **SHORT)
+    assert set(json.loads((folders["a"][1] / "bmi.cls.json").read_text())["values"]) == {"r2", "mae"}

@@ -7,12 +7,14 @@ from torch import nn
 
 import mefem.probing as probing
 from mefem.features import Features
+from mefem.files import write_json
 from mefem.probing import (
     CELEBA_ATTRIBUTES,
     LOSSES,
     TASKS,
     AttentivePooler,
     Candidate,
+    JoinedRows,
     LinearProbe,
     MLPProbe,
     PersonLeak,
@@ -25,10 +27,12 @@ from mefem.probing import (
     bare_norm,
     check_split,
     class_shares,
+    join_features,
     make_splits,
     person_folds,
     probe,
     stacked_adamw,
+    task_features,
     task_targets,
     train_heads,
 )
@@ -177,6 +181,102 @@ def toy(n=120, k=5, d=8, signal=1.0, seed=0):
 
 
 QUICK = dict(folds=3, epochs=4, lrs=(3e-3, 1e-2), weight_decays=(0.0, 0.1), progress=False)
+
+
+# ---- several data sets as one
+
+
+def source_of(name, n=60, seed=0, **meta):
+    "`toy` features whose keys and people are a source's own."
+    f = toy(n=n, seed=seed)
+    f.labels["source"] = name
+    f.labels["key"], f.labels["person"] = f"{name}_" + f.labels.key, f"{name}/" + f.labels.person
+    f.meta.update({"n": n, "state": "present", "encoder_hash": "e" * 12, "faces_hash": name, "simulated": False} | meta)
+    return f
+
+
+def test_joined_rows_are_the_concatenation_and_no_copy():
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal((n, 3, 4)).astype(np.float16) for n in (5, 0, 7, 1)]
+    whole, joined = np.concatenate(parts), JoinedRows(parts)
+    assert joined.shape == whole.shape and len(joined) == 13 and joined.dtype == np.float16
+    for rows in (slice(0, 13), slice(4, 6), slice(3, 3), np.array([12, 0, 5, 4, 5]), np.arange(13)[::-1]):
+        np.testing.assert_array_equal(joined[rows], whole[rows])
+        np.testing.assert_array_equal(joined[:, 1:][rows], whole[:, 1:][rows])
+        np.testing.assert_array_equal(joined[:, 0][rows], whole[:, 0][rows])
+    with pytest.raises(IndexError):
+        joined[2:, 1]
+    parts[2][0] = 7.0  # seen through the join: what it holds are the arrays themselves
+    assert (joined[5:6] == 7.0).all() and all(cut.base is part for cut, part in zip(joined[:, 1:].parts, parts, strict=True))
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 0])
+def test_a_probe_of_joined_sources_is_that_of_one_set_with_their_rows(memory):
+    a, b = source_of("own", seed=1), source_of("mcd-rppg", seed=2)
+    joined = join_features({"bmi": a, "mcd-rppg": b})
+    assert isinstance(joined.tokens, JoinedRows)
+    copied = Features("present", np.concatenate([a.tokens, b.tokens]), joined.labels, joined.meta)
+    for feature_set in ("patches", "cls"):
+        one, two = (probe(f, "bmi", feature_set, memory=memory, **QUICK).predictions for f in (joined, copied))
+        pd.testing.assert_frame_equal(one, two)
+        assert one.groupby("source").key.nunique().to_dict() == {"own": 60, "mcd-rppg": 60}
+        assert (one.source == one.key.str.partition("_")[0]).all()
+        assert one.groupby("person").fold.nunique().max() == 1 and (one.groupby("source").fold.nunique() == 3).all()
+
+
+def test_labels_that_a_source_lacks_are_missing_there():
+    a, b = source_of("own", seed=1), source_of("mcd-rppg", seed=2)
+    del b.labels["sex"]
+    b.labels.loc[:9, "bmi"] = np.nan
+    joined = join_features({"bmi": a, "mcd-rppg": b})
+    assert len(probe(joined, "bmi", "cls", **QUICK).predictions) == 110
+    assert set(probe(joined, "bmi-sex", "cls", **QUICK).predictions.source) == {"own"}
+
+
+def test_a_person_or_photograph_of_two_sources_is_refused():
+    a, b = source_of("own"), source_of("mcd-rppg")
+    b.labels.loc[3, "person"] = "own/5"
+    with pytest.raises(PersonLeak, match="person 'own/5' is in several sources: mcd-rppg, own"):
+        join_features({"bmi": a, "mcd-rppg": b})
+    b = source_of("mcd-rppg")
+    b.labels.loc[3, "key"] = "own_5"
+    with pytest.raises(ValueError, match="key 'own_5' is in several sources"):
+        join_features({"bmi": a, "mcd-rppg": b})
+    with pytest.raises(ValueError, match="bmi and mcd-rppg are of different encoders"):
+        join_features({"bmi": a, "mcd-rppg": source_of("mcd-rppg", encoder_hash="f" * 12)})
+
+
+def test_the_account_of_a_join_has_what_all_agree_on_and_every_part():
+    a, b = source_of("own", simulated=True), source_of("mcd-rppg", n=30)
+    meta = join_features({"bmi": a, "mcd-rppg": b}).meta
+    assert meta["n"] == 90 and meta["dataset"] == "bmi+mcd-rppg" and meta["simulated"] is True
+    assert meta["encoder_hash"] == "e" * 12 and "faces_hash" not in meta
+    assert meta["parts"]["mcd-rppg"]["faces_hash"] == "mcd-rppg" and meta["parts"]["bmi"]["n"] == 60
+    without = Features("data absent", None, None, {"state": "data absent", "reason": "no db.csv"})
+    alone = join_features({"bmi": a, "mcd-rppg": without})
+    assert alone.tokens is a.tokens and alone.meta["faces_hash"] == "own" and alone.meta["parts"]["mcd-rppg"]["reason"] == "no db.csv"
+    assert set(probe(alone, "bmi", "cls", **QUICK).predictions.source) == {"own"}
+    nothing = probe(join_features({"bmi": without, "mcd-rppg": without}), "bmi", "cls", **QUICK)
+    assert nothing.state == "data absent" and nothing.info["reason"] == "bmi: no db.csv; mcd-rppg: no db.csv"
+
+
+def test_task_features_are_those_on_disk(tmp_path):
+    def write(name, f):
+        np.save(tmp_path / f"{name}.npy", f.tokens)
+        f.labels.to_parquet(tmp_path / f"{name}.parquet")
+        write_json(tmp_path / f"{name}.json", f.meta)
+
+    with pytest.raises(FileNotFoundError, match="bmi.json"):
+        task_features(tmp_path, "bmi")
+    write("mcd-rppg", source_of("mcd-rppg", n=40))
+    assert set(task_features(tmp_path, "bmi").labels.source) == {"mcd-rppg"}
+    write("bmi", source_of("own"))
+    found = task_features(tmp_path, "bmi-age")
+    assert len(found.tokens) == 100 and all(isinstance(part, np.memmap) for part in found.tokens.parts)
+    assert task_features(tmp_path, "cholesterol").labels.source.unique().tolist() == ["mcd-rppg"]
+    (tmp_path / "mcd-rppg.json").unlink()
+    found = task_features(tmp_path, "bmi")
+    assert found.meta["n"] == 60 and found.meta["parts"]["mcd-rppg"]["state"] == "no features"
 
 
 @pytest.mark.parametrize("head", ["attentive", "mlp", "linear"])
@@ -434,6 +534,7 @@ MEMORY = """
 import resource, sys
 import numpy as np, pandas as pd
 from mefem.features import Features
+from mefem.files import write_json
 from mefem.probing import probe
 
 n, k, d = 200_000, 197, 768                                    # CelebA by a ViT-B: 60 GB

@@ -20,12 +20,14 @@ from mefem.report import (
     TABLE3,
     TABLE3_COLUMNS,
     TABLE3_ROWS,
+    cells_json,
     figure_learning,
     figure_maskings,
     figure_weights,
     provenance,
     results_table,
     scale_of,
+    size_of,
     tex,
     write_learned,
     write_table2,
@@ -110,9 +112,8 @@ def results(root, noise):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = results(tmp_path_factory.mktemp("results"), {"mefem": 1.0, "random": 3.0, "pixels": 1.0})
-    text = write_table2(
-        root, root / "figures", "demo", model="width 128, depth 4", pretraining="1,600 simulated photographs", replicates=300
-    )
+    text = write_table2(root, root / "figures", "demo", model="width 128, depth 4", pretraining="1,600 simulated photographs",
+                        replicates=300, size=size_of(370_000))
     return root, text
 
 
@@ -189,7 +190,41 @@ def test_markdown_names_the_scale_and_lines_up(run):
     farl = next(line for line in lines if "FaRL" in line)
     assert farl.count("not run: weights absent") == 4 and "not run: no result" in farl and "0.380" in farl
     assert next(line for line in lines if "MeFEm" in line).count("not run: data absent") == 1
+    assert "not distinguishable from the best" in text and "is indistinguishable from always predicting the mean" in text
     assert re.search(r"MeFEm .*\] a", body) and "most frequent answer" in text and body.count("**") == 2 * 4
+
+
+def test_the_size_is_the_one_that_ran_and_the_papers_stands_at_its_numbers(run):
+    root, text = run
+    rows = {line.split("|")[1].strip() + line.split("|")[3].strip(): line for line in text.splitlines() if line.startswith("|")}
+    ours, absent = rows["MeFEmPatches"], rows["FaRLPatches"]
+    assert ours.split("|")[2].strip() == "0.37 M" and ours.count("(Base)") == len(TABLE2_COLUMNS) and "0.506 (Base)" in ours
+    assert absent.split("|")[2].strip() == "Base" and "(Base)" not in absent
+    latex = (root / "figures" / "table2.tex").read_text()
+    assert r"MeFEm & 0.37 M & Patches &" in latex and "0.506 (Base)" in latex and "FaRL & Base & Patches" in latex
+    cells = pd.read_csv(root / "figures" / "table2.csv").set_index("row")
+    assert set(cells.loc["MeFEm / CLS", "size"]) == {"0.37 M"} and set(cells.loc["MeFEm / CLS", "paper_size"]) == {"Base"}
+    assert size_of(22_000_000) == "22 M" and size_of(5_700_000) == "5.7 M" and size_of(48_000) == "0.048 M"
+    nothing, _ = results_table(root / "nowhere", TABLE2, size="0.37 M")      # a row that was not run keeps the paper's
+    assert set(nothing[nothing.model == "MeFEm"]["size"]) == {"Base"}
+
+
+def test_cells_and_verdicts_for_prose(run):
+    root, _ = run
+    rows = json.loads((root / "figures" / "table2_cells.json").read_text())["rows"]
+    _, pairs = results_table(root, TABLE2, replicates=300)
+    ours = rows["MeFEm / CLS"]["BMI MAE"]
+    assert ours["random"]["verdict"] == "beats" and ours["random"]["row"] == "Random encoder / CLS" and ours["random"]["difference"] < 0
+    assert ours["pixels"]["verdict"] == "inconclusive" and (ours["n"], ours["persons"], ours["simulated"]) == (120, 60, True)
+    pair = pairs[(pairs.column == "BMI MAE") & (pairs["first"] == "MeFEm / CLS") & (pairs["second"] == "Random encoder / CLS")].iloc[0]
+    assert ours["random"]["low"] == pytest.approx(pair.low, abs=1e-6) and ours["low"] <= ours["value"] <= ours["high"]
+    assert "random" not in rows["Random encoder / CLS"]["BMI MAE"] and rows["FaRL / CLS"]["BMI MAE"] == {"state": "weights absent", "size": "Base"}
+    turned = pairs.rename(columns={"first": "second", "second": "first"}).assign(   # the pair stands the other way round: signs turn
+        difference=-pairs.difference, low=-pairs.high, high=-pairs.low)
+    cells, _ = results_table(root, TABLE2, replicates=300)
+    assert cells_json(cells, turned) == cells_json(cells, pairs)
+    losing = pairs.assign(better=pairs["second"])
+    assert cells_json(cells, losing)["MeFEm / CLS"]["BMI MAE"]["random"]["verdict"] == "loses"
 
 
 def test_real_people_are_called_real():
@@ -339,7 +374,7 @@ def test_provenance_tells_changed_sources_from_what_a_run_writes(tmp_path):
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     (tmp_path / "figures").mkdir()
-    figure, lock, params = files = [tmp_path / "figures" / "table2.md", tmp_path / "dvc.lock", tmp_path / "params.yaml"]
+    figure, lock, page, params = files = [tmp_path / name for name in ("figures/table2.md", "dvc.lock", "README.md", "params.yaml")]
     for file in files:
         file.write_text("as committed")
     git("init")
@@ -348,6 +383,7 @@ def test_provenance_tells_changed_sources_from_what_a_run_writes(tmp_path):
     assert provenance(tmp_path)["commit"] and not provenance(tmp_path)["changed"]
     figure.unlink()
     lock.write_text("made anew")
+    page.write_text("made anew")
     assert not provenance(tmp_path / "figures")["changed"]
     params.write_text("other settings")
     assert provenance(tmp_path / "figures")["changed"]

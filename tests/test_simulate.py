@@ -256,6 +256,19 @@ def test_other_settings_replace_only_our_files(tmp_path):
     assert len(list(tmp_path.rglob("*.jpg"))) == 2 and json.loads((tmp_path / S.MARKER).read_text())["seed"] == 1
 
 
+def test_other_code_renders_anew_and_the_same_says_so(tmp_path, monkeypatch, capsys):
+    def made():
+        S.simulate_dataset("bmi", tmp_path, photographs=2, seed=0, jobs=1)
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")}, capsys.readouterr().out
+
+    first, _ = made()
+    again, said = made()
+    assert again == first and "bmi: nothing to do, 2 photographs of these settings and this code are there" in said
+    monkeypatch.setattr(S, "code_hash", lambda *_: "another")
+    other, said = made()
+    assert set(other) == set(first) and not set(other.values()) & set(first.values()) and "nothing to do" not in said
+
+
 @pytest.mark.parametrize("bad", [{"name": "celebb"}, {"photographs": 0}, {"size": 100}])
 def test_bad_arguments(bad, tmp_path):
     arguments = {"name": "bmi", "photographs": 2, "seed": 0, "size": 320} | bad

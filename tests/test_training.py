@@ -185,11 +185,11 @@ def test_large_sets_stay_on_disk(faces, tmp_path, capsys):
 
 def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
     streamed = config(runtime=dict(window=2, workers=1))
-    straight = weights(train(streamed, ShardPictures([faces], 112), tmp_path / "straight", progress=False))
-    train(streamed, ShardPictures([faces], 112), tmp_path / "stopped", progress=False)
+    straight = weights(train(streamed, ShardPictures([faces], 112), tmp_path / "straight", progress=False, data="same"))
+    train(streamed, ShardPictures([faces], 112), tmp_path / "stopped", progress=False, data="same")
     (tmp_path / "stopped" / "step_00000012.pt").unlink()
     in_memory = config(runtime=dict(pictures="memory"))  # the set moved into memory meanwhile: its order goes on as it began
-    resumed = weights(train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", progress=False))
+    resumed = weights(train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", progress=False, data="same"))
     assert same(straight, resumed)
 
 
@@ -223,6 +223,12 @@ def old_loop(config, pictures):
         jepa.update_teacher(now["ema"])
         losses.append(out["loss"].item())
     return jepa, losses
+
+
+def test_adamw_has_the_betas_of_the_settings():
+    for changes, expected in ((dict(), (0.9, 0.999)), (dict(optimiser=dict(betas=(0.8, 0.95))), (0.8, 0.95))):
+        jepa = training.build(config(**changes))
+        assert {group["betas"] for group in training.optimiser_of(jepa, config(**changes)).param_groups} == {expected}
 
 
 @pytest.mark.parametrize("changes", [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1), target_norm="batch")])
@@ -324,18 +330,58 @@ def test_another_number_of_threads_is_told(tmp_path, pictures, capsys):
     assert "last bit" not in capsys.readouterr().out
 
 
-def test_checkpoint_of_other_settings_or_pictures_is_refused_and_kept(tmp_path, pictures):
-    train(config(), pictures, tmp_path, progress=False)
+def test_checkpoint_of_other_settings_pictures_or_code_is_refused_and_kept(tmp_path, pictures, monkeypatch, capsys):
+    straight = weights(train(config(), pictures, tmp_path, progress=False))
     before = {p.name: p.read_bytes() for p in tmp_path.glob("step_*.pt")}
-    with pytest.raises(CheckpointError, match=settings_hash(config())):
+    capsys.readouterr()
+    assert same(straight, weights(train(config(), pictures, tmp_path, progress=False)))
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("nothing to do: finished at step 12 of 12, made from settings " + settings_hash(config()))
+    with pytest.raises(CheckpointError, match="made from other settings .*" + settings_hash(config())):
         train(config(seed=1), pictures, tmp_path, progress=False)
-    with pytest.raises(CheckpointError, match="is of data ''"):
-        train(config(), pictures, tmp_path, progress=False, data="other")
+    with pytest.raises(CheckpointError, match="other data"):
+        train(config(), pictures[::-1].copy(), tmp_path, progress=False)
     with pytest.raises(CheckpointError, match="has seen 20 pictures in 1 shards; now there are 19"):
-        train(config(), pictures[1:], tmp_path, progress=False)
+        train(config(), pictures[1:], tmp_path, progress=False, resume_anyway=True)
+    monkeypatch.setattr(training, "code_hash", lambda *_: "another")
+    with pytest.raises(CheckpointError, match="other code .* --resume-anyway"):
+        train(config(), pictures, tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="not even anyway"):
+        train(config(seed=1), pictures, tmp_path, progress=False, resume_anyway=True)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("step_*.pt")} == before
     with pytest.raises(CheckpointError, match="resume=True"):
         train(config(), pictures, tmp_path, resume=False, progress=False)
+
+
+def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, capsys):
+    runs = tmp_path / "data" / "runs" / "x"
+    straight = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False).read_bytes()
+    (old,) = (runs / "checkpoints").iterdir()
+    (old / "step_00000012.pt").unlink()
+    kept = {p.name: p.read_bytes() for p in old.iterdir()}
+    monkeypatch.setattr(training, "code_hash", lambda *_: "another")
+    capsys.readouterr()
+    training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
+    assert "x starts at step 0" in (said := capsys.readouterr().out) and "other code and is left as it is; --resume-anyway" in said
+    assert json.loads((runs / "run.json").read_text())["made_from"]["code"] == "another"
+    (new,) = set((runs / "checkpoints").iterdir()) - {old}
+    for path in new.iterdir():
+        path.unlink()
+    new.rmdir()
+    again = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True)
+    assert again.read_bytes() == straight and {p.name: p.read_bytes() for p in old.iterdir()} == kept
+    adopted = json.loads((runs / "run.json").read_text())["made_from"]["adopted"]
+    assert adopted["step"] == 8 and adopted["code"] != "another"
+    with pytest.raises(CheckpointError, match="no checkpoint of settings"):
+        training.pretrain(config(seed=5), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True)
+
+
+def test_other_pictures_give_another_encoder(tmp_path, pictures):
+    def made(given):
+        return training.pretrain(config(), root=tmp_path, run="x", pictures=given, progress=False).read_bytes()
+
+    first, other = made(pictures), made(255 - pictures)
+    assert first != other and made(pictures) == first
 
 
 def test_truncated_newest_checkpoint_falls_back(tmp_path, pictures, capsys):
@@ -419,19 +465,18 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, pictures, monkeyp
 def test_pretrain_writes_encoder_log_and_settings(tmp_path, pictures):
     path = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
     assert path == tmp_path / "data" / "runs" / "x" / "encoder.safetensors"
-    assert {p.name for p in path.parent.iterdir()} == {"encoder.safetensors", "log.csv", "run.json", settings_hash(config())}
+    assert {p.name for p in path.parent.iterdir()} == {"encoder.safetensors", "log.csv", "run.json", "checkpoints"}
     assert training.pretrain(config(seed=3), root=tmp_path, run="x", pictures=pictures, progress=False).exists()  # its own folder
 
 
 def test_other_crops_start_a_new_run(tmp_path):
     def names():
-        return sorted(p.name for p in (tmp_path / "data" / "runs" / "main").iterdir() if p.is_dir())
+        return sorted(p.name for p in (tmp_path / "data" / "runs" / "main" / "checkpoints").iterdir())
 
     faces = write_shards(tmp_path / "data" / "faces" / "facecaption")
     training.pretrain(config(), root=tmp_path, progress=False)
     training.pretrain(config(runtime=dict(pictures="shards", workers=0)), root=tmp_path, progress=False)  # how, not what: the same run
-    first = names()
-    assert len(first) == 1 and first[0].startswith(settings_hash(config()) + "-")
+    assert len(names()) == 1
     write_shards(faces, size=113)
     training.pretrain(config(), root=tmp_path, progress=False)
     assert len(names()) == 2
@@ -493,11 +538,11 @@ def test_sigterm_to_torchrun_saves_first(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mefem", "pretrain", "--settings", str(settings)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     runs, deadline = tmp_path / "data" / "runs" / "main", time.time() + 300
-    while not any(len(log.read_text().splitlines()) > 3 for log in runs.glob("*/log.csv")) and time.time() < deadline:
+    while not any(len(log.read_text().splitlines()) > 3 for log in runs.glob("checkpoints/*/log.csv")) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=300)
-    found = list(runs.glob("*/step_*.pt"))
+    found = list(runs.glob("checkpoints/*/step_*.pt"))
     assert len(found) == 1 and f"stopped after step {int(found[0].name[5:13])}" in said, said
     assert process.returncode != 0
 

@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Photograph', 'Reader', 'get_reader', 'file_version',
            'row_groups', 'count_rows', 'iter_rows', 'require_columns', 'slices', 'is_simulated', 'read_text',
            'read_csv', 'as_number', 'VideoError', 'video_frame', 'FaceAt', 'crop_unit', 'crop_dataset',
-           'first_photographs', 'fetch_dataset', 'disk_use', 'consolidated_bmi']
+           'first_photographs', 'fetch_dataset', 'disk_use']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -35,7 +35,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import mefem.datasets
-from ..made_from import files_hash
+from ..made_from import code_hash, files_hash
 from ..files import write_json
 from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
 from ..shards import SUCCESS, ShardWriter, finished_stats, read_labels, read_manifest, remove_shards_from, write_manifest
@@ -324,6 +324,8 @@ def _run_units(name, options, raw, out, units, settings, jobs, show, total) -> l
     "Stats of all units in order; those that are finished are kept, the others are made."
     stats = {index: finished_stats(out, index, setting) for index, setting in enumerate(settings)}
     missing = [index for index, found in stats.items() if found is None]
+    if show and len(missing) < len(units):
+        print(f"{name}: {len(units) - len(missing)} of {len(units)} shards are there, made from the same files, settings and code", flush=True)
     work = (delayed(_numbered)(index, name, options, raw, out, index, units[index], settings[index])
             for index in missing)
     pool = Parallel(n_jobs=1 if len(missing) == 1 else jobs or -1, return_as="generator_unordered")
@@ -362,7 +364,8 @@ def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scal
     if framing == "paper" and not reader.has_boxes:
         detector_model()  # fetched here once, not by every process at the same time
     units, total = reader.units(raw), reader.original(raw)
-    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit))}
+    code = code_hash("datasets.core", *[f"datasets.{name.replace('-', '_')}"] * (name in READERS))
+    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit), raw), "code": code}
                 for unit in units]
     stats = _run_units(name, options, raw, out, units, settings, jobs, progress, total)
     remove_shards_from(out, len(units))
@@ -409,23 +412,3 @@ def disk_use(folder) -> tuple[int, int]:
             more = disk_use(entry.path) if entry.is_dir(follow_symlinks=False) else (1, entry.stat(follow_symlinks=False).st_size)
             files, size = files + more[0], size + more[1]
     return files, size
-
-# %% ../../nbs/30_datasets.ipynb #980b98de
-def consolidated_bmi(faces, names=("bmi", "mcd-rppg")) -> pd.DataFrame:
-    """Labels of all crops with a body mass index in data sets `names` of `faces` (data/faces), one row each.
-
-    `dataset` and `row` say where its features are; `source` tells the sources apart. `DatasetError` where one person's id
-    occurs in two sources, for then folds by person would not keep people apart. Absent sets are passed over."""
-    parts = []
-    for name in names:
-        if read_manifest(Path(faces) / name)["state"] == "present":
-            labels = read_labels(Path(faces) / name)
-            parts.append(labels.assign(dataset=name, row=np.arange(len(labels))))
-    columns = ["dataset", "row", "key", "source", "person", "sex", "age", "height_cm", "weight_kg", "bmi"]
-    if not parts:
-        return pd.DataFrame(columns=columns)
-    joined = pd.concat([part[columns] for part in parts if len(part)], ignore_index=True).dropna(subset="bmi")
-    if (shared := joined.groupby("person").source.nunique() > 1).any():
-        raise DatasetError(f"person {shared.index[shared][0]!r} is in two sources of the body mass index: "
-                           f"{', '.join(sorted(joined.source[joined.person == shared.index[shared][0]].unique()))}")
-    return joined.reset_index(drop=True)

