@@ -63,7 +63,7 @@ def body_labels(row: dict, where: str) -> dict:
 
 # %% ../../nbs/37_bmi.ipynb #652aca1e
 def row_labels(row: dict, source: str, where: str) -> dict:
-    "All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the numbers of the file's further columns (words cannot be predicted)."
+    "All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the numbers in the file's further columns."
     sex, person = row["sex"].strip().lower(), row["person"].strip()
     if sex not in SEXES:
         raise DatasetError(f"{where}: sex is {row['sex']!r}, expected male, female or nothing")

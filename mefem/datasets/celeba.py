@@ -64,7 +64,8 @@ def read_pairs(path, column: str) -> pd.Series:
         raise DatasetError(f"{path}: {error}; expected a file name and a number in every line") from None
     if not (good := table[column].str.fullmatch(r"[0-9]+").eq(True)).all():
         line = int((~good).to_numpy().argmax()) + 1
-        raise DatasetError(f"{path}, line {line}: {column} is {table[column].iat[line - 1]!r}; expected a file name and a number in every line")
+        raise DatasetError(f"{path}, line {line}: {column} is {table[column].iat[line - 1]!r}; expected a file name and a number "
+                           f"in every line")
     if (twice := table.index.duplicated()).any():
         raise DatasetError(f"{path}, line {int(twice.argmax()) + 1}: {table.index[twice][0]} stands there twice")
     return table[column]

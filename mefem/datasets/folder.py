@@ -40,7 +40,8 @@ def _labels(path: str, size: int, changed: int) -> dict[str, dict]:
     table["image"] = [name and posixpath.normpath(name) for name in table.image.str.strip().str.replace("\\", "/")]
     if (twice := table.image.duplicated()).any():
         raise DatasetError(f"{path}, line {table.index[int(twice.to_numpy().argmax())]}: {table.image[twice].iloc[0]} stands there twice")
-    columns = {name: list(column.str.strip()) if name == "person" else _values(column) for name, column in table.drop(columns="image").items()}
+    columns = {name: list(column.str.strip()) if name == "person" else _values(column)  # an id is text, whatever it looks like
+               for name, column in table.drop(columns="image").items()}
     return {image: {name: values[row] for name, values in columns.items()} for row, image in enumerate(table.image)}
 
 
