@@ -244,7 +244,8 @@ def all_gaps(terms: pd.DataFrame, people: pd.DataFrame, **options) -> pd.DataFra
     measures = [c for c in terms if c != "n"]
     found = [largest_gap(terms, people, a, m, **options) for a in people.columns for m in measures]
     columns = ["attribute", "measure", "most", "least", "gap", "low", "high", "persons", "p"]
-    return pd.DataFrame([gap for gap in found if gap], columns=columns)
+    numbers = {"gap": float, "low": float, "high": float, "persons": int, "p": float}  # of a table without rows, too
+    return pd.DataFrame([gap for gap in found if gap], columns=columns).astype(numbers)
 
 # %% ../nbs/63_fairness.ipynb #8a24d03c
 def calibration(predictions: pd.DataFrame, replicates: int = 2000, seed: int = 0) -> dict:

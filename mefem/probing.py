@@ -358,7 +358,8 @@ def join_features(parts: dict[str, Features]) -> Features:
     """Features of several data sets {name: features} as one, without copying; meta["parts"] accounts for each of them.
 
     Sets that are not present are passed over. `PersonLeak` where two sources have a person in common, `ValueError` where they
-    have a photograph's key in common or are of different encoders."""
+    have a key in common, where two data sets have a source in common (its photographs would count twice), or where they are of
+    different encoders."""
     there = {name: part for name, part in parts.items() if part.state == "present"}
     about = {"dataset": "+".join(parts), "parts": {name: part.meta for name, part in parts.items()}}
     if not there:
@@ -369,11 +370,13 @@ def join_features(parts: dict[str, Features]) -> Features:
     if len({(part.meta.get("encoder_hash"), part.tokens.shape[1:]) for part in there.values()}) > 1:
         raise ValueError(f"the features of {' and '.join(there)} are of different encoders: run the features stage again")
     labels = pd.concat([_labels_of(name, part) for name, part in there.items()], ignore_index=True)
-    for column, kind in (("person", PersonLeak), ("key", ValueError)):
-        shared = labels.groupby(column).source.nunique() > 1
+    homes = pd.Series(np.repeat(list(there), [len(part.labels) for part in there.values()]))
+    for column, within, kinds, error in (("source", homes, "data sets", ValueError), ("person", labels.source, "sources", PersonLeak),
+                                         ("key", labels.source, "sources", ValueError)):
+        shared = within.groupby(labels[column]).nunique() > 1
         if shared.any():
-            who = shared.index[shared][0]
-            raise kind(f"{column} {who!r} is in several sources: {', '.join(sorted(labels.source[labels[column] == who].unique()))}")
+            one = shared.index[shared][0]
+            raise error(f"{column} {one!r} is in several {kinds}: {', '.join(sorted(within[labels[column] == one].unique()))}")
     agreed = {key: value for key, value in first.items() if all(key in meta and meta[key] == value for meta in others)}
     agreed["simulated"] = any(part.meta.get("simulated") for part in there.values())
     tokens = [part.tokens for part in there.values()]

@@ -390,6 +390,13 @@ def test_the_headline_names_the_gap_and_its_absence():
     assert headline([Audit(HAEMOGLOBIN, "data absent")]) == "Nothing has been run."
 
 
+def test_gaps_of_a_large_set_are_adjusted_beside_a_set_that_has_none():
+    predictions, labels = toy_predictions(300)
+    few, few_labels = toy_predictions(15)
+    audits = adjust_all([audit("bmi", predictions, attributes(labels), replicates=100), audit("bmi", few, attributes(few_labels), replicates=100)])
+    assert len(audits[0].gaps) and not len(audits[1].gaps) and audits[0].gaps.p_adjusted.between(0, 1).all()
+
+
 def test_a_classification_is_refused():
     predictions, labels = toy_predictions(40)
     with pytest.raises(ValueError, match="classification"):

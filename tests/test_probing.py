@@ -242,6 +242,8 @@ def test_a_person_or_photograph_of_two_sources_is_refused():
     b.labels.loc[3, "key"] = "own_5"
     with pytest.raises(ValueError, match="key 'own_5' is in several sources"):
         join_features({"bmi": a, "mcd-rppg": b})
+    with pytest.raises(ValueError, match="source 'mcd-rppg' is in several data sets: bmi, mcd-rppg"):  # put into data/raw/bmi as well
+        join_features({"bmi": source_of("mcd-rppg"), "mcd-rppg": source_of("mcd-rppg")})
     with pytest.raises(ValueError, match="bmi and mcd-rppg are of different encoders"):
         join_features({"bmi": a, "mcd-rppg": source_of("mcd-rppg", encoder_hash="f" * 12)})
 
