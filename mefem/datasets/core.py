@@ -38,7 +38,7 @@ import mefem.datasets
 from ..made_from import code_hash, files_hash
 from ..files import write_json
 from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
-from ..shards import SUCCESS, ShardWriter, finished_stats, read_labels, read_manifest, remove_shards_from, write_manifest
+from ..shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
 
 # %% ../../nbs/30_datasets.ipynb #e39df4f1
 class DatasetError(ValueError):
