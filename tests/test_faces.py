@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from mefem import config, faces
+from mefem import faces, files
 from mefem.faces import CropError, FaceDetector, ImageError, crop_face, crop_image, face_square, open_image, read_image
 
 
@@ -326,7 +326,7 @@ def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
     def offline():
         raise OSError("no network")
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(config, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "find_root", lambda: tmp_path)
     monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(faces, "_from_storage", offline)
     monkeypatch.setattr(faces, "_from_wheel", offline)
@@ -342,7 +342,7 @@ def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
 def test_model_is_fetched_once_and_checked(tmp_path, monkeypatch):
     model = faces.detector_model().read_bytes()
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(config, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(files, "find_root", lambda: tmp_path)
     monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(faces, "_from_storage", lambda: b"<html>captive portal</html>")
     monkeypatch.setattr(faces, "_from_wheel", lambda: model)
