@@ -877,7 +877,8 @@ def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None
         silent = print if world.rank == 0 else lambda *a, **k: None
         folders = present_sets([home / "faces" / name for name in config.datasets], silent)
         data = crops_hash(*folders, leaks=home / "faces" / "leaks.json" if config.exclude_leaked else None)
-        pictures = open_pictures(folders, config, world, out / f"index-{data}-{code_hash('training')}.npz")
+        index = out / "checkpoints" / f"index-{data}-{code_hash('training')}.npz"  # kept, and no result
+        pictures = open_pictures(folders, config, world, index)
     else:
         pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
         data = pictures.content_hash()
@@ -923,7 +924,7 @@ def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True, 
     if count == 1:
         return pretrain(config, resume=resume, run=run, root=root, resume_anyway=resume_anyway)
     out = root / "data" / "runs" / run
-    settings = write_json(out / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json"))
+    settings = write_json(out / "checkpoints" / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json"))
     # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it stands.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mefem",
                "pretrain", "--name", run, "--settings", str(settings), "--resume" if resume else "--no-resume"]
