@@ -30,7 +30,7 @@ def encoder_file(tmp_path_factory):
 
 
 def test_help_of_every_command():
-    for command in ([], ["simulate"], ["crop"], ["pretrain"], ["embed"], ["probe"], ["info"], ["info", "data"]):
+    for command in ([], ["simulate"], ["crop"], ["pretrain"], ["embed"], ["probe"], ["predict"], ["info"], ["info", "data"]):
         assert "Usage" in mefem(*command, "--help").output
 
 

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 ORDER = ["files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting", "models", "jepa", "monitoring", "training",
-         "encoders", "features", "probing", "metrics", "report", "ablations", "fairness", "pictures", "datasheets", "readme", "cli", "__main__"]
+         "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets", "readme", "cli", "__main__"]
 
 
 def imported(path: Path, root: Path) -> set[str]:
