@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURE_SETS', 'HALF_MAX', 'select_tokens', 'as_rgb', 'as_encoder', 'face_crop', 'embed', 'embed_usable',
            'FaceEmbedder', 'Features', 'load_features', 'decode_ahead', 'extract_features', 'to_half', 'features_of',
-           'photographs_in', 'crop_photographs', 'check_target', 'embed_photographs']
+           'photographs_in', 'crop_photographs', 'nothing_usable', 'check_target', 'embed_photographs']
 
 # %% ../nbs/51_features.ipynb #a79495e1
 import hashlib
@@ -31,8 +31,8 @@ from .compute import usable_cores
 from .files import write_atomic, write_json
 from .made_from import MadeFrom, code_hash, settings_hash
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
-from .faces import CROP_COLUMNS, CROP_LIST, PICTURES, Unusable, check_framed, crop_face, crop_image, detector_model
-from .faces import encode_crop, flat_names, is_photograph, listed_crops, open_image, read_image, visible_files
+from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, PICTURES, Framed, Unusable, check_framed, crop_face, detector_model
+from .faces import encode_crop, flat_names, frame_photograph, is_photograph, listed_crops, read_image, visible_files
 from .files import replacing
 from .shards import crops_hash, DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
 
@@ -353,14 +353,19 @@ def photographs_in(source, leave_out=None) -> list[Path]:
     return photographs
 
 # %% ../nbs/51_features.ipynb #9eb48926
-def _crop_file(path: Path, target: Path, **crop) -> str:
-    try:
-        image = encode_crop(crop_image(open_image(path), **crop))
-    except Unusable as error:
+def _crop_file(path: Path, target: Path, **framing) -> dict:
+    """Write the crop of a photograph, or remove an earlier one; its row of crops.csv, but for the names."""
+    framed = frame_photograph(path, **framing)
+    if framed.problem:
         target.unlink(missing_ok=True)                    # the crop of an earlier run, or of another photograph
-        return error.reason
-    write_atomic(target, image)
-    return "success"
+    else:
+        write_atomic(target, encode_crop(framed.crop))
+    return _told(framed)
+
+
+def _told(framed: Framed) -> dict:
+    """The columns of a table that say how a photograph was framed, or why it was not."""
+    return {"status": framed.status, "framing": framed.framing, "reason": framed.advice, "other_framings": " ".join(framed.others)}
 
 # %% ../nbs/51_features.ipynb #a939db72
 def _home(source) -> Path:
@@ -373,9 +378,9 @@ def _shown(path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _write_crop_list(out: Path, files, names, status) -> None:
-    table = pd.DataFrame({"file": [*map(_shown, files)], "crop": names, "status": status}, columns=CROP_COLUMNS, dtype=object)
-    write_atomic(out / CROP_LIST, table.to_csv(index=False))
+def _write_crop_list(out: Path, files, names, rows: list[dict]) -> None:
+    table = pd.DataFrame(rows, dtype=object).assign(file=[*map(_shown, files)], crop=names)
+    write_atomic(out / CROP_LIST, table.reindex(columns=CROP_COLUMNS).to_csv(index=False))
 
 # %% ../nbs/51_features.ipynb #2e5f1460
 def _make_room(source, out: Path, names: list[str]) -> None:
@@ -393,32 +398,50 @@ def _make_room(source, out: Path, names: list[str]) -> None:
         print(f"{out}: {len(gone)} crops of photographs that are gone were removed", flush=True)
 
 # %% ../nbs/51_features.ipynb #0917bd4f
-def crop_photographs(source, out, size: int = 224, min_side: int = 224, scale: float = 2.0, jobs: int | None = None,
-                     progress: bool = True) -> dict:
+def crop_photographs(source, out, size: int = 224, min_side: int | None = None, scale: float = 2.0, framing: str = "paper",
+                     jobs: int | None = None, progress: bool = True) -> dict:
     """Crop the surest face of each photograph in `source` to `out`/*.jpg, and list all in `out`/crops.csv; counts by reason.
 
-    crops.csv: file (as found), crop (its own name, empty without one), status ("success" or the reason). Crops that an earlier
-    crops.csv lists are ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched."""
+    `framing`: one of `FRAMINGS`; `min_side`: see `least_side`. crops.csv: file (as found), crop (its own name, empty without one),
+    status ("success" or the reason), framing (as used), reason (what was found and what helps), other_framings (that would use it).
+    Crops that an earlier crops.csv lists are ours: they are replaced, or removed where their photograph is gone; no other file in
+    `out` is touched."""
     from joblib import Parallel, delayed
     home, out = _home(source), Path(out)
+    if framing not in FRAMINGS:
+        raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(FRAMINGS)}")
     if out.resolve() == home.resolve():
         raise ValueError(f"{out} is the folder of the photographs: choose another one for the crops, for instance {out / 'crops'}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder for the crops")
     files = photographs_in(source, leave_out=out)
     names = [f"{name}.jpg" for name in flat_names([path.relative_to(home) for path in files])]
-    detector_model()                                      # fetched once, before several processes would
+    if framing != "as-is":
+        detector_model()                                  # fetched once, before several processes would
     _make_room(source, out, names)
-    _write_crop_list(out, files, names, "unfinished")     # a run that is stopped leaves no crop that nothing lists
+    _write_crop_list(out, files, names, [{"status": "unfinished"}] * len(files))  # a run that is stopped leaves no crop unlisted
     work = Parallel(n_jobs=jobs or usable_cores(), return_as="generator")(
-        delayed(_crop_file)(f, out / n, size=size, min_side=min_side, scale=scale) for f, n in zip(files, names, strict=True))
-    status = list(tqdm(work, total=len(files), unit="photo", mininterval=1, disable=not progress))
-    _write_crop_list(out, files, [n if s == "success" else "" for n, s in zip(names, status, strict=True)], status)
+        delayed(_crop_file)(f, out / n, framing=framing, size=size, min_side=min_side, scale=scale)
+        for f, n in zip(files, names, strict=True))
+    rows = list(tqdm(work, total=len(files), unit="photo", mininterval=1, disable=not progress))
+    status = [row["status"] for row in rows]
+    _write_crop_list(out, files, [n if s == "success" else "" for n, s in zip(names, status, strict=True)], rows)
     counts = pd.Series(status).value_counts()
     return {"usable": int(counts.get("success", 0)), **{k: int(v) for k, v in counts.items() if k != "success"}}
 
+# %% ../nbs/51_features.ipynb #58311bbe
+def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
+    """The error of a run that used no photograph: how many of its `table`'s photographs each other framing would use."""
+    if framing == "as-is":
+        return (f"no photograph of {source} could be used with --framing as-is; the other framings look for a face first, which this "
+                f"one does not: try --framing auto")
+    would = table.drop_duplicates("file").other_framings.fillna("").str.split()
+    counts = ", ".join(f"{other} {sum(other in found for found in would)}" for other in FRAMINGS if other != framing)
+    return f"no photograph of {source} could be used with --framing {framing}; of these {len(would)}, the others would use: {counts}"
+
 # %% ../nbs/51_features.ipynb #cf388a22
-_TABLE = ["file", "status", "encoder", "features", "dim"]  # and the embedding
+_TABLE = ["file", "status", "reason", "framing", "other_framings", "encoder", "features", "dim"]  # and the embedding
+_KNOWN_BY = {"file", "status", "encoder", "features", "dim"}  # columns that make a table ours, whatever version wrote it
 
 
 def _is_embeddings(path: Path) -> bool:
@@ -427,11 +450,12 @@ def _is_embeddings(path: Path) -> bool:
 
     try:
         if path.suffix.lower() == ".csv":
-            return path.open("rb").readline().strip().split(b",")[:len(_TABLE)] == ",".join(_TABLE).encode().split(b",")
+            with path.open("rb") as f:
+                return {name.encode() for name in _KNOWN_BY} <= set(f.readline().strip().split(b","))
         names = pq.read_schema(path).names if path.suffix.lower() == ".parquet" else [n[:-4] for n in zipfile.ZipFile(path).namelist()]
     except (OSError, ValueError, zipfile.BadZipFile):
         return False
-    return set(names) == {*_TABLE, "embedding"}
+    return {*_KNOWN_BY, "embedding"} <= set(names)
 
 
 def check_target(out) -> Path:
@@ -471,27 +495,22 @@ def _write_npz(table: pd.DataFrame, path) -> None:
 _WRITERS = {".parquet": pd.DataFrame.to_parquet, ".csv": _write_csv, ".npz": _write_npz}
 
 # %% ../nbs/51_features.ipynb #bbc17f01
-def embed_photographs(source, encoder, out, features: str = "cls", detect: bool = True, batch: int = 32, device=None,
-                      progress: bool = True) -> pd.DataFrame:
-    """Embed each photograph in `source`; writes `out`: file, status, encoder, features, dim and, flattened, embedding (float32).
+def embed_photographs(source, encoder, out, features: str = "cls", framing: str = "auto", scale: float = 2.0,
+                      min_side: int | None = None, batch: int = 32, device=None, progress: bool = True) -> pd.DataFrame:
+    """Embed each photograph in `source`, framed as by `crop_photographs`, and write the table `out` (columns: `_TABLE`).
 
-    `out` ends in .parquet, .csv or .npz. A photograph without an embedding has the reason as its status; without `detect` a picture
-    that is not square is one of them. `dim`: numbers of one token."""
+    `out` ends in .parquet, .csv or .npz. A photograph without an embedding has the reason as its status. `dim`: numbers of one token."""
     out, home, rows = check_target(out), _home(source), []
+    if framing not in FRAMINGS:
+        raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(FRAMINGS)}")
     frozen, files = as_encoder(encoder, device), photographs_in(source)
     for start in tqdm(range(0, len(files), batch), unit="batch", mininterval=1, disable=not progress):
-        crops, status = [], []
-        for path in files[start:start + batch]:
-            try:
-                crops.append(crop_image(open_image(path), min_side=1) if detect else check_framed(read_image(path)))
-                status.append("success")
-            except Unusable as error:
-                status.append(error.reason)
+        part = files[start:start + batch]
+        framed = [frame_photograph(path, framing, scale, frozen.image_size, min_side) for path in part]
+        crops = [one.crop for one in framed if not one.problem]
         vectors = iter(embed(crops, frozen, features, batch) if crops else ())
-        for path, state in zip(files[start:start + batch], status, strict=True):
-            vector = next(vectors) if state == "success" else None
-            rows.append({"file": _shown(path.relative_to(home)), "status": state,
-                         "embedding": None if vector is None else vector.ravel()})
+        rows += [{"file": _shown(path.relative_to(home)), **_told(one), "embedding": None if one.problem else next(vectors).ravel()}
+                 for path, one in zip(part, framed, strict=True)]
     table = pd.DataFrame(rows).assign(encoder=frozen.name, features=features, dim=frozen.dim)
     with replacing(out) as temporary:
         _WRITERS[out.suffix.lower()](table, temporary)

@@ -174,7 +174,7 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
     assert counts == {"usable": 5, "no face": 1} and rows["a/b.jpg"].crop == ""
     assert {path.name for path in out.iterdir()} == {"crops.csv", "mine.png", *(row.crop for row in rows.values() if row.crop)}
     assert {"plain.jpg", before["a/b.jpg"].crop}.isdisjoint(path.name for path in out.iterdir())
-    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", detect=False, progress=False)
+    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
     assert len(table) == 6 and (table.status == "success").all()
 
 
@@ -204,6 +204,55 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
     (tmp_path / "field").mkdir()
     (tmp_path / "field/crops.csv").write_text("field,crop\n7,wheat\n")
     refused(photos, tmp_path / "field", "field/crops.csv is no list of crops")
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    "Photographs of which each is for another framing."
+    folder, face = tmp_path_factory.mktemp("frames"), Image.fromarray(cartoon())
+    face.save(folder / "portrait.png")
+    face.crop((0, 120, 512, 512)).save(folder / "low.png")
+    face.crop((150, 130, 362, 380)).resize((100, 100)).save(folder / "tight.png")
+    face.crop((150, 130, 362, 380)).save(folder / "upright.png")
+    Image.new("RGB", (300, 300), "grey").save(folder / "grey.png")
+    (folder / "page.jpg").write_bytes(b"<html>")
+    return folder
+
+
+FRAMED = {  # framing -> what it does with each photograph of `frames`
+    "paper": {"portrait.png": "paper"}, "shift": {"portrait.png": "paper", "low.png": "shift"},
+    "pad": {"portrait.png": "paper", "low.png": "pad", "tight.png": "pad", "upright.png": "pad"},
+    "as-is": {"portrait.png": "as-is", "tight.png": "as-is", "grey.png": "as-is"},
+    "auto": {"portrait.png": "paper", "low.png": "shift", "tight.png": "as-is", "upright.png": "pad"}}
+
+
+@pytest.mark.parametrize("framing", FRAMED)
+def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
+    counts = module.crop_photographs(frames, tmp_path / "crops", 64, framing=framing, jobs=1, progress=False)
+    crops = pd.read_csv(tmp_path / "crops/crops.csv", dtype=str, keep_default_na=False)
+    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, progress=False)
+    assert [Path(name).name for name in crops.file] == table.file.tolist() and counts["usable"] == len(FRAMED[framing])
+    for column in ("status", "framing", "reason", "other_framings"):
+        assert crops[column].tolist() == table[column].tolist(), column
+    assert {row.file: row.framing for row in table.itertuples() if row.status == "success"} == FRAMED[framing]
+    for row in table[table.status != "success"].itertuples():
+        assert row.reason and not row.framing, "a refusal names a remedy"
+        would = [other for other in FRAMED if other != framing and row.file in FRAMED[other]]
+        assert framing == "as-is" or row.other_framings.split() == would and all(other in row.reason for other in would)
+    few = module.crop_photographs(frames, tmp_path / "few", 64, 150, framing=framing, jobs=1, progress=False)
+    again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, min_side=150, progress=False)
+    assert few["usable"] == (again.status == "success").sum() == counts["usable"] - ("tight.png" in FRAMED[framing] and framing != "pad")
+
+
+def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder, tmp_path):
+    "Pictures of equal and of different sizes go the same way to the encoder's size."
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        Image.fromarray(CROPS[i]).resize((90, 90)).save(tmp_path / f"p/{i}.png")
+    alone = module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+    Image.fromarray(CROPS[3]).resize((70, 70)).save(tmp_path / "p/3.png")
+    beside = module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+    assert np.allclose(np.stack(alone.embedding), np.stack(beside.embedding)[:3], atol=1e-5)
 
 
 def test_names_that_are_no_text(tmp_path, encoder):
@@ -241,7 +290,7 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     Image.fromarray(CROPS[3][:20]).save(tmp_path / "crops/wide.png")
     (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
     for _ in range(2):  # the second time over a table of ours
-        module.embed_photographs(tmp_path / "crops", encoder, tmp_path / name, features, detect=False, batch=2, progress=False)
+        module.embed_photographs(tmp_path / "crops", encoder, tmp_path / name, features, framing="as-is", batch=2, progress=False)
     path = (tmp_path / name).rename(tmp_path / name.lower())
     files, status, embedding = read_table(path)
     assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
