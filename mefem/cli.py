@@ -67,6 +67,7 @@ def crop(context: typer.Context,
                                                      "Default: paper, or what the data set needs")] = None,
          min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
          scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+         face: Annotated[str | None, typer.Option(help="surest (the default) or largest; the next where that one does not fit")] = None,
          jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
          cluster: Annotated[str | None, typer.Option(envvar="MEFEM_CLUSTER", help="with --dataset: address of a Dask scheduler")] = None):
     """Square face crops; every photograph is used or counted under the reason why not.
@@ -75,7 +76,7 @@ def crop(context: typer.Context,
 
     Example: mefem crop photos/ -o crops/ --framing auto"""
     with _Plainly():
-        framing = _check_framing(framing, scale, dataset)
+        framing = _check_framing(framing, scale, face, dataset)
         how = {"size": size, "scale": 2.0 if scale is None else scale, "framing": framing, "jobs": jobs}
         if dataset is None:
             if context.get_parameter_source("cluster").name == "COMMANDLINE":  # from the environment, it is meant for others
@@ -85,7 +86,7 @@ def crop(context: typer.Context,
             from mefem.faces import CROP_LIST
             from mefem.features import crop_photographs, nothing_usable
 
-            account = crop_photographs(source, out, min_side=min_side, **how)
+            account = crop_photographs(source, out, min_side=min_side, face=face or "surest", **how)
             message = None if account["usable"] else nothing_usable(source, framing, pd.read_csv(out / CROP_LIST, dtype=str))
         else:
             account, message = _crop_dataset(dataset, source, out, cluster, min_side=min_side or 224, **how)
@@ -95,16 +96,18 @@ def crop(context: typer.Context,
             raise ValueError(message)
 
 
-def _check_framing(framing: str | None, scale: float | None, dataset: str | None = None) -> str | None:
+def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None) -> str | None:
     "`framing`, or the default; `ValueError` for an option that would do nothing, or is for something else."
-    from mefem.faces import FRAMINGS
+    from mefem.faces import check_framing
 
     if dataset is None and framing == "dataset":
         raise ValueError("--framing dataset is the framing of a publisher: name the data set by --dataset, or use --framing as-is")
     if dataset and framing not in (None, "paper", "dataset"):
         raise ValueError(f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset")
-    if framing not in (None, "dataset", *FRAMINGS):
-        raise ValueError(f"--framing {framing} is unknown, expected one of {', '.join(FRAMINGS)}")
+    if dataset and face:
+        raise ValueError("--face is for a folder of photographs; a data set's reader knows its faces")
+    if not dataset:
+        check_framing(framing or "paper", face or "surest")
     if scale is not None and framing in ("as-is", "dataset"):
         raise ValueError(f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out")
     return framing or (None if dataset else "paper")
@@ -152,28 +155,37 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
 def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
           out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
           encoder: Annotated[str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")] = "mefem-b",
-          features: Annotated[str, typer.Option(help="cls, patches or patches+cls")] = "cls",
+          features: Annotated[str, typer.Option(help="mean (of the patch tokens), cls, patches or patches+cls. CLS of a short "
+                                                "pretraining says next to nothing")] = "mean",
           framing: Annotated[str, typer.Option(help=_FRAMING)] = "auto",
           min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
           scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+          face: Annotated[str | None, typer.Option(help="surest (the default), largest (either: the next where that one does not fit) "
+                                                   "or all, a row each")] = None,
           batch: Annotated[int, typer.Option(min=1)] = 32,
           device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto"):
     """Embeddings of photographs: one row each, with a reason where there is none.
+
+    Columns: file, status, reason (what was found and what helps), faces (number found), score and box x0 y0 x1 y1 of the face, framing
+    (as used), other_framings (that would use a refused picture), encoder, features, dim, embedding (in CSV: e0, e1 ...).
 
     Example: mefem embed photos/ -o embeddings.parquet -e encoder.safetensors"""
     from mefem.features import embed_photographs, nothing_usable
 
     with _Plainly():
-        framing = _check_framing(framing, scale)
-        table = embed_photographs(photographs, encoder, out, features=features, framing=framing, scale=2.0 if scale is None else scale,
-                                  min_side=min_side, batch=batch, device=device)
+        framing = _check_framing(framing, scale, face)
+        table = embed_photographs(photographs, encoder, out, features=features, framing=framing, face=face or "surest",
+                                  scale=2.0 if scale is None else scale, min_side=min_side, batch=batch, device=device)
         refused = table[table.status != "success"]
         for row in refused.head(20).itertuples():
             typer.echo(f"{row.file}: {row.status}; {row.reason}", err=True)
         if len(refused) > 20:
             typer.echo(f"and {len(refused) - 20} more: see the column reason in {out}", err=True)
-        used = ", ".join(f"{name} {count}" for name, count in table.framing[table.status == "success"].value_counts().items())
-        typer.echo(f"{len(table) - len(refused)} of {len(table)} photographs embedded in {out}" + (f" (framing: {used})" if used else ""))
+        done = table[table.status == "success"]
+        used = ", ".join(f"{name} {count:,}" for name, count in done.framing.value_counts().items())
+        faces = f"{len(done):,} faces in " if face == "all" else ""
+        typer.echo(f"{faces}{done.file.nunique():,} of {table.file.nunique():,} photographs embedded in {out}"
+                   + (f" (framing: {used})" if used else ""))
         if len(refused) == len(table):
             raise ValueError(nothing_usable(photographs, framing, table))
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
            'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'FRAMINGS', 'FILLS',
-           'PAPER_SIDE', 'REMEDIES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
+           'PAPER_SIDE', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
            'upright_size', 'decode', 'read_image', 'listed_crops', 'visible_files', 'is_photograph', 'flat_names',
            'ModelAbsent', 'detector_model', 'Face', 'check_rgb', 'FaceDetector', 'face_square', 'center_square',
            'lies_inside', 'check_square', 'check_framed', 'stray_square', 'resample', 'crop_image', 'crop_face',
-           'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'frame_photograph']
+           'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
 # %% ../nbs/10_faces.ipynb #75672789
 import contextlib
@@ -27,7 +27,7 @@ import urllib.request
 import weakref
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -622,30 +622,55 @@ REMEDIES = {
     "not square": "use --framing auto, which looks for the face"}
 
 # %% ../nbs/10_faces.ipynb #d6b33b1f
-def frame_photograph(source, framing: str = "paper", scale: float = 2.0, size: int = 224, min_side: int | None = None,
-                     detector=None) -> Framed:
-    """The surest face of a photograph (whatever `open_image` takes), by one of `FRAMINGS`; a problem is told, not raised.
+FACES = ("surest", "largest", "all")
 
-    `size`: pixels per side of the crop. `min_side`: see `least_side`."""
-    if framing not in FRAMINGS:
-        raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(FRAMINGS)}")
+
+def check_framing(framing: str, face: str = "surest") -> None:
+    "`ValueError` where there is no such framing or choice of a face, or the two do not go together."
+    for name, value, known in (("framing", framing, FRAMINGS), ("face", face, FACES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
+    if framing == "as-is" and face != "surest":
+        raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture: leave one of the two out")
+
+
+def frame_faces(source, framing: str = "paper", face: str = "surest", scale: float = 2.0, size: int = 224,
+                min_side: int | None = None, detector=None) -> list[Framed]:
+    """The "surest" or the "largest" face of a photograph (whatever `open_image` takes) that fits the framing; or "all", surest first.
+
+    `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see `least_side`. A problem is told, not raised: it is
+    that of the photograph, or of the first face where none fits, or with "all" of each face that does not."""
+    check_framing(framing, face)
     try:
         image = open_image(source)
         if framing == "as-is":
-            return _whole(image, size, min_side)
+            return [_whole(image, size, min_side)]
         rgb = decode(image)
     except Unusable as error:
-        return Framed(problem=error)
+        return [Framed(problem=error)]
     found = (detector or _default_detector()).detect(np.asarray(rgb))
-    others = _others([face.box for face in found], rgb.size, framing, scale, min_side)
     if not found:
-        return Framed(faces=0, problem=CropError("no face"), others=others)
+        return [Framed(faces=0, problem=CropError("no face"), others=_others([], rgb.size, framing, scale, min_side))]
+    if face == "largest":
+        found = sorted(found, key=lambda one: -_area(one.box))
+    framed = []
+    for one in found:
+        framed.append(_framed(rgb, one, len(found), framing, scale, size, min_side))
+        if face != "all" and not framed[-1].problem:
+            return framed[-1:]
+    if face == "all":
+        return framed
+    others = [other for other in FRAMINGS if any(other in one.others for one in framed)]
+    return [replace(framed[0], others=tuple(others))]
+
+
+def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side: int | None) -> Framed:
+    "One face of a decoded picture."
     try:
-        square, used = frame_square(found[0].box, *rgb.size, framing, scale, min_side)
-        crop = (resample_padded if used == "pad" else resample)(rgb, square, size)
-        return Framed(crop, used, found[0], len(found))
+        square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
+        return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
     except CropError as error:
-        return Framed(face=found[0], faces=len(found), problem=error, others=others)
+        return Framed(face=one, faces=count, problem=error, others=_others([one.box], rgb.size, framing, scale, min_side))
 
 
 def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
@@ -653,6 +678,10 @@ def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
     square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
     reduction = _reduction(image, square[2], size)
     return Framed(resample(decode(image, reduction), square, size, reduction), used)
+
+
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _others(boxes, size: tuple[int, int], framing: str, scale: float, min_side: int | None) -> tuple[str, ...]:

@@ -113,11 +113,15 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
 @pytest.mark.parametrize("command, arguments, words", [
     ("crop", ["--framing", "dataset"], "name the data set by --dataset, or use --framing as-is"),
     ("crop", ["--framing", "shift", "--dataset", "bmi"], "--framing shift is for a folder of photographs"),
-    ("crop", ["--framing", "papre"], "--framing papre is unknown, expected one of paper, shift, pad, as-is, auto"),
+    ("crop", ["--framing", "papre"], "framing 'papre' is unknown, expected one of paper, shift, pad, as-is, auto"),
     ("crop", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
     ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "--scale does nothing with --framing dataset"),
     ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
     ("embed", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
+    ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
+    ("crop", ["--face", "all"], "crops are one per photograph"),
+    ("embed", ["--face", "all", "--framing", "as-is"], "face 'all' does nothing with framing 'as-is'"),
+    ("embed", ["--features", "patch"], "features 'patch' are unknown, expected one of mean, cls, patches, patches+cls"),
     ("embed", ["--framing", "dataset"], "--framing dataset is the framing of a publisher")])
 def test_an_option_that_would_do_nothing_is_refused(tmp_path, encoder_file, command, arguments, words):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")

@@ -329,28 +329,71 @@ def test_padding_repeats_the_edge(square, size):
         faces.resample_padded(Image.fromarray(rgb), (-5000, 0, 100000), size)
 
 
+def frame_one(*arguments, **options):
+    (framed,) = faces.frame_faces(*arguments, **options)
+    return framed
+
+
 def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(detector):
     drawn = Image.fromarray(cartoon())
     tight, low = drawn.crop((150, 130, 362, 380)), drawn.crop((0, 200, 512, 512))
     (box,) = [face.box for face in detector.detect(np.asarray(drawn))]
-    plain = faces.frame_photograph(drawn, detector=detector)
+    plain = frame_one(drawn, detector=detector)
     assert (plain.status, plain.framing, plain.faces, plain.advice, plain.others) == ("success", "paper", 1, "", ())
     assert plain.face.box == box and np.array_equal(plain.crop, crop_face(np.asarray(drawn), box))
     square = tight.resize((250, 250))
-    refused = faces.frame_photograph(square, detector=detector)
+    refused = frame_one(square, detector=detector)
     assert (refused.status, refused.crop, refused.others) == ("leaves the picture", None, ("pad", "as-is", "auto")) and refused.face.score > 0.5
     assert refused.advice.endswith("in 250 x 250; --framing pad or as-is or auto would use it")
     for other in faces.FRAMINGS:
-        assert (faces.frame_photograph(square, other, detector=detector).crop is not None) == (other in refused.others), other
-    whole = faces.frame_photograph(square, "as-is", size=250, detector=None)
+        assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), other
+    whole = frame_one(square, "as-is", size=250, detector=None)
     assert np.array_equal(whole.crop, np.asarray(square)) and whole.faces is None and whole.face is None
-    assert "use --framing auto" in faces.frame_photograph(low, "as-is").advice
-    empty = faces.frame_photograph(Image.new("RGB", (300, 300)), "auto", detector=detector)
+    assert "use --framing auto" in frame_one(low, "as-is").advice
+    empty = frame_one(Image.new("RGB", (300, 300)), "auto", detector=detector)
     assert (empty.status, empty.faces, empty.others) == ("no face", 0, ("as-is",))
-    assert "by hand" in faces.frame_photograph(Image.new("RGB", (300, 200)), "auto", detector=detector).advice
-    gone = faces.frame_photograph("nowhere.jpg", "auto")
+    assert "by hand" in frame_one(Image.new("RGB", (300, 200)), "auto", detector=detector).advice
+    gone = frame_one("nowhere.jpg", "auto")
     assert gone.status == "missing file" and gone.faces is None and gone.advice
     assert set(faces.REMEDIES) == {*faces.IMAGE_REASONS, *faces.CROP_REASONS}
+
+
+class Seen:
+    "A detector that sees faces where it is told."
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def detect(self, rgb):
+        return [faces.Face(box, 0.9 - i / 10, np.zeros((6, 2), np.float32)) for i, box in enumerate(self.boxes)]
+
+
+BORDER, SMALL, LARGE = (0.0, 0, 60, 60), (100.0, 100, 150, 150), (200.0, 200, 300, 300)
+
+
+@pytest.mark.parametrize("boxes, face, framing, expected", [
+    ([SMALL, LARGE], "surest", "paper", SMALL), ([SMALL, LARGE], "largest", "paper", LARGE),
+    ([BORDER, SMALL, LARGE], "surest", "paper", SMALL), ([BORDER, SMALL, LARGE], "surest", "shift", BORDER),
+    ([SMALL, (380.0, 0, 500, 120)], "largest", "paper", SMALL), ([SMALL, BORDER], "largest", "pad", BORDER)])
+def test_the_next_face_where_the_first_does_not_fit(boxes, face, framing, expected):
+    framed = frame_one(Image.new("RGB", (500, 500)), framing, face, min_side=1, detector=Seen(*boxes))
+    assert framed.face.box == expected and framed.faces == len(boxes) and framed.crop.shape == (224, 224, 3)
+
+
+def test_all_faces_and_what_is_said_where_none_fits():
+    picture = Image.fromarray(gradient(400, 500))
+    found = faces.frame_faces(picture, "paper", "all", min_side=1, detector=Seen(BORDER, SMALL, LARGE))
+    assert [one.status for one in found] == ["leaves the picture", "success", "success"]
+    assert [one.face.box for one in found] == [BORDER, SMALL, LARGE] and {one.faces for one in found} == {3}
+    assert found[0].others == ("shift", "pad", "auto") and np.array_equal(found[1].crop, crop_face(gradient(400, 500), SMALL, min_side=1))
+    wide = (0.0, 0, 300, 300)
+    refused = frame_one(picture, "paper", min_side=1, detector=Seen(wide, BORDER))
+    assert refused.face.box == wide and refused.others == ("shift", "pad", "auto"), "what any of the faces allows"
+    assert frame_one(picture, "paper", min_side=1, detector=Seen(wide)).others == ("pad", "auto")
+    with pytest.raises(ValueError, match="'biggest' is unknown, expected one of surest, largest, all"):
+        faces.frame_faces(picture, face="biggest")
+    with pytest.raises(ValueError, match="face 'all' does nothing with framing 'as-is'"):
+        faces.frame_faces(picture, "as-is", "all")
 
 
 def cartoon(x=256, y=256, unit=1.0, size=512):

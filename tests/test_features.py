@@ -16,7 +16,7 @@ from test_faces import DISGUISES, cartoon
 
 from mefem import features as module
 from mefem.encoders import PixelEncoder, freeze
-from mefem.faces import CropError
+from mefem.faces import CropError, FaceDetector
 from mefem.features import (
     FaceEmbedder,
     decode_ahead,
@@ -81,7 +81,7 @@ def test_embed_takes_what_is_at_hand(encoder, tmp_path):
     assert whole.shape == (7, 17, 24) and whole.dtype == np.float32
     assert np.allclose(whole, encoder.tokens_of(CROPS), atol=1e-5)
     for one in (CROPS[0], Image.fromarray(CROPS[0]), tmp_path / "a.png", str(tmp_path / "a.png")):
-        assert np.allclose(embed([one], encoder)[0], whole[0, 0], atol=1e-5)
+        assert np.allclose(embed([one], encoder, "cls")[0], whole[0, 0], atol=1e-5)
     mixed = embed([CROPS[0], CROPS[1].repeat(2, 0).repeat(2, 1)], encoder)
     assert np.allclose(mixed[0], whole[0, 0], atol=1e-5) and mixed.shape == (2, 24)
     with pytest.raises(ValueError, match="no pictures"):
@@ -96,7 +96,7 @@ def test_an_opened_picture_gives_the_embedding_of_its_file(encoder, tmp_path, na
     path = tmp_path / "photo"
     by_path, opened = embed([path], encoder, "patches+cls"), embed([Image.open(path)], encoder, "patches+cls")
     assert np.array_equal(by_path, opened)
-    transformer = FaceEmbedder(encoder, detect=False).fit(None)
+    transformer = FaceEmbedder(encoder, framing="as-is").fit(None)
     assert np.array_equal(transformer.transform([Image.open(path)]), transformer.transform([str(path)]))
 
 
@@ -107,7 +107,7 @@ def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
         pictures = [*CROPS[:4], wide, *CROPS[5:]]
         with pytest.raises(CropError, match=f"{name}.*not square.*32 x 20 pixels"):
             embed(pictures, encoder, batch=3)
-        transformer = FaceEmbedder(encoder, detect=False, batch=3).fit(None)
+        transformer = FaceEmbedder(encoder, framing="as-is", batch=3).fit(None)
         with pytest.raises(CropError, match=f"{name}.*not square"):
             transformer.transform(pictures)
         rows = transformer.set_params(on_error="nan").transform(pictures)
@@ -282,7 +282,7 @@ def read_table(path):
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "E.NPZ"])
-@pytest.mark.parametrize("features", ["cls", "patches"])
+@pytest.mark.parametrize("features", ["mean", "patches"])
 def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, features):
     for i in range(3):
         (tmp_path / "crops").mkdir(exist_ok=True)
@@ -302,10 +302,48 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
 
 def test_a_table_in_csv_keeps_every_bit(tmp_path):
     vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(-9, 11)[:, None].astype(np.float32)
-    table = pd.DataFrame({"file": "a", "status": "success", "embedding": list(vectors), "encoder": "e", "features": "cls", "dim": 7})
+    table = pd.DataFrame({"file": "a", "status": "success", "embedding": list(vectors), "encoder": "e", "features": "cls", "dim": 7}).reindex(
+        columns=[*module._TABLE, "embedding"])
     for name, write in module._WRITERS.items():
         write(table, tmp_path / f"t{name}")
         assert np.array_equal(read_table(tmp_path / f"t{name}")[2], vectors), name
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
+def test_the_table_says_what_was_seen(encoder, tmp_path, name):
+    (tmp_path / "p").mkdir()
+    two = np.concatenate([cartoon()[:, 130:382], cartoon(unit=0.8)[:, 130:382]], axis=1)  # the smaller one is the surer
+    Image.fromarray(two).save(tmp_path / "p/two.png")
+    Image.new("RGB", (80, 80)).save(tmp_path / "p/black.png")
+    (tmp_path / "p/zero.jpg").write_bytes(b"")
+    table = module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, face="all", framing="shift", min_side=1, progress=False)
+    assert list(table.columns) == [*module._TABLE, "embedding"]
+    found = FaceDetector().detect(two)
+    assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
+    assert table.status.tolist() == ["no face", "success", "success", "empty file"]
+    assert table.faces.tolist()[:3] == [0, 2, 2] and np.isnan(table.faces[3]) and table.features.unique() == ["mean"]
+    assert np.allclose(table.score[1:3], [face.score for face in found]) and table.score[[0, 3]].isna().all()
+    assert np.allclose(table[["x0", "y0", "x1", "y1"]][1:3], [face.box for face in found])
+    assert table.framing.tolist() == ["", "shift", "shift", ""]
+    assert table.reason[0].startswith("--framing as-is") and table.reason[3] == "copy it again from its source"
+    if name.endswith("npz"):
+        with np.load(tmp_path / name) as arrays:
+            written = pd.DataFrame({column: list(arrays[column]) for column in module._TABLE})
+    else:
+        written = (pd.read_csv if name.endswith("csv") else pd.read_parquet)(tmp_path / name)[module._TABLE]
+    for column in module._TABLE:
+        assert written[column].fillna("").tolist() == table[column].fillna("").tolist(), column
+    for face, file in (("surest", found[0]), ("largest", max(found, key=lambda one: one.box[2] - one.box[0]))):
+        one = module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, face=face, framing="shift", min_side=1, progress=False)
+        assert len(one) == 3 and one.x0[1] == file.box[0] and (face == "surest") == (file is found[0])
+
+
+def test_a_table_of_an_earlier_version_is_replaced(encoder, tmp_path):
+    (tmp_path / "p").mkdir()
+    Image.fromarray(CROPS[0]).save(tmp_path / "p/a.png")
+    (tmp_path / "e.csv").write_text("file,status,encoder,features,dim,e0\na.png,success,x,cls,1,0.5\n")
+    module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.csv", framing="as-is", progress=False)
+    assert len(pd.read_csv(tmp_path / "e.csv").filter(regex=r"^e\d+$").columns) == 24
 
 
 @pytest.mark.parametrize("name, words", [
@@ -328,9 +366,9 @@ def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeyp
 
 
 def test_scikit_learn_conventions(encoder):
-    embedder = FaceEmbedder(encoder=encoder, features="patches", detect=False, batch=4)
+    embedder = FaceEmbedder(encoder=encoder, features="patches", framing="as-is", batch=4)
     params = embedder.get_params()
-    assert {"encoder", "features", "detect", "batch", "device", "on_error"} == set(params)
+    assert {"encoder", "features", "framing", "batch", "device", "on_error"} == set(params)
     copy = clone(FaceEmbedder("mefem-s", features="patches"))
     assert copy.get_params() == FaceEmbedder("mefem-s", features="patches").get_params() and not hasattr(
         copy, "encoder_"
@@ -338,11 +376,37 @@ def test_scikit_learn_conventions(encoder):
     assert embedder.set_params(features="cls").features == "cls"
     with pytest.raises(Exception, match="not fitted"):
         FaceEmbedder(encoder).transform(list(CROPS))
-    assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder), atol=1e-5)
-    pipeline = make_pipeline(FaceEmbedder(encoder, detect=False), Ridge(alpha=1e-3)).fit(list(CROPS), np.arange(7.0))
+    assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder, "cls"), atol=1e-5)
+    pipeline = make_pipeline(FaceEmbedder(encoder, framing="as-is"), Ridge(alpha=1e-3)).fit(list(CROPS), np.arange(7.0))
     assert pipeline.score(list(CROPS), np.arange(7.0)) > 0.9
-    with pytest.raises(ValueError, match="features='mean'"):
-        FaceEmbedder(encoder, features="mean").fit(None)
+    for wrong in ({"features": "meen"}, {"framing": "papre"}, {"on_error": "drop"}):
+        with pytest.raises(ValueError, match="{}='{}' must be one of".format(*next(iter(wrong.items())))):
+            FaceEmbedder(encoder, **wrong).fit(None)
+
+
+def test_the_default_is_one_named_vector_per_picture(encoder):
+    tokens = encoder.tokens_of(CROPS).numpy()
+    embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
+    rows = embedder.transform(list(CROPS))
+    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder), rows, atol=1e-5)
+    frame = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas").fit_transform(list(CROPS))
+    assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(frame, tokens[:, 0], atol=1e-5)
+    assert embedder.get_feature_names_out()[-1] == "mean23"
+    with pytest.raises(ValueError, match="several vectors per picture"):
+        embedder.set_params(features="patches").get_feature_names_out()
+    one_vector = module.pool_tokens(tokens[:, :1], "mean", True)
+    assert np.array_equal(one_vector, tokens[:, 0]) and np.allclose(module.pool_tokens(tokens[:, 1:], "mean", False), rows, atol=1e-5)
+    with pytest.raises(ValueError, match="'meen' are unknown, expected one of mean, cls"):
+        module.pool_tokens(tokens, "meen", True)
+
+
+def test_the_transformer_frames_as_the_command_does(encoder, frames, tmp_path):
+    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", progress=False)
+    rows = FaceEmbedder(encoder, on_error="nan").fit(None).transform([frames / name for name in table.file])
+    assert np.isnan(rows).any(1).tolist() == (table.status != "success").tolist()
+    assert np.allclose(np.stack(table.embedding.dropna()), rows[table.status == "success"], atol=1e-5)
+    with pytest.raises(CropError, match="grey.png: no face .--framing as-is would use it"):
+        FaceEmbedder(encoder).fit(None).transform([frames / "grey.png"])
 
 
 def test_pictures_without_a_face(encoder, tmp_path):
@@ -360,7 +424,7 @@ def test_pictures_without_a_face(encoder, tmp_path):
 
 
 def test_pixels_are_fitted_by_the_transformer():
-    rows = FaceEmbedder(PixelEncoder(components=3, image_size=16, device="cpu"), detect=False).fit_transform(
+    rows = FaceEmbedder(PixelEncoder(components=3, image_size=16, device="cpu"), framing="as-is").fit_transform(
         list(CROPS)
     )
     assert rows.shape == (7, 3) and np.abs(rows.mean(0)).max() < 1e-3
