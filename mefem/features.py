@@ -8,9 +8,11 @@ __all__ = ['FEATURE_SETS', 'EMBEDDINGS', 'HALF_MAX', 'select_tokens', 'pool_toke
            'features_of', 'photographs_in', 'crop_photographs', 'nothing_usable', 'check_target', 'embed_photographs']
 
 # %% ../nbs/51_features.ipynb #a79495e1
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections import deque
@@ -468,9 +470,8 @@ def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
     return f"no photograph of {source} could be used with --framing {framing}; of these {len(would)}, the others would use: {counts}"
 
 # %% ../nbs/51_features.ipynb #cf388a22
-_TYPES = {"file": "string", "status": "string", "reason": "string", "faces": "float64", "score": "float64", "x0": "float64",
-          "y0": "float64", "x1": "float64", "y1": "float64", "framing": "string", "other_framings": "string", "encoder": "string",
-          "features": "string", "dim": "int64"}  # and the embedding
+_TYPES = {**dict.fromkeys(("file", "status", "reason"), "string"), **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
+          **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"), "dim": "int64"}  # and the embedding
 _TABLE = [*_TYPES]
 _KNOWN_BY = {"file", "status", "encoder", "features", "dim"}  # columns that make a table ours, whatever version wrote it
 
@@ -504,26 +505,54 @@ def check_target(out) -> Path:
     return out
 
 # %% ../nbs/51_features.ipynb #9ac33a9e
-def _matrix(table: pd.DataFrame) -> np.ndarray:
-    """The embeddings float32 [N, numbers]; NaN for a photograph without one."""
-    width = max((len(vector) for vector in table.embedding if vector is not None), default=0)
+def _matrix(table: pd.DataFrame, width: int) -> np.ndarray:
+    """The embeddings float32 [N, width]; NaN for a photograph without one."""
     return np.stack([np.full(width, np.nan, np.float32) if vector is None else vector for vector in table.embedding])
 
 
-def _write_csv(table: pd.DataFrame, path) -> None:
-    numbers = pd.DataFrame(_matrix(table)).add_prefix("e")
-    pd.concat([table[_TABLE], numbers], axis=1).to_csv(path, index=False)
+def _schema():
+    import pyarrow as pa
+
+    return pa.schema([*((name, getattr(pa, kind)()) for name, kind in _TYPES.items()), ("embedding", pa.list_(pa.float32()))])
 
 
-def _write_npz(table: pd.DataFrame, path) -> None:
-    columns = {name: table[name].to_numpy(str if kind == "string" else kind) for name, kind in _TYPES.items()}
+def _write_parquet(parts: list[Path], path, width: int) -> None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(path, _schema()) as writer:
+        for part in parts:                                # each becomes a row group
+            writer.write_table(pq.read_table(part))
+
+
+def _write_csv(parts: list[Path], path, width: int) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        for number, part in enumerate(parts):
+            table = pd.read_parquet(part)
+            numbers = pd.DataFrame(_matrix(table, width)).add_prefix("e")
+            pd.concat([table[_TABLE], numbers], axis=1).to_csv(f, index=False, header=number == 0)
+
+
+def _write_npz(parts: list[Path], path, width: int) -> None:
+    table = _without_embeddings(parts)
     with zipfile.ZipFile(path, "w") as archive:           # NumPy's own `savez` takes no array named "file"
-        for name, column in {**columns, "embedding": _matrix(table)}.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
-                np.lib.format.write_array(f, column, allow_pickle=False)
+        def entry(name):                                  # with a fixed date: equal content gives equal bytes
+            return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+        for name, kind in _TYPES.items():
+            with entry(name) as f:
+                np.lib.format.write_array(f, table[name].to_numpy(str if kind == "string" else kind), allow_pickle=False)
+        with entry("embedding") as f:
+            shape = {"descr": "<f4", "fortran_order": False, "shape": (len(table), width)}
+            np.lib.format.write_array_header_2_0(f, shape)
+            for part in parts:
+                f.write(_matrix(pd.read_parquet(part, columns=["embedding"]), width).astype("<f4").tobytes())
 
 
-_WRITERS = {".parquet": pd.DataFrame.to_parquet, ".csv": _write_csv, ".npz": _write_npz}
+def _without_embeddings(parts: list[Path]) -> pd.DataFrame:
+    return pd.concat([pd.read_parquet(part, columns=_TABLE) for part in parts], ignore_index=True)
+
+
+_WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".npz": _write_npz}
 
 # %% ../nbs/51_features.ipynb #bbc17f01
 def _embedded(part: list[Path], home: Path, frozen: FrozenEncoder, features: str, batch: int, how: dict) -> list[dict]:
@@ -541,21 +570,70 @@ def _seen(framed: Framed) -> dict:
     return {"faces": framed.faces, "score": framed.face and framed.face.score, **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))}
 
 
+_PART_ROWS, _PART_BYTES = 256, 1 << 26  # photographs in a part; fewer where their embeddings would be larger
+
+
+def _part_size(batch: int, width: int) -> int:
+    """Photographs in a part, whole batches: a batch holds the same pictures in a run that goes on, and gives the same bits."""
+    return batch * max(1, min(_PART_ROWS, _PART_BYTES // (4 * width)) // batch)
+
+
+def _parts_key(files: list[Path], home: Path, frozen: FrozenEncoder, **settings) -> str:
+    """What the parts follow from: settings, photographs (names, sizes, times) and code."""
+    listed = [[_shown(path.relative_to(home)), stat.st_size, stat.st_mtime_ns] for path in files for stat in [path.stat()]]
+    about = {**frozen.about(), "device": str(frozen.device), **settings}
+    return MadeFrom(settings_hash(about), settings_hash(listed), code_hash("features")).key
+
+
+def _write_part(path: Path, rows: list[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), temporary)
+
+
+def _take_up(out: Path, folder: Path, parts: list[Path], progress: bool) -> None:
+    """Make the folder of the parts, and say what is there: parts of this run, or of others."""
+    folder.mkdir(exist_ok=True)
+    done = sum(part.is_file() for part in parts)
+    if progress and done:
+        print(f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on", flush=True)
+    for other in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
+        if progress and other != folder:
+            print(f"{other} has parts of a run with other settings, photographs or code: they are left alone; that run's command goes on "
+                  f"with them, or remove the folder", flush=True)
+
+
 def embed_photographs(source, encoder, out, features: str = "mean", framing: str = "auto", face: str = "surest", scale: float = 2.0,
                       min_side: int | None = None, batch: int = 32, device=None, progress: bool = True) -> pd.DataFrame:
-    """Embed each photograph in `source`, framed as by `crop_photographs`, and write the table `out`, whose columns are told above.
+    """Embed each photograph in `source`, framed as by `crop_photographs`, to the table `out`; returns it without the embeddings.
 
-    `out` ends in .parquet, .csv or .npz. `face`: the "surest" or the "largest" that fits the framing, or "all", a row each. A photograph
-    without an embedding has a row with the reason."""
+    Its columns are told above. `out` ends in .parquet, .csv or .npz. `face`: the "surest" or the "largest" that fits the framing,
+    or "all", a row each. A photograph without an embedding has a row with the reason. A run that was killed goes on where it was."""
     check_framing(framing, face)
     if features not in EMBEDDINGS:
         raise ValueError(f"features {features!r} are unknown, expected one of {', '.join(EMBEDDINGS)}")
-    out, home, rows = check_target(out), _home(source), []
-    frozen, files = as_encoder(encoder, device), photographs_in(source)
-    how = {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
-    for start in tqdm(range(0, len(files), batch), unit="batch", mininterval=1, disable=not progress):
-        rows += _embedded(files[start:start + batch], home, frozen, features, batch, how)
-    table = pd.DataFrame(rows)[[*_TABLE, "embedding"]].astype({name: "float64" for name, kind in _TYPES.items() if kind == "float64"})
-    with replacing(out) as temporary:
-        _WRITERS[out.suffix.lower()](table, temporary)
+    out, home, files = check_target(out), _home(source), photographs_in(source)
+    frozen, how = as_encoder(encoder, device), {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
+    width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
+    size = _part_size(batch, width)
+    folder = out.parent / f".{out.name}.{_parts_key(files, home, frozen, features=features, batch=batch, **how)}.parts"
+    parts = {folder / f"{start:09d}.parquet": files[start:start + size] for start in range(0, len(files), size)}
+    _take_up(out, folder, list(parts), progress)
+    with tqdm(total=len(files), unit="photo", mininterval=1, disable=not progress) as bar:
+        for path, part in parts.items():
+            if path.is_file():
+                bar.update(len(part))
+                continue
+            rows = []
+            for start in range(0, len(part), batch):
+                rows += _embedded(part[start:start + batch], home, frozen, features, batch, how)
+                bar.update(len(part[start:start + batch]))
+            _write_part(path, rows)
+    with replacing(folder / out.name) as temporary:
+        _WRITERS[out.suffix.lower()](list(parts), temporary, width)
+    os.replace(folder / out.name, out)
+    table = _without_embeddings(list(parts))
+    shutil.rmtree(folder)
     return table

@@ -2,10 +2,14 @@
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageColor
@@ -28,7 +32,8 @@ from mefem.features import (
     to_half,
 )
 from mefem.files import write_json
-from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder
+from mefem.made_from import code_hash
+from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, save_encoder
 from mefem.shards import ShardError, load_images, write_manifest, write_shard
 
 
@@ -249,10 +254,12 @@ def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder,
     (tmp_path / "p").mkdir()
     for i in range(3):
         Image.fromarray(CROPS[i]).resize((90, 90)).save(tmp_path / f"p/{i}.png")
-    alone = module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+    def embedded():
+        module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+        return read_table(tmp_path / "e.parquet")[2]
+    alone = embedded()
     Image.fromarray(CROPS[3]).resize((70, 70)).save(tmp_path / "p/3.png")
-    beside = module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
-    assert np.allclose(np.stack(alone.embedding), np.stack(beside.embedding)[:3], atol=1e-5)
+    assert np.allclose(alone, embedded()[:3], atol=1e-5)
 
 
 def test_names_that_are_no_text(tmp_path, encoder):
@@ -300,13 +307,111 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     assert np.isnan(embedding[3:].astype(float)).all()
 
 
-def test_a_table_in_csv_keeps_every_bit(tmp_path):
+def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
     vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(-9, 11)[:, None].astype(np.float32)
-    table = pd.DataFrame({"file": "a", "status": "success", "embedding": list(vectors), "encoder": "e", "features": "cls", "dim": 7}).reindex(
-        columns=[*module._TABLE, "embedding"])
+    kinds = {"string": "a", "float64": 0.1, "int64": 7}
+    row = {name: kinds[kind] for name, kind in module._TYPES.items()}
+    parts = [tmp_path / "0", tmp_path / "1"]
+    for part, own in zip(parts, (vectors[:13], vectors[13:]), strict=True):
+        module._write_part(part, [{**row, "embedding": vector} for vector in own] + [{**row, "score": None, "embedding": None}])
     for name, write in module._WRITERS.items():
-        write(table, tmp_path / f"t{name}")
-        assert np.array_equal(read_table(tmp_path / f"t{name}")[2], vectors), name
+        write(parts, tmp_path / f"t{name}", 7)
+        found = read_table(tmp_path / f"t{name}")[2].astype(np.float32)
+        assert np.array_equal(np.delete(found, [13, 21], 0), vectors) and np.isnan(found[[13, 21]]).all(), name
+    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 2
+
+
+# --- a run that is killed --------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import pyarrow.parquet as pq
+from mefem import features as module
+
+moment, source, encoder, out = sys.argv[1:]
+calls = []
+
+def at(count, real, before=lambda *_: None):
+    def call(*arguments, **options):
+        calls.append(real)
+        if len(calls) == count:
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+
+module._PART_ROWS = 4
+if moment == "reading":
+    module.frame_faces = at(8, module.frame_faces)
+elif moment == "writing":
+    pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
+elif moment == "joining":
+    ending = os.path.splitext(out)[1]
+    module._WRITERS[ending] = at(1, module._WRITERS[ending], lambda parts, path, width: path.write_bytes(b"half a table"))
+else:
+    module.shutil.rmtree = at(1, module.shutil.rmtree)
+module.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)
+"""
+
+
+@pytest.fixture
+def ten(tmp_path):
+    "Ten pictures, and an encoder in a file."
+    (tmp_path / "p").mkdir()
+    for i in range(10):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"p/{i}.png")
+    (tmp_path / "p/3.png").write_bytes(b"no picture")
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
+    return tmp_path / "p", save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+
+
+@pytest.mark.parametrize("moment, ending, left", [("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0),
+                                                  ("removing", ".parquet", 0)])
+def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
+    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
+    module.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *map(str, ten), str(out)])
+    assert killed.returncode == -signal.SIGKILL and out.exists() == (moment == "removing")
+    seen, real = [], module.frame_faces
+    monkeypatch.setattr(module, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
+    table = module.embed_photographs(*ten, out, framing="as-is", batch=2, device="cpu", progress=False)
+    assert len(seen) == left and len(table) == 10 and (table.status == "success").sum() == 9
+    assert out.read_bytes() == whole.read_bytes() and [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path, monkeypatch, capsys):
+    photographs, encoder = ten
+    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    out, real = tmp_path / "out/e.parquet", module._write_part
+
+    def stopped(**options):
+        calls = []
+        monkeypatch.setattr(module, "_write_part", lambda *rest: real(*rest) if not calls and not calls.append(0) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.embed_photographs(photographs, encoder, out, **{"framing": "as-is", "batch": 2, "progress": False, **options})
+        return sorted(path.name for path in out.parent.iterdir())
+    first, = stopped()
+    assert stopped() == [first], "stopped again, it has one folder still"
+    others = [stopped(features="cls"), stopped(min_side=5), stopped(batch=4)]
+    monkeypatch.setattr(module, "code_hash", lambda *_: "another")
+    others.append(stopped())
+    monkeypatch.setattr(module, "code_hash", code_hash)
+    (photographs / "3.png").write_bytes(b"no picture either")
+    others.append(stopped())
+    assert [len(names) for names in others] == [2, 3, 4, 5, 6]
+    (photographs / "11.png").write_bytes(b"")
+    monkeypatch.setattr(module, "_write_part", real)
+    capsys.readouterr()
+    module.embed_photographs(photographs, encoder, out, framing="as-is", batch=2)
+    said = capsys.readouterr().out
+    assert said.count("they are left alone") == 6 and "going on" not in said
+    assert sorted(path.name for path in out.parent.iterdir()) == sorted([*others[-1], "e.parquet"])
+
+
+def test_parts_are_small_and_whole_batches():
+    assert module._part_size(32, 768) == 256 and module._part_size(100, 768) == 200 and module._part_size(512, 768) == 512
+    assert module._part_size(32, 196 * 768) == 96 and module._part_size(32, 1 << 30) == 32
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
@@ -317,7 +422,7 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     Image.new("RGB", (80, 80)).save(tmp_path / "p/black.png")
     (tmp_path / "p/zero.jpg").write_bytes(b"")
     table = module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, face="all", framing="shift", min_side=1, progress=False)
-    assert list(table.columns) == [*module._TABLE, "embedding"]
+    assert list(table.columns) == module._TABLE
     found = FaceDetector().detect(two)
     assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
     assert table.status.tolist() == ["no face", "success", "success", "empty file"]
@@ -404,7 +509,7 @@ def test_the_transformer_frames_as_the_command_does(encoder, frames, tmp_path):
     table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", progress=False)
     rows = FaceEmbedder(encoder, on_error="nan").fit(None).transform([frames / name for name in table.file])
     assert np.isnan(rows).any(1).tolist() == (table.status != "success").tolist()
-    assert np.allclose(np.stack(table.embedding.dropna()), rows[table.status == "success"], atol=1e-5)
+    assert np.allclose(read_table(tmp_path / "e.parquet")[2], rows, atol=1e-5, equal_nan=True)
     with pytest.raises(CropError, match="grey.png: no face .--framing as-is would use it"):
         FaceEmbedder(encoder).fit(None).transform([frames / "grey.png"])
 
