@@ -529,19 +529,19 @@ def encode_crop(crop: np.ndarray) -> bytes:
 
 # %% ../nbs/10_faces.ipynb #a1d2763b
 FRAMINGS = ("paper", "shift", "pad", "as-is", "auto")
-FILLS = 2 / 3  # of a square picture's side, by the longer side of the face's box: then the picture is a face crop already
+FILLS = 2 / 3  # of a square picture's side, by the longer side of the face's box: then the picture is a crop already
 PAPER_SIDE = 224  # pixels; the paper drops smaller squares
 
 
 def least_side(framing: str, min_side: int | None = None) -> int:
-    "Least side of a square in pixels of the picture: `min_side`, or by default the paper's 224 for \"paper\" and 1 for all others."
+    "Least side of a square, pixels of the picture: `min_side`, or the paper's 224 for \"paper\" and 1 for all others."
     return min_side or (PAPER_SIDE if framing == "paper" else 1)
 
 # %% ../nbs/10_faces.ipynb #778d02fe
 def frame_square(box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None):
-    """((x0, y0, side), framing used) for a face's box (x0, y0, x1, y1) in a picture; `CropError` where `framing` cannot use it.
+    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` where that cannot be.
 
-    The framing used is "paper" wherever the paper's square lies in the picture, and never "auto"; "as-is" needs no box."""
+    The framing used is "paper" wherever the paper's square lies in the picture, never "auto"; "as-is" needs no box."""
     used = framing
     if framing != "as-is":
         x0, y0, side = square = face_square(box, scale)
@@ -552,8 +552,9 @@ def frame_square(box, width: int, height: int, framing: str = "paper", scale: fl
         if width != height:
             raise CropError("not square", detail=f"{width} x {height} pixels, where the picture is to be the crop")
         square = 0.0, 0.0, float(width)
-    if square[2] < least_side(framing, min_side):
-        raise CropError("too small", detail=f"{square[2]:.1f} pixels, at least {least_side(framing, min_side)} are needed")
+    least = least_side(framing, min_side)
+    if square[2] < least:
+        raise CropError("too small", detail=f"{square[2]:.1f} pixels, at least {least} are needed")
     return square, used
 
 
@@ -574,13 +575,13 @@ def _applies(square, longer: float, width: int, height: int, framing: str) -> st
 
 # %% ../nbs/10_faces.ipynb #fd03e244
 def resample_padded(rgb: Image.Image, square, size: int) -> np.ndarray:
-    "The square of a decoded picture as uint8 [size, size, 3], also where it leaves the picture: there the edge is repeated."
+    "The square of a decoded picture as uint8 [size, size, 3]; where it leaves the picture, the edge is repeated."
     x0, y0, side = square
     step, bounds = side / size, []
     for start, length in ((x0, rgb.width), (y0, rgb.height)):
         first, end = max(math.ceil(-start / step), 0), min(math.floor((length - start) / step), size)
         if first >= end:
-            raise CropError("too small", detail=f"less than one pixel of the crop lies in the picture of {rgb.width} x {rgb.height}")
+            raise CropError("too small", detail=f"not one pixel of the crop lies in {rgb.width} x {rgb.height}")
         bounds.append((first, end))
     (left, right), (top, bottom) = bounds
     part = x0 + left * step, y0 + top * step, min(x0 + right * step, rgb.width), min(y0 + bottom * step, rgb.height)
@@ -617,8 +618,9 @@ REMEDIES = {
     "missing file": "it was there when the folder was read: run again", "unreadable file": "check its permissions",
     "empty file": "copy it again from its source", "not an image": "remove it, or give it the ending of what it is",
     "unsupported format": "save it as JPEG or PNG", "corrupt image": "copy it again from its source",
-    "too many pixels": "save it with fewer pixels", "no face": "cut the face out as a square by hand and use --framing as-is",
-    "bad box": "give a box inside the picture", "leaves the picture": "use --framing auto", "too small": "use a smaller --min-side",
+    "too many pixels": "save it with fewer pixels", "bad box": "give a box inside the picture",
+    "no face": "cut the face out as a square by hand and use --framing as-is",
+    "leaves the picture": "use --framing auto", "too small": "use a smaller --min-side",
     "not square": "use --framing auto, which looks for the face"}
 
 # %% ../nbs/10_faces.ipynb #d6b33b1f
@@ -631,15 +633,16 @@ def check_framing(framing: str, face: str = "surest") -> None:
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
     if framing == "as-is" and face != "surest":
-        raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture: leave one of the two out")
+        raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture")
 
 
 def frame_faces(source, framing: str = "paper", face: str = "surest", scale: float = 2.0, size: int = 224,
                 min_side: int | None = None, detector=None) -> list[Framed]:
-    """The "surest" or the "largest" face of a photograph (whatever `open_image` takes) that fits the framing; or "all", surest first.
+    """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
 
-    `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see `least_side`. A problem is told, not raised: it is
-    that of the photograph, or of the first face where none fits, or with "all" of each face that does not."""
+    `source`: what `open_image` takes. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see
+    `least_side`. A problem is told, not raised: that of the photograph, or of the first face where none fits, or with
+    "all" of each face that does not."""
     check_framing(framing, face)
     try:
         image = open_image(source)
@@ -664,13 +667,14 @@ def frame_faces(source, framing: str = "paper", face: str = "surest", scale: flo
     return [replace(framed[0], others=tuple(others))]
 
 
-def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side: int | None) -> Framed:
+def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side) -> Framed:
     "One face of a decoded picture."
     try:
         square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
         return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
     except CropError as error:
-        return Framed(face=one, faces=count, problem=error, others=_others([one.box], rgb.size, framing, scale, min_side))
+        others = _others([one.box], rgb.size, framing, scale, min_side)
+        return Framed(face=one, faces=count, problem=error, others=others)
 
 
 def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:

@@ -34,8 +34,9 @@ from .compute import usable_cores
 from .files import write_atomic, write_json
 from .made_from import MadeFrom, code_hash, settings_hash
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
-from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, PICTURES, Framed, Unusable, check_framed, check_framing, detector_model
-from .faces import encode_crop, flat_names, frame_faces, is_photograph, listed_crops, read_image, visible_files
+from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, PICTURES, Framed, Unusable, check_framed, check_framing
+from .faces import detector_model, encode_crop, flat_names, frame_faces, is_photograph, listed_crops, read_image
+from .faces import visible_files
 from .files import replacing
 from .shards import crops_hash, DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
 
@@ -62,7 +63,7 @@ EMBEDDINGS = ("mean", *FEATURE_SETS)
 
 
 def pool_tokens(tokens, features: str, has_cls: bool):
-    """One of `EMBEDDINGS` of tokens [B, K, D]: "mean" of the patches [B, D] (the vector itself where there is only one), or a feature set."""
+    """Of tokens [B, K, D]: "mean" of the patches [B, D] (of a single vector, itself), or a feature set."""
     if features not in EMBEDDINGS:
         raise ValueError(f"features {features!r} are unknown, expected one of {', '.join(EMBEDDINGS)}")
     if features != "mean":
@@ -109,7 +110,7 @@ def _named(error: ValueError, picture, number: int) -> ValueError:
 
 # %% ../nbs/51_features.ipynb #25524c6d
 def embed(images, encoder, features: str = "mean", batch: int = 64, device=None) -> np.ndarray:
-    """Embeddings float32 of face crops: "mean" of the patches or "cls" [B, D], "patches" [B, 196, D], "patches+cls" [B, 197, D].
+    """Embeddings float32 of face crops: "mean" or "cls" [B, D], "patches" [B, 196, D], "patches+cls" [B, 197, D].
 
     `images`: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3], Pillow pictures or paths, square; nothing is detected.
     A picture that cannot be used is an error that names it, by its number where it has no file.
@@ -119,14 +120,16 @@ def embed(images, encoder, features: str = "mean", batch: int = 64, device=None)
     for start in range(0, len(images), batch):
         chunk = images[start:start + batch]
         if not isinstance(chunk, np.ndarray):
-            chunk = _stack([_square(picture, number) for number, picture in enumerate(chunk, start)], encoder.image_size)
+            squares = [_square(picture, number) for number, picture in enumerate(chunk, start)]
+            chunk = _stack(squares, encoder.image_size)
         parts.append(pool_tokens(encoder.tokens_of(chunk), features, encoder.has_cls).cpu().numpy())
     if not parts:
         raise ValueError("there are no pictures to embed")
     return np.concatenate(parts)
 
 # %% ../nbs/51_features.ipynb #e817876d
-def face_crop(picture, framing: str = "auto", size: int = 224, on_error: str = "raise", number: int = 0) -> np.ndarray | None:
+def face_crop(picture, framing: str = "auto", size: int = 224, on_error: str = "raise",
+              number: int = 0) -> np.ndarray | None:
     """The face crop uint8 [size, size, 3] of a path, Pillow picture or uint8 [H, W, 3], by one of `FRAMINGS`.
 
     Without a usable face an error that names file or `number` of the picture, or None where `on_error` is "nan"."""
@@ -153,10 +156,10 @@ def embed_usable(crops: list, encoder: FrozenEncoder, features: str) -> np.ndarr
 
 # %% ../nbs/51_features.ipynb #ba760c24
 class FaceEmbedder(TransformerMixin, BaseEstimator):
-    """Pictures -> embeddings, as a scikit-learn transformer ("mean", the mean of the patch tokens, or "cls": [N, D]; "patches": [N, 196, D]).
+    """Pictures -> embeddings, a scikit-learn transformer ("mean" of patches, "cls": [N, D]; "patches": [N, 196, D]).
 
-    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`); `framing`: how the crop is cut out,
-    one of `FRAMINGS`; `on_error`: "raise" or "nan" for pictures without a usable face."""
+    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`); `framing`: how the crop is
+    cut out, one of `FRAMINGS`; `on_error`: "raise" or "nan" for pictures without a usable face."""
 
     def __init__(self, encoder="mefem-s", features: str = "mean", framing: str = "auto", batch: int = 64, device=None,
                  on_error: str = "raise"):
@@ -180,10 +183,10 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
                                for i in range(0, len(X), self.batch)])
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray:
-        """Names of the columns, "mean0", "mean1" ...; `ValueError` for feature sets with several vectors per picture."""
+        """Names of the columns, "mean0", "mean1" ...; `ValueError` where a picture has several vectors."""
         check_is_fitted(self, "encoder_")
         if self.features not in ("mean", "cls"):
-            raise ValueError(f"features={self.features!r} gives several vectors per picture and no columns: take 'mean' or 'cls'")
+            raise ValueError(f"features={self.features!r} gives several vectors per picture: take 'mean' or 'cls'")
         return np.array([f"{self.features}{i}" for i in range(self.encoder_.dim)], dtype=object)
 
     def _crops(self, pictures, first: int) -> list:
@@ -394,7 +397,8 @@ def _crop_file(path: Path, target: Path, **framing) -> dict:
 
 def _told(framed: Framed) -> dict:
     """The columns of a table that say how a photograph was framed, or why it was not."""
-    return {"status": framed.status, "framing": framed.framing, "reason": framed.advice, "other_framings": " ".join(framed.others)}
+    return {"status": framed.status, "framing": framed.framing, "reason": framed.advice,
+            "other_framings": " ".join(framed.others)}
 
 # %% ../nbs/51_features.ipynb #a939db72
 def _home(source) -> Path:
@@ -427,19 +431,20 @@ def _make_room(source, out: Path, names: list[str]) -> None:
         print(f"{out}: {len(gone)} crops of photographs that are gone were removed", flush=True)
 
 # %% ../nbs/51_features.ipynb #0917bd4f
-def crop_photographs(source, out, size: int = 224, min_side: int | None = None, scale: float = 2.0, framing: str = "paper",
-                     face: str = "surest", jobs: int | None = None, progress: bool = True) -> dict:
+def crop_photographs(source, out, size: int = 224, min_side: int | None = None, scale: float = 2.0,
+                     framing: str = "paper", face: str = "surest", jobs: int | None = None,
+                     progress: bool = True) -> dict:
     """Crop a face of each photograph in `source` to `out`/*.jpg, and list all in `out`/crops.csv; counts by reason.
 
-    `face`: the "surest" or the "largest" that fits the framing. `framing`: one of `FRAMINGS`; `min_side`: see `least_side`. crops.csv: file (as found), crop (its own name, empty without one),
-    status ("success" or the reason), framing (as used), reason (what was found and what helps), other_framings (that would use it).
-    Crops that an earlier crops.csv lists are ours: they are replaced, or removed where their photograph is gone; no other file in
-    `out` is touched."""
+    `face`: the "surest" or the "largest" that fits the framing, one of `FRAMINGS`. `min_side`: see `least_side`.
+    crops.csv: file (as found), crop (its own name, empty without one), status ("success" or the reason), framing (as
+    used), reason (what was found and what helps), other_framings (that would use it). Crops that an earlier crops.csv
+    lists are ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched."""
     from joblib import Parallel, delayed
     home, out = _home(source), Path(out)
     check_framing(framing, face)
     if face == "all":
-        raise ValueError("crops are one per photograph: face is 'surest' or 'largest' (a table of embeddings has a row per face)")
+        raise ValueError("crops are one per photograph: face is 'surest' or 'largest' (embed has a row per face)")
     if out.resolve() == home.resolve():
         raise ValueError(f"{out} is the folder of the photographs: choose another one for the crops, for instance {out / 'crops'}")
     if out.exists() and not out.is_dir():
@@ -449,7 +454,7 @@ def crop_photographs(source, out, size: int = 224, min_side: int | None = None, 
     if framing != "as-is":
         detector_model()                                  # fetched once, before several processes would
     _make_room(source, out, names)
-    _write_crop_list(out, files, names, [{"status": "unfinished"}] * len(files))  # a run that is stopped leaves no crop unlisted
+    _write_crop_list(out, files, names, [{"status": "unfinished"}] * len(files))  # a stopped run has listed its crops
     work = Parallel(n_jobs=jobs or usable_cores(), return_as="generator")(
         delayed(_crop_file)(f, out / n, framing=framing, face=face, size=size, min_side=min_side, scale=scale)
         for f, n in zip(files, names, strict=True))
@@ -461,19 +466,21 @@ def crop_photographs(source, out, size: int = 224, min_side: int | None = None, 
 
 # %% ../nbs/51_features.ipynb #58311bbe
 def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
-    """The error of a run that used no photograph: how many of its `table`'s photographs each other framing would use."""
+    """The error of a run that used no photograph: how many of those in `table` each other framing would use."""
     if framing == "as-is":
-        return (f"no photograph of {source} could be used with --framing as-is; the other framings look for a face first, which this "
-                f"one does not: try --framing auto")
+        return (f"no photograph of {source} could be used with --framing as-is; the other framings look for a face, "
+                f"which was not done: try --framing auto")
     would = table.drop_duplicates("file").other_framings.fillna("").str.split()
-    counts = ", ".join(f"{other} {sum(other in found for found in would)}" for other in FRAMINGS if other != framing)
-    return f"no photograph of {source} could be used with --framing {framing}; of these {len(would)}, the others would use: {counts}"
+    counts = ", ".join(f"{other} {sum(other in found for found in would):,}" for other in FRAMINGS if other != framing)
+    return (f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the others "
+            f"would use: {counts}")
 
 # %% ../nbs/51_features.ipynb #cf388a22
-_TYPES = {**dict.fromkeys(("file", "status", "reason"), "string"), **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
-          **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"), "dim": "int64"}  # and the embedding
+_TYPES = {**dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
+          **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
+          **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"), "dim": "int64"}
 _TABLE = [*_TYPES]
-_KNOWN_BY = {"file", "status", "encoder", "features", "dim"}  # columns that make a table ours, whatever version wrote it
+_KNOWN_BY = {"file", "status", "encoder", "features", "dim"}  # a table with these is ours, whatever version wrote it
 
 
 def _is_embeddings(path: Path) -> bool:
@@ -513,7 +520,8 @@ def _matrix(table: pd.DataFrame, width: int) -> np.ndarray:
 def _schema():
     import pyarrow as pa
 
-    return pa.schema([*((name, getattr(pa, kind)()) for name, kind in _TYPES.items()), ("embedding", pa.list_(pa.float32()))])
+    columns = [(name, getattr(pa, kind)()) for name, kind in _TYPES.items()]
+    return pa.schema([*columns, ("embedding", pa.list_(pa.float32()))])
 
 
 def _write_parquet(parts: list[Path], path, width: int) -> None:
@@ -540,7 +548,8 @@ def _write_npz(parts: list[Path], path, width: int) -> None:
 
         for name, kind in _TYPES.items():
             with entry(name) as f:
-                np.lib.format.write_array(f, table[name].to_numpy(str if kind == "string" else kind), allow_pickle=False)
+                column = table[name].to_numpy(str if kind == "string" else kind)
+                np.lib.format.write_array(f, column, allow_pickle=False)
         with entry("embedding") as f:
             shape = {"descr": "<f4", "fortran_order": False, "shape": (len(table), width)}
             np.lib.format.write_array_header_2_0(f, shape)
@@ -560,27 +569,30 @@ def _embedded(part: list[Path], home: Path, frozen: FrozenEncoder, features: str
     framed = [(path, one) for path in part for one in frame_faces(path, size=frozen.image_size, **how)]
     crops = [one.crop for _, one in framed if not one.problem]
     vectors = iter(embed(np.stack(crops), frozen, features, batch) if crops else ())
-    return [{"file": _shown(path.relative_to(home)), **_told(one), **_seen(one), "encoder": frozen.name, "features": features,
-             "dim": frozen.dim, "embedding": None if one.problem else next(vectors).ravel()} for path, one in framed]
+    about = {"encoder": frozen.name, "features": features, "dim": frozen.dim}
+    return [{"file": _shown(path.relative_to(home)), **_told(one), **_seen(one), **about,
+             "embedding": None if one.problem else next(vectors).ravel()} for path, one in framed]
 
 
 def _seen(framed: Framed) -> dict:
     """The columns of a table that say what the detector saw."""
     box = framed.face.box if framed.face else (None,) * 4
-    return {"faces": framed.faces, "score": framed.face and framed.face.score, **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))}
+    return {"faces": framed.faces, "score": framed.face and framed.face.score,
+            **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))}
 
 
 _PART_ROWS, _PART_BYTES = 256, 1 << 26  # photographs in a part; fewer where their embeddings would be larger
 
 
 def _part_size(batch: int, width: int) -> int:
-    """Photographs in a part, whole batches: a batch holds the same pictures in a run that goes on, and gives the same bits."""
+    """Photographs in a part: whole batches, so that those of a run that goes on hold the same pictures."""
     return batch * max(1, min(_PART_ROWS, _PART_BYTES // (4 * width)) // batch)
 
 
 def _parts_key(files: list[Path], home: Path, frozen: FrozenEncoder, **settings) -> str:
     """What the parts follow from: settings, photographs (names, sizes, times) and code."""
-    listed = [[_shown(path.relative_to(home)), stat.st_size, stat.st_mtime_ns] for path in files for stat in [path.stat()]]
+    stats = [(path, path.stat()) for path in files]
+    listed = [[_shown(path.relative_to(home)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     about = {**frozen.about(), "device": str(frozen.device), **settings}
     return MadeFrom(settings_hash(about), settings_hash(listed), code_hash("features")).key
 
@@ -598,24 +610,28 @@ def _take_up(out: Path, folder: Path, parts: list[Path], progress: bool) -> None
     folder.mkdir(exist_ok=True)
     done = sum(part.is_file() for part in parts)
     if progress and done:
-        print(f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on", flush=True)
+        print(f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on",
+              flush=True)
     for other in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         if progress and other != folder:
-            print(f"{other} has parts of a run with other settings, photographs or code: they are left alone; that run's command goes on "
-                  f"with them, or remove the folder", flush=True)
+            print(f"{other} has parts of a run with other settings, photographs or code: they are left alone; that "
+                  f"run's command goes on with them, or remove the folder", flush=True)
 
 
-def embed_photographs(source, encoder, out, features: str = "mean", framing: str = "auto", face: str = "surest", scale: float = 2.0,
-                      min_side: int | None = None, batch: int = 32, device=None, progress: bool = True) -> pd.DataFrame:
-    """Embed each photograph in `source`, framed as by `crop_photographs`, to the table `out`; returns it without the embeddings.
+def embed_photographs(source, encoder, out, features: str = "mean", framing: str = "auto", face: str = "surest",
+                      scale: float = 2.0, min_side: int | None = None, batch: int = 32, device=None,
+                      progress: bool = True) -> pd.DataFrame:
+    """Embed each photograph in `source`, framed as by `crop_photographs`, to the table `out`; it, without embeddings.
 
-    Its columns are told above. `out` ends in .parquet, .csv or .npz. `face`: the "surest" or the "largest" that fits the framing,
-    or "all", a row each. A photograph without an embedding has a row with the reason. A run that was killed goes on where it was."""
+    Its columns are told above. `out` ends in .parquet, .csv or .npz. `face`: the "surest" or the "largest" that fits
+    the framing, or "all", a row each. A photograph without an embedding has a row with the reason. A run that was
+    killed goes on where it was."""
     check_framing(framing, face)
     if features not in EMBEDDINGS:
         raise ValueError(f"features {features!r} are unknown, expected one of {', '.join(EMBEDDINGS)}")
-    out, home, files = check_target(out), _home(source), photographs_in(source)
-    frozen, how = as_encoder(encoder, device), {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
+    out, home = check_target(out), _home(source)
+    frozen, files = as_encoder(encoder, device), photographs_in(source)
+    how = {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
     folder = out.parent / f".{out.name}.{_parts_key(files, home, frozen, features=features, batch=batch, **how)}.parts"

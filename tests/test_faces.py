@@ -318,14 +318,15 @@ def test_least_side_is_that_of_the_paper_in_the_papers_framing_only():
 @pytest.mark.parametrize("size", [50, 224])
 def test_padding_repeats_the_edge(square, size):
     "As padding the picture before the resampling gives it, but for the pixels of the crop that the border cuts."
-    rgb = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)).resize((180, 160), Image.Resampling.BICUBIC))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8))
+    rgb = np.asarray(noise.resize((180, 160), Image.Resampling.BICUBIC))
     found = faces.resample_padded(Image.fromarray(rgb), square, size)
     before = np.pad(rgb, ((300, 300), (300, 300), (0, 0)), mode="edge")
     expected = faces.resample(Image.fromarray(before), (square[0] + 300, square[1] + 300, square[2]), size)
     assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 4
     if faces.lies_inside(square, 180, 160):
         assert np.array_equal(found, faces.resample(Image.fromarray(rgb), square, size))
-    with pytest.raises(CropError, match="less than one pixel"):
+    with pytest.raises(CropError, match="not one pixel"):
         faces.resample_padded(Image.fromarray(rgb), (-5000, 0, 100000), size)
 
 
@@ -343,7 +344,8 @@ def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(dete
     assert plain.face.box == box and np.array_equal(plain.crop, crop_face(np.asarray(drawn), box))
     square = tight.resize((250, 250))
     refused = frame_one(square, detector=detector)
-    assert (refused.status, refused.crop, refused.others) == ("leaves the picture", None, ("pad", "as-is", "auto")) and refused.face.score > 0.5
+    assert (refused.status, refused.crop) == ("leaves the picture", None) and refused.face.score > 0.5
+    assert refused.others == ("pad", "as-is", "auto")
     assert refused.advice.endswith("in 250 x 250; --framing pad or as-is or auto would use it")
     for other in faces.FRAMINGS:
         assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), other
@@ -385,7 +387,8 @@ def test_all_faces_and_what_is_said_where_none_fits():
     found = faces.frame_faces(picture, "paper", "all", min_side=1, detector=Seen(BORDER, SMALL, LARGE))
     assert [one.status for one in found] == ["leaves the picture", "success", "success"]
     assert [one.face.box for one in found] == [BORDER, SMALL, LARGE] and {one.faces for one in found} == {3}
-    assert found[0].others == ("shift", "pad", "auto") and np.array_equal(found[1].crop, crop_face(gradient(400, 500), SMALL, min_side=1))
+    assert found[0].others == ("shift", "pad", "auto")
+    assert np.array_equal(found[1].crop, crop_face(gradient(400, 500), SMALL, min_side=1))
     wide = (0.0, 0, 300, 300)
     refused = frame_one(picture, "paper", min_side=1, detector=Seen(wide, BORDER))
     assert refused.face.box == wide and refused.others == ("shift", "pad", "auto"), "what any of the faces allows"

@@ -87,7 +87,7 @@ def test_embed_takes_what_is_at_hand(encoder, tmp_path):
     assert np.allclose(whole, encoder.tokens_of(CROPS), atol=1e-5)
     for one in (CROPS[0], Image.fromarray(CROPS[0]), tmp_path / "a.png", str(tmp_path / "a.png")):
         assert np.allclose(embed([one], encoder, "cls")[0], whole[0, 0], atol=1e-5)
-    mixed = embed([CROPS[0], CROPS[1].repeat(2, 0).repeat(2, 1)], encoder)
+    mixed = embed([CROPS[0], CROPS[1].repeat(2, 0).repeat(2, 1)], encoder, "cls")
     assert np.allclose(mixed[0], whole[0, 0], atol=1e-5) and mixed.shape == (2, 24)
     with pytest.raises(ValueError, match="no pictures"):
         embed([], encoder)
@@ -244,9 +244,11 @@ def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
         assert row.reason and not row.framing, "a refusal names a remedy"
         would = [other for other in FRAMED if other != framing and row.file in FRAMED[other]]
         assert framing == "as-is" or row.other_framings.split() == would and all(other in row.reason for other in would)
-    few = module.crop_photographs(frames, tmp_path / "few", 64, 150, framing=framing, jobs=1, progress=False)
-    again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, min_side=150, progress=False)
-    assert few["usable"] == (again.status == "success").sum() == counts["usable"] - ("tight.png" in FRAMED[framing] and framing != "pad")
+    how = {"framing": framing, "min_side": 150, "progress": False}
+    few = module.crop_photographs(frames, tmp_path / "few", 64, jobs=1, **how)
+    again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", **how)
+    small = "tight.png" in FRAMED[framing] and framing != "pad"
+    assert few["usable"] == (again.status == "success").sum() == counts["usable"] - small
 
 
 def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder, tmp_path):
@@ -297,7 +299,8 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     Image.fromarray(CROPS[3][:20]).save(tmp_path / "crops/wide.png")
     (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
     for _ in range(2):  # the second time over a table of ours
-        module.embed_photographs(tmp_path / "crops", encoder, tmp_path / name, features, framing="as-is", batch=2, progress=False)
+        out = tmp_path / name
+        module.embed_photographs(tmp_path / "crops", encoder, out, features, framing="as-is", batch=2, progress=False)
     path = (tmp_path / name).rename(tmp_path / name.lower())
     files, status, embedding = read_table(path)
     assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
@@ -313,7 +316,8 @@ def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
     row = {name: kinds[kind] for name, kind in module._TYPES.items()}
     parts = [tmp_path / "0", tmp_path / "1"]
     for part, own in zip(parts, (vectors[:13], vectors[13:]), strict=True):
-        module._write_part(part, [{**row, "embedding": vector} for vector in own] + [{**row, "score": None, "embedding": None}])
+        rows = [{**row, "embedding": vector} for vector in own]
+        module._write_part(part, [*rows, {**row, "score": None, "embedding": None}])
     for name, write in module._WRITERS.items():
         write(parts, tmp_path / f"t{name}", 7)
         found = read_table(tmp_path / f"t{name}")[2].astype(np.float32)
@@ -347,7 +351,7 @@ elif moment == "writing":
     pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
 elif moment == "joining":
     ending = os.path.splitext(out)[1]
-    module._WRITERS[ending] = at(1, module._WRITERS[ending], lambda parts, path, width: path.write_bytes(b"half a table"))
+    module._WRITERS[ending] = at(1, module._WRITERS[ending], lambda parts, path, _: path.write_bytes(b"half a table"))
 else:
     module.shutil.rmtree = at(1, module.shutil.rmtree)
 module.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)
@@ -359,14 +363,15 @@ def ten(tmp_path):
     "Ten pictures, and an encoder in a file."
     (tmp_path / "p").mkdir()
     for i in range(10):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"p/{i}.png")
+        Image.fromarray(CROPS[i % 7] // (i + 1)).save(tmp_path / f"p/{i}.png")
     (tmp_path / "p/3.png").write_bytes(b"no picture")
     kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
-    return tmp_path / "p", save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    encoder = save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    return tmp_path / "p", encoder
 
 
-@pytest.mark.parametrize("moment, ending, left", [("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0),
-                                                  ("removing", ".parquet", 0)])
+@pytest.mark.parametrize("moment, ending, left", [
+    ("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0), ("removing", ".parquet", 0)])
 def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
     monkeypatch.setattr(module, "_PART_ROWS", 4)
     whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
@@ -386,10 +391,11 @@ def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path
     out, real = tmp_path / "out/e.parquet", module._write_part
 
     def stopped(**options):
-        calls = []
-        monkeypatch.setattr(module, "_write_part", lambda *rest: real(*rest) if not calls and not calls.append(0) else 1 / 0)
+        writers = iter([real])
+        monkeypatch.setattr(module, "_write_part", lambda *rest: next(writers, lambda *_: 1 / 0)(*rest))
+        options = {"framing": "as-is", "batch": 2, "progress": False, **options}
         with pytest.raises(ZeroDivisionError):
-            module.embed_photographs(photographs, encoder, out, **{"framing": "as-is", "batch": 2, "progress": False, **options})
+            module.embed_photographs(photographs, encoder, out, **options)
         return sorted(path.name for path in out.parent.iterdir())
     first, = stopped()
     assert stopped() == [first], "stopped again, it has one folder still"
@@ -410,8 +416,8 @@ def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path
 
 
 def test_parts_are_small_and_whole_batches():
-    assert module._part_size(32, 768) == 256 and module._part_size(100, 768) == 200 and module._part_size(512, 768) == 512
-    assert module._part_size(32, 196 * 768) == 96 and module._part_size(32, 1 << 30) == 32
+    for batch, width, size in ((32, 768, 256), (100, 768, 200), (512, 768, 512), (32, 150_000, 96), (32, 1 << 30, 32)):
+        assert module._part_size(batch, width) == size
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
@@ -421,7 +427,9 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     Image.fromarray(two).save(tmp_path / "p/two.png")
     Image.new("RGB", (80, 80)).save(tmp_path / "p/black.png")
     (tmp_path / "p/zero.jpg").write_bytes(b"")
-    table = module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, face="all", framing="shift", min_side=1, progress=False)
+    def embedded(face):
+        return module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False)
+    table = embedded("all")
     assert list(table.columns) == module._TABLE
     found = FaceDetector().detect(two)
     assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
@@ -439,7 +447,7 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     for column in module._TABLE:
         assert written[column].fillna("").tolist() == table[column].fillna("").tolist(), column
     for face, file in (("surest", found[0]), ("largest", max(found, key=lambda one: one.box[2] - one.box[0]))):
-        one = module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, face=face, framing="shift", min_side=1, progress=False)
+        one = embedded(face)
         assert len(one) == 3 and one.x0[1] == file.box[0] and (face == "surest") == (file is found[0])
 
 
@@ -494,13 +502,14 @@ def test_the_default_is_one_named_vector_per_picture(encoder):
     embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
     rows = embedder.transform(list(CROPS))
     assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder), rows, atol=1e-5)
-    frame = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas").fit_transform(list(CROPS))
+    framed = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas")
+    frame = framed.fit_transform(list(CROPS))
     assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(frame, tokens[:, 0], atol=1e-5)
     assert embedder.get_feature_names_out()[-1] == "mean23"
     with pytest.raises(ValueError, match="several vectors per picture"):
         embedder.set_params(features="patches").get_feature_names_out()
-    one_vector = module.pool_tokens(tokens[:, :1], "mean", True)
-    assert np.array_equal(one_vector, tokens[:, 0]) and np.allclose(module.pool_tokens(tokens[:, 1:], "mean", False), rows, atol=1e-5)
+    assert np.array_equal(module.pool_tokens(tokens[:, :1], "mean", True), tokens[:, 0]), "one vector is its own mean"
+    assert np.allclose(module.pool_tokens(tokens[:, 1:], "mean", False), rows, atol=1e-5)
     with pytest.raises(ValueError, match="'meen' are unknown, expected one of mean, cls"):
         module.pool_tokens(tokens, "meen", True)
 
