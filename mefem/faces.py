@@ -610,7 +610,8 @@ class Framed:
         "What was found and what helps; empty without a problem."
         if not self.problem:
             return ""
-        remedy = f"--framing {' or '.join(self.others)} would use it" if self.others else REMEDIES[self.problem.reason]
+        named = " or ".join(filter(None, (", ".join(self.others[:-1]), *self.others[-1:])))
+        remedy = f"--framing {named} would use it" if named else REMEDIES[self.problem.reason]
         return "; ".join(filter(None, (self.problem.detail, remedy)))
 
 

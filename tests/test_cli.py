@@ -104,7 +104,7 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
     result = mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1, code=1)
     assert said in result.stderr and "3  leaves the picture" in result.stdout
     result = mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "paper", code=1)
-    assert said in result.stderr and "--framing pad or as-is or auto would use it" in result.stderr
+    assert said in result.stderr and "--framing pad, as-is or auto would use it" in result.stderr
     assert "(framing: " in mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
     assert "3  usable" in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "auto", "--jobs", 1).stdout
     (photos / "b.png").unlink()

@@ -346,7 +346,7 @@ def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(dete
     refused = frame_one(square, detector=detector)
     assert (refused.status, refused.crop) == ("leaves the picture", None) and refused.face.score > 0.5
     assert refused.others == ("pad", "as-is", "auto")
-    assert refused.advice.endswith("in 250 x 250; --framing pad or as-is or auto would use it")
+    assert refused.advice.endswith("in 250 x 250; --framing pad, as-is or auto would use it")
     for other in faces.FRAMINGS:
         assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), other
     whole = frame_one(square, "as-is", size=250, detector=None)
