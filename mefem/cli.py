@@ -51,36 +51,83 @@ def simulate(dataset: Annotated[str, typer.Argument(help="avspeech, bmi, celeba,
         typer.echo(f"{photographs} photographs of {dataset} in {out}")
 
 # %% ../nbs/70_cli.ipynb #e74c5a2c
+_FRAMING = ("paper (the square of scale x the face's box, refused where it leaves the picture), shift (that square "
+            "moved inside), pad (the picture's edge goes on outside), as-is (a square picture is the crop), auto "
+            "(paper, else shift, else as-is where the face fills two thirds of a square picture's side, else pad)")
+_MIN_SIDE = "least pixels of the square's side in the picture; default: with --framing paper 224, as there, else 1"
+_SCALE = "side of the square / longer side of the face's box; default: 2"
+
+
 @app.command()
-def crop(source: Annotated[Path, typer.Argument(help="a folder of photographs, or of a data set in its publisher's layout")],
+def crop(context: typer.Context,
+         source: Annotated[Path, typer.Argument(help="a folder of photographs, or of a data set as published")],
          out: Annotated[Path, typer.Option("--out", "-o", help="folder for the crops")],
          dataset: Annotated[str | None, typer.Option(help="the data set's name; without: any folder of photographs")] = None,
          size: Annotated[int, typer.Option(min=32, help="pixels per side of a crop")] = 224,
-         min_side: Annotated[int, typer.Option(min=1, help="least pixels of the original")] = 224,
-         scale: Annotated[float, typer.Option(help="side of the square / longer side of the face's box")] = 2.0,
-         framing: Annotated[str | None, typer.Option(help="paper, or dataset (the publisher's own framing); default: what the data set needs")] = None,
-         jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None,
-         cluster: Annotated[str | None, typer.Option(envvar="MEFEM_CLUSTER", help="address of a Dask scheduler to work on")] = None):
-    "Square face crops, as in the paper; every photograph is used or counted under the reason why not."
+         framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}; with --dataset: paper, or dataset (the "
+                                                     "publisher's). Default: paper, or what the set needs")] = None,
+         min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
+         scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+         face: Annotated[str | None, typer.Option(help="surest (the default) or largest; the next where that does not "
+                                                  "fit")] = None,
+         jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
+         cluster: Annotated[str | None, typer.Option(envvar="MEFEM_CLUSTER",
+                                                     help="with --dataset: address of a Dask scheduler")] = None):
+    """Square face crops; every photograph is used or counted under the reason why not.
+
+    Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what helps.
+
+    Example: mefem crop photos/ -o crops/ --framing auto"""
     with _Plainly():
+        framing = _check_framing(framing, scale, face, dataset)
+        how = {"size": size, "scale": 2.0 if scale is None else scale, "framing": framing, "jobs": jobs}
         if dataset is None:
-            from mefem.features import crop_photographs
+            if context.get_parameter_source("cluster").name == "COMMANDLINE":  # the environment's is meant for others
+                raise ValueError("--cluster works on a data set: name it by --dataset, or leave --cluster out")
+            import pandas as pd
 
-            account = crop_photographs(source, out, size=size, min_side=min_side, scale=scale, jobs=jobs)
+            from mefem.faces import CROP_LIST
+            from mefem.features import crop_photographs, nothing_usable
+
+            account = crop_photographs(source, out, min_side=min_side, face=face or "surest", **how)
+            message = nothing_usable(source, framing, pd.read_csv(out / CROP_LIST, dtype=str))
         else:
-            from mefem.datasets.core import crop_dataset
-            from mefem.shards import on_cluster
-
-            with on_cluster(cluster):
-                manifest = crop_dataset(dataset, source.resolve(), out.resolve(), size=size, min_side=min_side, scale=scale,
-                                        framing=framing, jobs=jobs)
-            if manifest["state"] == "absent":
-                raise FileNotFoundError(manifest["reason"])
-            account = {"usable": manifest["usable"], **manifest["dropped"]}
+            account, message = _crop_dataset(dataset, source, out, cluster, min_side=min_side or 224, **how)
         for reason, count in account.items():
             typer.echo(f"{count:8,}  {reason}")
         if not account["usable"]:
-            raise ValueError(f"no photograph of {source} could be used")
+            raise ValueError(message)
+
+
+def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None):
+    "`framing`, or the default; `ValueError` for an option that would do nothing, or is for something else."
+    from mefem.faces import check_framing
+
+    if dataset is None and framing == "dataset":
+        raise ValueError("--framing dataset is a publisher's framing: name the data set by --dataset, or use as-is")
+    if dataset and framing not in (None, "paper", "dataset"):
+        raise ValueError(f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset")
+    if dataset and face:
+        raise ValueError("--face is for a folder of photographs; a data set's reader knows its faces")
+    if not dataset:
+        check_framing(framing or "paper", face or "surest")
+    if scale is not None and framing in ("as-is", "dataset"):
+        raise ValueError(f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out")
+    return framing or (None if dataset else "paper")
+
+
+def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
+    "Counts by reason of a data set's crops, and what to say where none is usable."
+    from mefem.datasets.core import crop_dataset
+    from mefem.shards import on_cluster
+
+    with on_cluster(cluster):
+        manifest = crop_dataset(dataset, source.resolve(), out.resolve(), **how)
+    if manifest["state"] == "absent":
+        raise FileNotFoundError(manifest["reason"])
+    own = manifest["crop"]["framing"] == "dataset"
+    remedy = "" if own else "; --framing dataset takes them as their publisher framed them"
+    return {"usable": manifest["usable"], **manifest["dropped"]}, f"no photograph of {source} could be used{remedy}"
 
 # %% ../nbs/70_cli.ipynb #1959d477
 @app.command()
@@ -111,21 +158,40 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
 def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
           out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
           encoder: Annotated[str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")] = "mefem-b",
-          features: Annotated[str, typer.Option(help="cls, patches or patches+cls")] = "cls",
-          detect: Annotated[bool, typer.Option(help="find and crop the face first; --no-detect for crops")] = True,
+          features: Annotated[str, typer.Option(help="mean (of the patch tokens), cls, patches or patches+cls. CLS of "
+                                                "a short pretraining says next to nothing")] = "mean",
+          framing: Annotated[str, typer.Option(help=_FRAMING)] = "auto",
+          min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
+          scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+          face: Annotated[str | None, typer.Option(help="surest (the default), largest (of both, the next where that "
+                                                   "does not fit) or all, a row each")] = None,
           batch: Annotated[int, typer.Option(min=1)] = 32,
           device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto"):
-    "Embeddings of photographs: one row each, with a reason where there is none."
-    from mefem.features import embed_photographs
+    """Embeddings of photographs: one row each, with a reason where there is none.
+
+    Columns: file, status, reason (what was found and what helps), faces (number found), score and box x0 y0 x1 y1 of
+    the face, framing (as used), other_framings (that would use a refused picture), encoder, features, dim, embedding
+    (in CSV: e0, e1 ...). A run that was killed goes on where it was, by the same command.
+
+    Example: mefem embed photos/ -o embeddings.parquet -e encoder.safetensors"""
+    from mefem.features import embed_photographs, nothing_usable
 
     with _Plainly():
-        table = embed_photographs(photographs, encoder, out, features=features, detect=detect, batch=batch, device=device)
+        framing = _check_framing(framing, scale, face)
+        table = embed_photographs(photographs, encoder, out, features=features, framing=framing, face=face or "surest",
+                                  scale=2.0 if scale is None else scale, min_side=min_side, batch=batch, device=device)
         refused = table[table.status != "success"]
-        for row in refused.itertuples():
-            typer.echo(f"{row.file}: {row.status}", err=True)
-        typer.echo(f"{len(table) - len(refused)} of {len(table)} photographs embedded in {out}")
+        for row in refused.head(20).itertuples():
+            typer.echo(f"{row.file}: {row.status}; {row.reason}", err=True)
+        if len(refused) > 20:
+            typer.echo(f"and {len(refused) - 20} more: see the column reason in {out}", err=True)
+        done = table[table.status == "success"]
+        used = ", ".join(f"{name} {count:,}" for name, count in done.framing.value_counts().items())
+        faces = f"{len(done):,} faces in " if face == "all" else ""
+        typer.echo(f"{faces}{done.file.nunique():,} of {table.file.nunique():,} photographs embedded in {out}"
+                   + (f" (framing: {used})" if used else ""))
         if len(refused) == len(table):
-            raise ValueError(f"no photograph of {photographs} could be embedded")
+            raise ValueError(nothing_usable(photographs, framing, table))
 
 # %% ../nbs/70_cli.ipynb #7a311150
 @app.command()

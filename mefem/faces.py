@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
-           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'Unusable', 'ImageError',
-           'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image', 'listed_crops',
-           'visible_files', 'is_photograph', 'flat_names', 'ModelAbsent', 'detector_model', 'Face', 'check_rgb',
-           'FaceDetector', 'face_square', 'center_square', 'check_square', 'check_framed', 'stray_square', 'resample',
-           'crop_image', 'crop_face', 'encode_crop']
+           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'FRAMINGS', 'FILLS',
+           'PAPER_SIDE', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
+           'upright_size', 'decode', 'read_image', 'listed_crops', 'visible_files', 'is_photograph', 'flat_names',
+           'ModelAbsent', 'detector_model', 'Face', 'check_rgb', 'FaceDetector', 'face_square', 'center_square',
+           'lies_inside', 'check_square', 'check_framed', 'stray_square', 'resample', 'crop_image', 'crop_face',
+           'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
 # %% ../nbs/10_faces.ipynb #75672789
 import contextlib
@@ -26,7 +27,7 @@ import urllib.request
 import weakref
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def read_image(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 # %% ../nbs/10_faces.ipynb #f8fa6fec
 PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .heic .heif .avif".split())
-CROP_LIST, CROP_COLUMNS = "crops.csv", ["file", "crop", "status"]
+CROP_LIST, CROP_COLUMNS = "crops.csv", ["file", "crop", "status", "framing", "reason", "other_framings"]
 
 
 def listed_crops(folder) -> dict[str, str]:
@@ -212,9 +213,9 @@ def listed_crops(folder) -> dict[str, str]:
     try:
         with path.open(encoding="utf-8", newline="") as f:
             rows = csv.reader(f, strict=True)
-            if next(rows, None) != CROP_COLUMNS:
+            if next(rows, None) not in (CROP_COLUMNS, CROP_COLUMNS[:3]):  # lists of version 0.1.0 end with the status
                 raise ValueError(f"its columns are not {','.join(CROP_COLUMNS)}")
-            return {crop: file for file, crop, _ in rows if crop.endswith(".jpg") and Path(crop).name == crop}
+            return {crop: file for file, crop, *_ in rows if crop.endswith(".jpg") and Path(crop).name == crop}
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path} is no list of crops as `mefem crop` writes it: {error}; move it, or choose another folder") from None
 
@@ -422,11 +423,17 @@ def center_square(width: int, height: int) -> tuple[float, float, float]:
     return (width - side) / 2, (height - side) / 2, float(side)
 
 # %% ../nbs/10_faces.ipynb #7bad67ae
+def lies_inside(square, width: int, height: int) -> bool:
+    "Whether a square (x0, y0, side) lies in a picture."
+    x0, y0, side = square
+    slack = 1e-6 * max(width, height)  # rounding of (x0 + x1 - side) / 2, far below any pixel
+    return x0 >= -slack and y0 >= -slack and x0 + side <= width + slack and y0 + side <= height + slack
+
+
 def check_square(square, width: int, height: int, min_side: int):
     "`square` if it lies in the picture and has `min_side` pixels; `CropError` otherwise. The border is tested first."
     x0, y0, side = square
-    slack = 1e-6 * max(width, height)  # rounding of (x0 + x1 - side) / 2, far below any pixel
-    if x0 < -slack or y0 < -slack or x0 + side > width + slack or y0 + side > height + slack:
+    if not lies_inside(square, width, height):
         raise CropError("leaves the picture",
                         detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
     if side < min_side:
@@ -519,3 +526,174 @@ def encode_crop(crop: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(crop).save(buffer, "JPEG", **CROP_JPEG)
     return buffer.getvalue()
+
+# %% ../nbs/10_faces.ipynb #a1d2763b
+FRAMINGS = ("paper", "shift", "pad", "as-is", "auto")
+FILLS = 2 / 3  # of a square picture's side, by the longer side of the face's box: then the picture is a crop already
+PAPER_SIDE = 224  # pixels; the paper drops smaller squares
+
+
+def least_side(framing: str, min_side: int | None = None) -> int:
+    "Least side of a square, pixels of the picture: `min_side`, or the paper's 224 for \"paper\" and 1 for all others."
+    return min_side or (PAPER_SIDE if framing == "paper" else 1)
+
+# %% ../nbs/10_faces.ipynb #778d02fe
+def frame_square(box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None):
+    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` where that cannot be.
+
+    The framing used is "paper" wherever the paper's square lies in the picture, never "auto"; "as-is" needs no box."""
+    used = framing
+    if framing != "as-is":
+        x0, y0, side = square = face_square(box, scale)
+        used = _applies(square, max(box[2] - box[0], box[3] - box[1]), width, height, framing)
+        if used == "shift":
+            square = min(max(x0, 0.0), width - side), min(max(y0, 0.0), height - side), side
+    if used == "as-is":
+        if width != height:
+            raise CropError("not square", detail=f"{width} x {height} pixels, where the picture is to be the crop")
+        square = 0.0, 0.0, float(width)
+    least = least_side(framing, min_side)
+    if square[2] < least:
+        raise CropError("too small", detail=f"{square[2]:.1f} pixels, at least {least} are needed")
+    return square, used
+
+
+def _applies(square, longer: float, width: int, height: int, framing: str) -> str:
+    "Which framing applies to the paper's `square` around a box with that `longer` side."
+    if framing not in FRAMINGS:
+        raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(FRAMINGS)}")
+    if lies_inside(square, width, height):
+        return "paper"
+    if framing in ("shift", "auto") and square[2] <= min(width, height):
+        return "shift"
+    if framing == "auto" and width == height and longer >= FILLS * width:
+        return "as-is"
+    if framing in ("pad", "auto"):
+        return "pad"
+    x0, y0, side = square
+    raise CropError("leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
+
+# %% ../nbs/10_faces.ipynb #fd03e244
+def resample_padded(rgb: Image.Image, square, size: int) -> np.ndarray:
+    "The square of a decoded picture as uint8 [size, size, 3]; where it leaves the picture, the edge is repeated."
+    x0, y0, side = square
+    step, bounds = side / size, []
+    for start, length in ((x0, rgb.width), (y0, rgb.height)):
+        first, end = max(math.ceil(-start / step), 0), min(math.floor((length - start) / step), size)
+        if first >= end:
+            raise CropError("too small", detail=f"not one pixel of the crop lies in {rgb.width} x {rgb.height}")
+        bounds.append((first, end))
+    (left, right), (top, bottom) = bounds
+    part = x0 + left * step, y0 + top * step, min(x0 + right * step, rgb.width), min(y0 + bottom * step, rgb.height)
+    inner = rgb.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=part, reducing_gap=3.0)
+    return np.pad(np.asarray(inner), ((top, size - bottom), (left, size - right), (0, 0)), mode="edge")
+
+# %% ../nbs/10_faces.ipynb #920c4abd
+@dataclass(frozen=True, eq=False)
+class Framed:
+    "What became of a photograph, or of one face in it."
+
+    crop: np.ndarray | None = None  # uint8 [size, size, 3]; None where there is a problem
+    framing: str = ""  # the one that was used
+    face: Face | None = None  # None where none was found, or none was looked for
+    faces: int | None = None  # how many were found; None where none was looked for
+    problem: Unusable | None = None
+    others: tuple[str, ...] = ()  # with a problem: the framings that would use the picture
+
+    @property
+    def status(self) -> str:
+        "\"success\", or the reason of the problem in a few fixed words."
+        return self.problem.reason if self.problem else "success"
+
+    @property
+    def advice(self) -> str:
+        "What was found and what helps; empty without a problem."
+        if not self.problem:
+            return ""
+        named = " or ".join(filter(None, (", ".join(self.others[:-1]), *self.others[-1:])))
+        remedy = f"--framing {named} would use it" if named else REMEDIES[self.problem.reason]
+        return "; ".join(filter(None, (self.problem.detail, remedy)))
+
+
+REMEDIES = {
+    "missing file": "it was there when the folder was read: run again", "unreadable file": "check its permissions",
+    "empty file": "copy it again from its source", "not an image": "remove it, or give it the ending of what it is",
+    "unsupported format": "save it as JPEG or PNG", "corrupt image": "copy it again from its source",
+    "too many pixels": "save it with fewer pixels", "bad box": "give a box inside the picture",
+    "no face": "cut the face out as a square by hand and use --framing as-is",
+    "leaves the picture": "use --framing auto", "too small": "use a smaller --min-side",
+    "not square": "use --framing auto, which looks for the face"}
+
+# %% ../nbs/10_faces.ipynb #d6b33b1f
+FACES = ("surest", "largest", "all")
+
+
+def check_framing(framing: str, face: str = "surest") -> None:
+    "`ValueError` where there is no such framing or choice of a face, or the two do not go together."
+    for name, value, known in (("framing", framing, FRAMINGS), ("face", face, FACES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
+    if framing == "as-is" and face != "surest":
+        raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture")
+
+
+def frame_faces(source, framing: str = "paper", face: str = "surest", scale: float = 2.0, size: int = 224,
+                min_side: int | None = None, detector=None) -> list[Framed]:
+    """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
+
+    `source`: what `open_image` takes. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see
+    `least_side`. A problem is told, not raised: that of the photograph, or of the first face where none fits, or with
+    "all" of each face that does not."""
+    check_framing(framing, face)
+    try:
+        image = open_image(source)
+        if framing == "as-is":
+            return [_whole(image, size, min_side)]
+        rgb = decode(image)
+    except Unusable as error:
+        return [Framed(problem=error)]
+    found = (detector or _default_detector()).detect(np.asarray(rgb))
+    if not found:
+        return [Framed(faces=0, problem=CropError("no face"), others=_others([], rgb.size, framing, scale, min_side))]
+    if face == "largest":
+        found = sorted(found, key=lambda one: -_area(one.box))
+    framed = []
+    for one in found:
+        framed.append(_framed(rgb, one, len(found), framing, scale, size, min_side))
+        if face != "all" and not framed[-1].problem:
+            return framed[-1:]
+    if face == "all":
+        return framed
+    others = [other for other in FRAMINGS if any(other in one.others for one in framed)]
+    return [replace(framed[0], others=tuple(others))]
+
+
+def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side) -> Framed:
+    "One face of a decoded picture."
+    try:
+        square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
+        return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
+    except CropError as error:
+        others = _others([one.box], rgb.size, framing, scale, min_side)
+        return Framed(face=one, faces=count, problem=error, others=others)
+
+
+def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
+    "The picture itself as its crop."
+    square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
+    reduction = _reduction(image, square[2], size)
+    return Framed(resample(decode(image, reduction), square, size, reduction), used)
+
+
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _others(boxes, size: tuple[int, int], framing: str, scale: float, min_side: int | None) -> tuple[str, ...]:
+    "The framings but `framing` that would use a picture of that size (width, height) with these boxes."
+    def takes(other: str) -> bool:
+        for box in [None] if other == "as-is" else boxes:
+            with contextlib.suppress(CropError):
+                return bool(frame_square(box, *size, other, scale, min_side))
+        return False
+    return tuple(other for other in FRAMINGS if other != framing and takes(other))

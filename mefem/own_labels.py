@@ -50,7 +50,8 @@ class Embeddings:
             raise ValueError(f"{self.name}: expected {len(self.files)} rows of embeddings [N, D], one for each photograph; found "
                              f"an array of shape {np.shape(self.vectors)}")
         if twice := sorted(name for name, count in Counter(self.files).items() if count > 1):
-            raise ValueError(f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph")
+            raise ValueError(f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph (embed with --face "
+                             "surest or largest)")
 
     @cached_property
     def usable(self) -> np.ndarray:
@@ -412,6 +413,7 @@ def fit_head(vectors, target, person, kind: str, seed: int = 0):
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     with warnings.catch_warnings():  # of a class that is in fewer inner folds than there are: it still has an outer one
         warnings.filterwarnings("ignore", "The least populated class")
@@ -420,7 +422,8 @@ def fit_head(vectors, target, person, kind: str, seed: int = 0):
         head = RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
     else:
         head = GridSearchCV(LogisticRegression(max_iter=2000), {"C": CS}, cv=inner)
-    return make_pipeline(StandardScaler(), head).fit(vectors, target)
+    with threadpool_limits(1):  # for matrices of this size threads only wait for each other, and the last digits stay the same
+        return make_pipeline(StandardScaler(), head).fit(vectors, target)
 
 
 def predict_out(vectors, rows: pd.DataFrame, kind: str, seed: int = 0) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from test_faces import cartoon
 from typer.testing import CliRunner
 
 from mefem.cli import app
@@ -54,7 +55,8 @@ def test_crop_and_embed_fairface_through_the_reader(shared, tmp_path, encoder_fi
         target = tmp_path / "raw" / "0.25" / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pq.read_table(source).slice(0, 60), target)
-    mefem("crop", tmp_path / "raw", "--dataset", "fairface", "-o", tmp_path / "tight", code=1)  # 0.25 is too tight for the paper's crop
+    result = mefem("crop", tmp_path / "raw", "--dataset", "fairface", "-o", tmp_path / "tight", code=1)
+    assert "--framing dataset takes them as their publisher framed them" in result.stderr
     manifest = read_manifest(tmp_path / "tight")
     assert manifest["usable"] == 0 and manifest["dropped"]["leaves the picture"] > 100
     mefem("crop", tmp_path / "raw", "--dataset", "fairface", "--framing", "dataset", "-o", tmp_path / "own")
@@ -71,7 +73,7 @@ def test_bad_photographs_are_named_and_the_rest_unharmed(tmp_path, encoder_file)
     result = mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, code=1)
     for name in ("empty.jpg", "page.jpg", "grey.png"):
         assert name in result.stderr
-    mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--no-detect")
+    mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "as-is")
     table = pd.read_parquet(tmp_path / "e.parquet").set_index("file")
     assert table.loc["grey.png", "status"] == "success" and table.loc["empty.jpg", "status"] != "success"
 
@@ -81,14 +83,53 @@ def test_one_picture_that_is_not_square_does_not_end_the_run(tmp_path, encoder_f
     crops.mkdir()
     for name, size in (("a.png", (112, 112)), ("b.png", (112, 90)), ("c.png", (200, 200))):
         Image.new("RGB", size, "grey").save(crops / name)
-    result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--no-detect")
+    result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--framing", "as-is")
     assert "b.png: not square" in result.stderr and "2 of 3 photographs" in result.output
     table = pd.read_csv(tmp_path / "e.csv")
     assert table.status.tolist() == ["success", "not square", "success"] and table.filter(regex="^e[0-9]").notna().sum(1).tolist() == [32, 0, 32]
     (tmp_path / "labels.csv").write_text("image,age\na.png,31\n")
     for out, words in (("labels.csv", "is no table of embeddings"), ("e.xlsx", "ending in .parquet, .csv, .npz")):
-        assert words in mefem("embed", crops, "-o", tmp_path / out, "-e", encoder_file, "--no-detect", code=1).stderr
+        result = mefem("embed", crops, "-o", tmp_path / out, "-e", encoder_file, "--framing", "as-is", code=1)
+        assert words in result.stderr
     assert (tmp_path / "labels.csv").read_text().startswith("image,age")
+
+
+def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    face = Image.fromarray(cartoon())
+    for name, box in (("a", (150, 130, 362, 380)), ("b", (150, 130, 362, 342)), ("c", (0, 120, 512, 512))):
+        face.crop(box).save(photos / f"{name}.png")
+    said = "with --framing paper; of these 3, the others would use: shift 1, pad 3, as-is 1, auto 3\n"
+    result = mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1, code=1)
+    assert said in result.stderr and "3  leaves the picture" in result.stdout
+    result = mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "paper", code=1)
+    assert said in result.stderr and "--framing pad, as-is or auto would use it" in result.stderr
+    assert "(framing: " in mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
+    assert "3  usable" in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "auto", "--jobs", 1).stdout
+    (photos / "b.png").unlink()
+    said = "could be used with --framing as-is; the other framings look for a face, which was not done: try"
+    assert said in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "as-is", "--jobs", 1, code=1).stderr
+
+
+@pytest.mark.parametrize("command, arguments, words", [
+    ("crop", ["--framing", "dataset"], "name the data set by --dataset, or use as-is"),
+    ("crop", ["--framing", "shift", "--dataset", "bmi"], "--framing shift is for a folder of photographs"),
+    ("crop", ["--framing", "papre"], "framing 'papre' is unknown, expected one of paper, shift, pad, as-is, auto"),
+    ("crop", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
+    ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "--scale does nothing with"),
+    ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
+    ("embed", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
+    ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
+    ("crop", ["--face", "all"], "crops are one per photograph"),
+    ("embed", ["--face", "all", "--framing", "as-is"], "face 'all' does nothing with framing 'as-is'"),
+    ("embed", ["--features", "patch"], "features 'patch' are unknown, expected one of mean, cls, patches, patches+cls"),
+    ("embed", ["--framing", "dataset"], "--framing dataset is a publisher's framing")])
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, encoder_file, command, arguments, words):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    arguments = arguments + (["-e", encoder_file] if command == "embed" else [])
+    result = mefem(command, tmp_path, "-o", tmp_path / "out.csv", *arguments, code=1)
+    assert words in result.stderr and result.stderr.count("\n") == 1 and not (tmp_path / "out.csv").exists()
 
 
 def test_crops_inside_the_photographs_folder(shared, tmp_path, encoder_file):

@@ -270,6 +270,135 @@ def test_dataset_framing_is_the_centred_square():
     assert np.array_equal(found, rgb[:, 30:130])
 
 
+@pytest.mark.parametrize("width, height, box, used", [
+    (300, 300, (100, 100, 200, 200), {"paper": "paper", "shift": "paper", "pad": "paper", "auto": "paper"}),
+    (300, 300, (20, 100, 120, 200), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
+    (300, 200, (100, 0, 200, 100), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
+    (300, 199, (100, 0, 200, 99), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
+    (150, 150, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "as-is"}),
+    (151, 151, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
+    (150, 149, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"})])
+def test_each_framing_takes_what_it_says(width, height, box, used):
+    "A face fills a square picture from two thirds of its side on."
+    for framing, expected in used.items():
+        if expected is None:
+            with pytest.raises(CropError, match="leaves the picture"):
+                faces.frame_square(box, width, height, framing, min_side=1)
+            continue
+        (x0, y0, side), found = faces.frame_square(box, width, height, framing, min_side=1)
+        assert found == expected
+        if found == "as-is":
+            assert (x0, y0, side) == (0, 0, width)
+            continue
+        assert side == 200
+        if found == "shift":
+            assert faces.lies_inside((x0, y0, side), width, height) and x0 <= box[0] and box[2] <= x0 + side
+        else:
+            assert (x0, y0, side) == face_square(box)
+    if width != height:
+        with pytest.raises(CropError, match="not square"):
+            faces.frame_square(None, width, height, "as-is")
+
+
+def test_least_side_is_that_of_the_paper_in_the_papers_framing_only():
+    box = (100, 100, 180, 180)
+    with pytest.raises(CropError, match="too small .160.0 pixels, at least 224"):
+        faces.frame_square(box, 300, 300, "paper")
+    for framing in faces.FRAMINGS:
+        square, _ = faces.frame_square(box, 300, 300, framing, min_side=100)
+        assert square[2] == (300 if framing == "as-is" else 160)
+        with pytest.raises(CropError, match="too small"):
+            faces.frame_square(box, 300, 300, framing, min_side=301)
+    assert faces.frame_square(box, 300, 300, "auto")[1] == "paper"
+    with pytest.raises(ValueError, match="'papre' is unknown, expected one of paper, shift, pad, as-is, auto"):
+        faces.frame_square(box, 300, 300, "papre")
+
+
+@pytest.mark.parametrize("square", [(-40, -30, 200), (60, 70, 200), (-20, 20, 150), (20, -100.5, 333.3), (10, 10, 100)])
+@pytest.mark.parametrize("size", [50, 224])
+def test_padding_repeats_the_edge(square, size):
+    "As padding the picture before the resampling gives it, but for the pixels of the crop that the border cuts."
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8))
+    rgb = np.asarray(noise.resize((180, 160), Image.Resampling.BICUBIC))
+    found = faces.resample_padded(Image.fromarray(rgb), square, size)
+    before = np.pad(rgb, ((300, 300), (300, 300), (0, 0)), mode="edge")
+    expected = faces.resample(Image.fromarray(before), (square[0] + 300, square[1] + 300, square[2]), size)
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 4
+    if faces.lies_inside(square, 180, 160):
+        assert np.array_equal(found, faces.resample(Image.fromarray(rgb), square, size))
+    with pytest.raises(CropError, match="not one pixel"):
+        faces.resample_padded(Image.fromarray(rgb), (-5000, 0, 100000), size)
+
+
+def frame_one(*arguments, **options):
+    (framed,) = faces.frame_faces(*arguments, **options)
+    return framed
+
+
+def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(detector):
+    drawn = Image.fromarray(cartoon())
+    tight, low = drawn.crop((150, 130, 362, 380)), drawn.crop((0, 200, 512, 512))
+    (box,) = [face.box for face in detector.detect(np.asarray(drawn))]
+    plain = frame_one(drawn, detector=detector)
+    assert (plain.status, plain.framing, plain.faces, plain.advice, plain.others) == ("success", "paper", 1, "", ())
+    assert plain.face.box == box and np.array_equal(plain.crop, crop_face(np.asarray(drawn), box))
+    square = tight.resize((250, 250))
+    refused = frame_one(square, detector=detector)
+    assert (refused.status, refused.crop) == ("leaves the picture", None) and refused.face.score > 0.5
+    assert refused.others == ("pad", "as-is", "auto")
+    assert refused.advice.endswith("in 250 x 250; --framing pad, as-is or auto would use it")
+    for other in faces.FRAMINGS:
+        assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), other
+    whole = frame_one(square, "as-is", size=250, detector=None)
+    assert np.array_equal(whole.crop, np.asarray(square)) and whole.faces is None and whole.face is None
+    assert "use --framing auto" in frame_one(low, "as-is").advice
+    empty = frame_one(Image.new("RGB", (300, 300)), "auto", detector=detector)
+    assert (empty.status, empty.faces, empty.others) == ("no face", 0, ("as-is",))
+    assert "by hand" in frame_one(Image.new("RGB", (300, 200)), "auto", detector=detector).advice
+    gone = frame_one("nowhere.jpg", "auto")
+    assert gone.status == "missing file" and gone.faces is None and gone.advice
+    assert set(faces.REMEDIES) == {*faces.IMAGE_REASONS, *faces.CROP_REASONS}
+
+
+class Seen:
+    "A detector that sees faces where it is told."
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def detect(self, rgb):
+        return [faces.Face(box, 0.9 - i / 10, np.zeros((6, 2), np.float32)) for i, box in enumerate(self.boxes)]
+
+
+BORDER, SMALL, LARGE = (0.0, 0, 60, 60), (100.0, 100, 150, 150), (200.0, 200, 300, 300)
+
+
+@pytest.mark.parametrize("boxes, face, framing, expected", [
+    ([SMALL, LARGE], "surest", "paper", SMALL), ([SMALL, LARGE], "largest", "paper", LARGE),
+    ([BORDER, SMALL, LARGE], "surest", "paper", SMALL), ([BORDER, SMALL, LARGE], "surest", "shift", BORDER),
+    ([SMALL, (380.0, 0, 500, 120)], "largest", "paper", SMALL), ([SMALL, BORDER], "largest", "pad", BORDER)])
+def test_the_next_face_where_the_first_does_not_fit(boxes, face, framing, expected):
+    framed = frame_one(Image.new("RGB", (500, 500)), framing, face, min_side=1, detector=Seen(*boxes))
+    assert framed.face.box == expected and framed.faces == len(boxes) and framed.crop.shape == (224, 224, 3)
+
+
+def test_all_faces_and_what_is_said_where_none_fits():
+    picture = Image.fromarray(gradient(400, 500))
+    found = faces.frame_faces(picture, "paper", "all", min_side=1, detector=Seen(BORDER, SMALL, LARGE))
+    assert [one.status for one in found] == ["leaves the picture", "success", "success"]
+    assert [one.face.box for one in found] == [BORDER, SMALL, LARGE] and {one.faces for one in found} == {3}
+    assert found[0].others == ("shift", "pad", "auto")
+    assert np.array_equal(found[1].crop, crop_face(gradient(400, 500), SMALL, min_side=1))
+    wide = (0.0, 0, 300, 300)
+    refused = frame_one(picture, "paper", min_side=1, detector=Seen(wide, BORDER))
+    assert refused.face.box == wide and refused.others == ("shift", "pad", "auto"), "what any of the faces allows"
+    assert frame_one(picture, "paper", min_side=1, detector=Seen(wide)).others == ("pad", "auto")
+    with pytest.raises(ValueError, match="'biggest' is unknown, expected one of surest, largest, all"):
+        faces.frame_faces(picture, face="biggest")
+    with pytest.raises(ValueError, match="face 'all' does nothing with framing 'as-is'"):
+        faces.frame_faces(picture, "as-is", "all")
+
+
 def cartoon(x=256, y=256, unit=1.0, size=512):
     image = Image.new("RGB", (size, size), (150, 170, 190))
     pen = ImageDraw.Draw(image)

@@ -2,10 +2,14 @@
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageColor
@@ -16,7 +20,7 @@ from test_faces import DISGUISES, cartoon
 
 from mefem import features as module
 from mefem.encoders import PixelEncoder, freeze
-from mefem.faces import CropError
+from mefem.faces import CropError, FaceDetector
 from mefem.features import (
     FaceEmbedder,
     decode_ahead,
@@ -28,7 +32,8 @@ from mefem.features import (
     to_half,
 )
 from mefem.files import write_json
-from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder
+from mefem.made_from import code_hash
+from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, save_encoder
 from mefem.shards import ShardError, load_images, write_manifest, write_shard
 
 
@@ -81,8 +86,8 @@ def test_embed_takes_what_is_at_hand(encoder, tmp_path):
     assert whole.shape == (7, 17, 24) and whole.dtype == np.float32
     assert np.allclose(whole, encoder.tokens_of(CROPS), atol=1e-5)
     for one in (CROPS[0], Image.fromarray(CROPS[0]), tmp_path / "a.png", str(tmp_path / "a.png")):
-        assert np.allclose(embed([one], encoder)[0], whole[0, 0], atol=1e-5)
-    mixed = embed([CROPS[0], CROPS[1].repeat(2, 0).repeat(2, 1)], encoder)
+        assert np.allclose(embed([one], encoder, "cls")[0], whole[0, 0], atol=1e-5)
+    mixed = embed([CROPS[0], CROPS[1].repeat(2, 0).repeat(2, 1)], encoder, "cls")
     assert np.allclose(mixed[0], whole[0, 0], atol=1e-5) and mixed.shape == (2, 24)
     with pytest.raises(ValueError, match="no pictures"):
         embed([], encoder)
@@ -96,7 +101,7 @@ def test_an_opened_picture_gives_the_embedding_of_its_file(encoder, tmp_path, na
     path = tmp_path / "photo"
     by_path, opened = embed([path], encoder, "patches+cls"), embed([Image.open(path)], encoder, "patches+cls")
     assert np.array_equal(by_path, opened)
-    transformer = FaceEmbedder(encoder, detect=False).fit(None)
+    transformer = FaceEmbedder(encoder, framing="as-is").fit(None)
     assert np.array_equal(transformer.transform([Image.open(path)]), transformer.transform([str(path)]))
 
 
@@ -107,7 +112,7 @@ def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
         pictures = [*CROPS[:4], wide, *CROPS[5:]]
         with pytest.raises(CropError, match=f"{name}.*not square.*32 x 20 pixels"):
             embed(pictures, encoder, batch=3)
-        transformer = FaceEmbedder(encoder, detect=False, batch=3).fit(None)
+        transformer = FaceEmbedder(encoder, framing="as-is", batch=3).fit(None)
         with pytest.raises(CropError, match=f"{name}.*not square"):
             transformer.transform(pictures)
         rows = transformer.set_params(on_error="nan").transform(pictures)
@@ -174,7 +179,7 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
     assert counts == {"usable": 5, "no face": 1} and rows["a/b.jpg"].crop == ""
     assert {path.name for path in out.iterdir()} == {"crops.csv", "mine.png", *(row.crop for row in rows.values() if row.crop)}
     assert {"plain.jpg", before["a/b.jpg"].crop}.isdisjoint(path.name for path in out.iterdir())
-    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", detect=False, progress=False)
+    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
     assert len(table) == 6 and (table.status == "success").all()
 
 
@@ -206,6 +211,59 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
     refused(photos, tmp_path / "field", "field/crops.csv is no list of crops")
 
 
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    "Photographs of which each is for another framing."
+    folder, face = tmp_path_factory.mktemp("frames"), Image.fromarray(cartoon())
+    face.save(folder / "portrait.png")
+    face.crop((0, 120, 512, 512)).save(folder / "low.png")
+    face.crop((150, 130, 362, 380)).resize((100, 100)).save(folder / "tight.png")
+    face.crop((150, 130, 362, 380)).save(folder / "upright.png")
+    Image.new("RGB", (300, 300), "grey").save(folder / "grey.png")
+    (folder / "page.jpg").write_bytes(b"<html>")
+    return folder
+
+
+FRAMED = {  # framing -> what it does with each photograph of `frames`
+    "paper": {"portrait.png": "paper"}, "shift": {"portrait.png": "paper", "low.png": "shift"},
+    "pad": {"portrait.png": "paper", "low.png": "pad", "tight.png": "pad", "upright.png": "pad"},
+    "as-is": {"portrait.png": "as-is", "tight.png": "as-is", "grey.png": "as-is"},
+    "auto": {"portrait.png": "paper", "low.png": "shift", "tight.png": "as-is", "upright.png": "pad"}}
+
+
+@pytest.mark.parametrize("framing", FRAMED)
+def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
+    counts = module.crop_photographs(frames, tmp_path / "crops", 64, framing=framing, jobs=1, progress=False)
+    crops = pd.read_csv(tmp_path / "crops/crops.csv", dtype=str, keep_default_na=False)
+    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, progress=False)
+    assert [Path(name).name for name in crops.file] == table.file.tolist() and counts["usable"] == len(FRAMED[framing])
+    for column in ("status", "framing", "reason", "other_framings"):
+        assert crops[column].tolist() == table[column].tolist(), column
+    assert {row.file: row.framing for row in table.itertuples() if row.status == "success"} == FRAMED[framing]
+    for row in table[table.status != "success"].itertuples():
+        assert row.reason and not row.framing, "a refusal names a remedy"
+        would = [other for other in FRAMED if other != framing and row.file in FRAMED[other]]
+        assert framing == "as-is" or row.other_framings.split() == would and all(other in row.reason for other in would)
+    how = {"framing": framing, "min_side": 150, "progress": False}
+    few = module.crop_photographs(frames, tmp_path / "few", 64, jobs=1, **how)
+    again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", **how)
+    small = "tight.png" in FRAMED[framing] and framing != "pad"
+    assert few["usable"] == (again.status == "success").sum() == counts["usable"] - small
+
+
+def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder, tmp_path):
+    "Pictures of equal and of different sizes go the same way to the encoder's size."
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        Image.fromarray(CROPS[i]).resize((90, 90)).save(tmp_path / f"p/{i}.png")
+    def embedded():
+        module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+        return read_table(tmp_path / "e.parquet")[2]
+    alone = embedded()
+    Image.fromarray(CROPS[3]).resize((70, 70)).save(tmp_path / "p/3.png")
+    assert np.allclose(alone, embedded()[:3], atol=1e-5)
+
+
 def test_names_that_are_no_text(tmp_path, encoder):
     "A name from an old archive, in Latin-1."
     odd = os.path.join(os.fsencode(tmp_path), b"ren\xe9.png")
@@ -233,7 +291,7 @@ def read_table(path):
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "E.NPZ"])
-@pytest.mark.parametrize("features", ["cls", "patches"])
+@pytest.mark.parametrize("features", ["mean", "patches"])
 def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, features):
     for i in range(3):
         (tmp_path / "crops").mkdir(exist_ok=True)
@@ -241,7 +299,8 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     Image.fromarray(CROPS[3][:20]).save(tmp_path / "crops/wide.png")
     (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
     for _ in range(2):  # the second time over a table of ours
-        module.embed_photographs(tmp_path / "crops", encoder, tmp_path / name, features, detect=False, batch=2, progress=False)
+        out = tmp_path / name
+        module.embed_photographs(tmp_path / "crops", encoder, out, features, framing="as-is", batch=2, progress=False)
     path = (tmp_path / name).rename(tmp_path / name.lower())
     files, status, embedding = read_table(path)
     assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
@@ -251,12 +310,153 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     assert np.isnan(embedding[3:].astype(float)).all()
 
 
-def test_a_table_in_csv_keeps_every_bit(tmp_path):
+def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
     vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(-9, 11)[:, None].astype(np.float32)
-    table = pd.DataFrame({"file": "a", "status": "success", "embedding": list(vectors), "encoder": "e", "features": "cls", "dim": 7})
+    kinds = {"string": "a", "float64": 0.1, "int64": 7}
+    row = {name: kinds[kind] for name, kind in module._TYPES.items()}
+    parts = [tmp_path / "0", tmp_path / "1"]
+    for part, own in zip(parts, (vectors[:13], vectors[13:]), strict=True):
+        rows = [{**row, "embedding": vector} for vector in own]
+        module._write_part(part, [*rows, {**row, "score": None, "embedding": None}])
     for name, write in module._WRITERS.items():
-        write(table, tmp_path / f"t{name}")
-        assert np.array_equal(read_table(tmp_path / f"t{name}")[2], vectors), name
+        write(parts, tmp_path / f"t{name}", 7)
+        found = read_table(tmp_path / f"t{name}")[2].astype(np.float32)
+        assert np.array_equal(np.delete(found, [13, 21], 0), vectors) and np.isnan(found[[13, 21]]).all(), name
+    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 2
+
+
+# --- a run that is killed --------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import pyarrow.parquet as pq
+from mefem import features as module
+
+moment, source, encoder, out = sys.argv[1:]
+calls = []
+
+def at(count, real, before=lambda *_: None):
+    def call(*arguments, **options):
+        calls.append(real)
+        if len(calls) == count:
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+
+module._PART_ROWS = 4
+if moment == "reading":
+    module.frame_faces = at(8, module.frame_faces)
+elif moment == "writing":
+    pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
+elif moment == "joining":
+    ending = os.path.splitext(out)[1]
+    module._WRITERS[ending] = at(1, module._WRITERS[ending], lambda parts, path, _: path.write_bytes(b"half a table"))
+else:
+    module.shutil.rmtree = at(1, module.shutil.rmtree)
+module.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)
+"""
+
+
+@pytest.fixture
+def ten(tmp_path):
+    "Ten pictures, and an encoder in a file."
+    (tmp_path / "p").mkdir()
+    for i in range(10):
+        Image.fromarray(CROPS[i % 7] // (i + 1)).save(tmp_path / f"p/{i}.png")
+    (tmp_path / "p/3.png").write_bytes(b"no picture")
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
+    encoder = save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    return tmp_path / "p", encoder
+
+
+@pytest.mark.parametrize("moment, ending, left", [
+    ("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0), ("removing", ".parquet", 0)])
+def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
+    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
+    module.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *map(str, ten), str(out)])
+    assert killed.returncode == -signal.SIGKILL and out.exists() == (moment == "removing")
+    seen, real = [], module.frame_faces
+    monkeypatch.setattr(module, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
+    table = module.embed_photographs(*ten, out, framing="as-is", batch=2, device="cpu", progress=False)
+    assert len(seen) == left and len(table) == 10 and (table.status == "success").sum() == 9
+    assert out.read_bytes() == whole.read_bytes() and [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path, monkeypatch, capsys):
+    photographs, encoder = ten
+    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    out, real = tmp_path / "out/e.parquet", module._write_part
+
+    def stopped(**options):
+        writers = iter([real])
+        monkeypatch.setattr(module, "_write_part", lambda *rest: next(writers, lambda *_: 1 / 0)(*rest))
+        options = {"framing": "as-is", "batch": 2, "progress": False, **options}
+        with pytest.raises(ZeroDivisionError):
+            module.embed_photographs(photographs, encoder, out, **options)
+        return sorted(path.name for path in out.parent.iterdir())
+    first, = stopped()
+    assert stopped() == [first], "stopped again, it has one folder still"
+    others = [stopped(features="cls"), stopped(min_side=5), stopped(batch=4)]
+    monkeypatch.setattr(module, "code_hash", lambda *_: "another")
+    others.append(stopped())
+    monkeypatch.setattr(module, "code_hash", code_hash)
+    (photographs / "3.png").write_bytes(b"no picture either")
+    others.append(stopped())
+    assert [len(names) for names in others] == [2, 3, 4, 5, 6]
+    (photographs / "11.png").write_bytes(b"")
+    monkeypatch.setattr(module, "_write_part", real)
+    capsys.readouterr()
+    module.embed_photographs(photographs, encoder, out, framing="as-is", batch=2)
+    said = capsys.readouterr().out
+    assert said.count("they are left alone") == 6 and "going on" not in said
+    assert sorted(path.name for path in out.parent.iterdir()) == sorted([*others[-1], "e.parquet"])
+
+
+def test_parts_are_small_and_whole_batches():
+    for batch, width, size in ((32, 768, 256), (100, 768, 200), (512, 768, 512), (32, 150_000, 96), (32, 1 << 30, 32)):
+        assert module._part_size(batch, width) == size
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
+def test_the_table_says_what_was_seen(encoder, tmp_path, name):
+    (tmp_path / "p").mkdir()
+    two = np.concatenate([cartoon()[:, 130:382], cartoon(unit=0.8)[:, 130:382]], axis=1)  # the smaller one is the surer
+    Image.fromarray(two).save(tmp_path / "p/two.png")
+    Image.new("RGB", (80, 80)).save(tmp_path / "p/black.png")
+    (tmp_path / "p/zero.jpg").write_bytes(b"")
+    def embedded(face):
+        return module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False)
+    table = embedded("all")
+    assert list(table.columns) == module._TABLE
+    found = FaceDetector().detect(two)
+    assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
+    assert table.status.tolist() == ["no face", "success", "success", "empty file"]
+    assert table.faces.tolist()[:3] == [0, 2, 2] and np.isnan(table.faces[3]) and table.features.unique() == ["mean"]
+    assert np.allclose(table.score[1:3], [face.score for face in found]) and table.score[[0, 3]].isna().all()
+    assert np.allclose(table[["x0", "y0", "x1", "y1"]][1:3], [face.box for face in found])
+    assert table.framing.tolist() == ["", "shift", "shift", ""]
+    assert table.reason[0].startswith("--framing as-is") and table.reason[3] == "copy it again from its source"
+    if name.endswith("npz"):
+        with np.load(tmp_path / name) as arrays:
+            written = pd.DataFrame({column: list(arrays[column]) for column in module._TABLE})
+    else:
+        written = (pd.read_csv if name.endswith("csv") else pd.read_parquet)(tmp_path / name)[module._TABLE]
+    for column in module._TABLE:
+        assert written[column].fillna("").tolist() == table[column].fillna("").tolist(), column
+    for face, file in (("surest", found[0]), ("largest", max(found, key=lambda one: one.box[2] - one.box[0]))):
+        one = embedded(face)
+        assert len(one) == 3 and one.x0[1] == file.box[0] and (face == "surest") == (file is found[0])
+
+
+def test_a_table_of_an_earlier_version_is_replaced(encoder, tmp_path):
+    (tmp_path / "p").mkdir()
+    Image.fromarray(CROPS[0]).save(tmp_path / "p/a.png")
+    (tmp_path / "e.csv").write_text("file,status,encoder,features,dim,e0\na.png,success,x,cls,1,0.5\n")
+    module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.csv", framing="as-is", progress=False)
+    assert len(pd.read_csv(tmp_path / "e.csv").filter(regex=r"^e\d+$").columns) == 24
 
 
 @pytest.mark.parametrize("name, words", [
@@ -279,9 +479,9 @@ def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeyp
 
 
 def test_scikit_learn_conventions(encoder):
-    embedder = FaceEmbedder(encoder=encoder, features="patches", detect=False, batch=4)
+    embedder = FaceEmbedder(encoder=encoder, features="patches", framing="as-is", batch=4)
     params = embedder.get_params()
-    assert {"encoder", "features", "detect", "batch", "device", "on_error"} == set(params)
+    assert {"encoder", "features", "framing", "batch", "device", "on_error"} == set(params)
     copy = clone(FaceEmbedder("mefem-s", features="patches"))
     assert copy.get_params() == FaceEmbedder("mefem-s", features="patches").get_params() and not hasattr(
         copy, "encoder_"
@@ -289,11 +489,38 @@ def test_scikit_learn_conventions(encoder):
     assert embedder.set_params(features="cls").features == "cls"
     with pytest.raises(Exception, match="not fitted"):
         FaceEmbedder(encoder).transform(list(CROPS))
-    assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder), atol=1e-5)
-    pipeline = make_pipeline(FaceEmbedder(encoder, detect=False), Ridge(alpha=1e-3)).fit(list(CROPS), np.arange(7.0))
+    assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder, "cls"), atol=1e-5)
+    pipeline = make_pipeline(FaceEmbedder(encoder, framing="as-is"), Ridge(alpha=1e-3)).fit(list(CROPS), np.arange(7.0))
     assert pipeline.score(list(CROPS), np.arange(7.0)) > 0.9
-    with pytest.raises(ValueError, match="features='mean'"):
-        FaceEmbedder(encoder, features="mean").fit(None)
+    for wrong in ({"features": "meen"}, {"framing": "papre"}, {"on_error": "drop"}):
+        with pytest.raises(ValueError, match="{}='{}' must be one of".format(*next(iter(wrong.items())))):
+            FaceEmbedder(encoder, **wrong).fit(None)
+
+
+def test_the_default_is_one_named_vector_per_picture(encoder):
+    tokens = encoder.tokens_of(CROPS).numpy()
+    embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
+    rows = embedder.transform(list(CROPS))
+    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder), rows, atol=1e-5)
+    framed = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas")
+    frame = framed.fit_transform(list(CROPS))
+    assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(frame, tokens[:, 0], atol=1e-5)
+    assert embedder.get_feature_names_out()[-1] == "mean23"
+    with pytest.raises(ValueError, match="several vectors per picture"):
+        embedder.set_params(features="patches").get_feature_names_out()
+    assert np.array_equal(module.pool_tokens(tokens[:, :1], "mean", True), tokens[:, 0]), "one vector is its own mean"
+    assert np.allclose(module.pool_tokens(tokens[:, 1:], "mean", False), rows, atol=1e-5)
+    with pytest.raises(ValueError, match="'meen' are unknown, expected one of mean, cls"):
+        module.pool_tokens(tokens, "meen", True)
+
+
+def test_the_transformer_frames_as_the_command_does(encoder, frames, tmp_path):
+    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", progress=False)
+    rows = FaceEmbedder(encoder, on_error="nan").fit(None).transform([frames / name for name in table.file])
+    assert np.isnan(rows).any(1).tolist() == (table.status != "success").tolist()
+    assert np.allclose(read_table(tmp_path / "e.parquet")[2], rows, atol=1e-5, equal_nan=True)
+    with pytest.raises(CropError, match="grey.png: no face .--framing as-is would use it"):
+        FaceEmbedder(encoder).fit(None).transform([frames / "grey.png"])
 
 
 def test_pictures_without_a_face(encoder, tmp_path):
@@ -311,7 +538,7 @@ def test_pictures_without_a_face(encoder, tmp_path):
 
 
 def test_pixels_are_fitted_by_the_transformer():
-    rows = FaceEmbedder(PixelEncoder(components=3, image_size=16, device="cpu"), detect=False).fit_transform(
+    rows = FaceEmbedder(PixelEncoder(components=3, image_size=16, device="cpu"), framing="as-is").fit_transform(
         list(CROPS)
     )
     assert rows.shape == (7, 3) and np.abs(rows.mean(0)).max() < 1e-3

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import mefem.own_labels as own
 from mefem.cli import app
 from mefem.datasets.core import DatasetError
-from mefem.features import _WRITERS
+from mefem.models import create_encoder, save_encoder
 from mefem.own_labels import (
     Embeddings,
     LabelModel,
@@ -160,14 +161,21 @@ def test_errors_by_group(tables):
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".npz"])
-def test_every_format_of_embed_is_read(tmp_path, ending):
-    table = table_of(planted()[0], [f"{n}.jpg" for n in range(N)])
-    table.loc[3, ["status", "embedding"]] = ["no face", None]
-    _WRITERS[ending](table, tmp_path / f"e{ending}")
-    found = read_embeddings(tmp_path / f"e{ending}")
-    assert found.files == tuple(table.file) and found.encoder == "toy" and found.features == "cls"
-    assert found.usable.sum() == N - 1 and found.reason(3) == "no face"
-    assert np.array_equal(found.vectors[found.usable], np.stack(table.embedding.drop(3)))
+def test_what_embed_writes_is_read(tmp_path, ending):
+    photos, out = tmp_path / "photos", tmp_path / f"e{ending}"
+    photos.mkdir()
+    for n in range(12):
+        Image.fromarray(np.random.default_rng(n).integers(256, size=(112, 112, 3), dtype=np.uint8)).save(photos / f"{n}.png")
+    (photos / "3.png").write_bytes(b"no picture")
+    kwargs = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)
+    encoder = save_encoder(tmp_path / "encoder.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    mefem("embed", photos, "-o", out, "-e", encoder, "--framing", "as-is", "--features", "cls")
+    found = read_embeddings(out)
+    assert found.files == tuple(sorted(f"{n}.png" for n in range(12))) and found.encoder == "encoder.safetensors"
+    assert found.features == "cls" and found.vectors.shape == (12, 32)
+    assert found.usable.sum() == 11 and found.reason(found.files.index("3.png")) not in ("", "success")
+    labels = pd.DataFrame({"image": [str(n) for n in range(12)], "y": np.arange(12) + 0.5})
+    assert probe_labels(out, labels, "y").predictions.target.tolist() == [0.5, 1.5, 10.5, 11.5, 2.5, *np.arange(4, 10) + 0.5]
 
 
 def test_columns_that_are_not_needed_do_not_matter(tmp_path):
