@@ -159,7 +159,8 @@ def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photogra
           encoder: Annotated[str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")] = "mefem-b",
           features: Annotated[str, typer.Option(help="mean (of the patch tokens), cls, patches or patches+cls. CLS of "
                                                 "a short pretraining says next to nothing")] = "mean",
-          framing: Annotated[str, typer.Option(help=_FRAMING)] = "auto",
+          framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}. Default: auto")] = None,
+          detect: Annotated[bool, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")] = True,
           min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
           scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
           face: Annotated[str | None, typer.Option(help="surest (the default), largest (of both, the next where that "
@@ -176,7 +177,9 @@ def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photogra
     from mefem.features import embed_photographs, nothing_usable
 
     with _Plainly():
-        framing = _check_framing(framing, scale, face)
+        if not detect and framing not in (None, "as-is"):
+            raise ValueError(f"--no-detect is --framing as-is, and --framing is {framing}: leave one of the two out")
+        framing = _check_framing("as-is" if not detect else framing or "auto", scale, face)
         table = embed_photographs(photographs, encoder, out, features=features, framing=framing, face=face or "surest",
                                   scale=2.0 if scale is None else scale, min_side=min_side, batch=batch, device=device)
         refused = table[table.status != "success"]

@@ -109,8 +109,8 @@ def _named(error: ValueError, picture, number: int) -> ValueError:
     return type(error)(error.reason, name, error.detail) if isinstance(error, Unusable) else ValueError(f"{name}: {error}")
 
 # %% ../nbs/51_features.ipynb #25524c6d
-def embed(images, encoder, features: str = "mean", batch: int = 64, device=None) -> np.ndarray:
-    """Embeddings float32 of face crops: "mean" or "cls" [B, D], "patches" [B, 196, D], "patches+cls" [B, 197, D].
+def embed(images, encoder, features: str = "cls", batch: int = 64, device=None) -> np.ndarray:
+    """Embeddings float32 of face crops: "cls" or "mean" (of the patches) [B, D], "patches" [B, 196, D], "patches+cls" [B, 197, D].
 
     `images`: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3], Pillow pictures or paths, square; nothing is detected.
     A picture that cannot be used is an error that names it, by its number where it has no file.
@@ -158,12 +158,13 @@ def embed_usable(crops: list, encoder: FrozenEncoder, features: str) -> np.ndarr
 class FaceEmbedder(TransformerMixin, BaseEstimator):
     """Pictures -> embeddings, a scikit-learn transformer ("mean" of patches, "cls": [N, D]; "patches": [N, 196, D]).
 
-    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`); `framing`: how the crop is
-    cut out, one of `FRAMINGS`; `on_error`: "raise" or "nan" for pictures without a usable face."""
+    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`); `detect`: find and crop
+    the face, as `framing` says (one of `FRAMINGS`); without, the pictures are crops already, as with framing="as-is";
+    `on_error`: "raise" or "nan" for pictures without a usable face."""
 
-    def __init__(self, encoder="mefem-s", features: str = "mean", framing: str = "auto", batch: int = 64, device=None,
-                 on_error: str = "raise"):
-        self.encoder, self.features, self.framing = encoder, features, framing
+    def __init__(self, encoder="mefem-s", features: str = "mean", detect: bool = True, batch: int = 64, device=None,
+                 on_error: str = "raise", framing: str = "auto"):
+        self.encoder, self.features, self.detect, self.framing = encoder, features, detect, framing
         self.batch, self.device, self.on_error = batch, device, on_error
 
     def fit(self, X, y=None):
@@ -190,7 +191,8 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
         return np.array([f"{self.features}{i}" for i in range(self.encoder_.dim)], dtype=object)
 
     def _crops(self, pictures, first: int) -> list:
-        return [face_crop(picture, self.framing, self.encoder_.image_size, self.on_error, number)
+        framing = self.framing if self.detect else "as-is"
+        return [face_crop(picture, framing, self.encoder_.image_size, self.on_error, number)
                 for number, picture in enumerate(pictures, first)]
 
     def __sklearn_is_fitted__(self):

@@ -95,7 +95,7 @@ def test_one_picture_that_is_not_square_does_not_end_the_run(tmp_path, encoder_f
     crops.mkdir()
     for name, size in (("a.png", (112, 112)), ("b.png", (112, 90)), ("c.png", (200, 200))):
         Image.new("RGB", size, "grey").save(crops / name)
-    result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--framing", "as-is")
+    result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--no-detect")
     assert "b.png: not square" in result.stderr and "2 of 3 photographs" in result.output
     table = pd.read_csv(tmp_path / "e.csv")
     assert table.status.tolist() == ["success", "not square", "success"] and table.filter(regex="^e[0-9]").notna().sum(1).tolist() == [32, 0, 32]

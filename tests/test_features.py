@@ -481,7 +481,7 @@ def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeyp
 def test_scikit_learn_conventions(encoder):
     embedder = FaceEmbedder(encoder=encoder, features="patches", framing="as-is", batch=4)
     params = embedder.get_params()
-    assert {"encoder", "features", "framing", "batch", "device", "on_error"} == set(params)
+    assert {"encoder", "features", "detect", "framing", "batch", "device", "on_error"} == set(params)
     copy = clone(FaceEmbedder("mefem-s", features="patches"))
     assert copy.get_params() == FaceEmbedder("mefem-s", features="patches").get_params() and not hasattr(
         copy, "encoder_"
@@ -656,3 +656,10 @@ def test_damaged_files_are_named(encoder, tmp_path):
     (tmp_path / "bmi.npy").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="bmi.npy"):
         load_features(tmp_path, "bmi")
+
+
+def test_detect_false_is_framing_as_is_and_a_function_keeps_cls_as_its_default(encoder):
+    pictures = list(CROPS[:3])
+    plain = FaceEmbedder(encoder, detect=False).fit(pictures).transform(pictures)
+    assert np.array_equal(plain, FaceEmbedder(encoder, framing="as-is").fit(pictures).transform(pictures))
+    assert np.array_equal(embed(CROPS[:3], encoder), embed(CROPS[:3], encoder, "cls")) and plain.shape == (3, encoder.dim)
