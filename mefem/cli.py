@@ -54,7 +54,7 @@ def simulate(dataset: Annotated[str, typer.Argument(help="avspeech, bmi, celeba,
 _FRAMING = ("paper (the square of scale x the face's box, refused where it leaves the picture), shift (that square "
             "moved inside), pad (the picture's edge goes on outside), as-is (a square picture is the crop), auto "
             "(paper, else shift, else as-is where the face fills two thirds of a square picture's side, else pad)")
-_MIN_SIDE = "least pixels of the square's side in the picture; default: with --framing paper 224, as there, else 1"
+_MIN_SIDE = "least pixels of the square's side in the picture; default: 224 with --framing paper, else 1"
 _SCALE = "side of the square / longer side of the face's box; default: 2"
 
 

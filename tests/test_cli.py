@@ -47,6 +47,18 @@ def test_crop_and_embed_real_portraits(shared, tmp_path, encoder_file):
     assert np.stack(table.embedding).std(0).max() > 0
 
 
+def test_faces_that_fill_their_pictures_are_used(shared, tmp_path, encoder_file):
+    "Photographs that are face crops already: the paper's square is larger than the picture."
+    (tmp_path / "vip").mkdir()
+    for path in sorted((shared / "bmi/vip/images").iterdir())[:12]:
+        (tmp_path / "vip" / path.name).symlink_to(path)
+    refused = mefem("crop", tmp_path / "vip", "-o", tmp_path / "none", "--jobs", 1, code=1).stderr
+    assert "the others would use: shift 0, pad 12, as-is 12, auto 12" in refused
+    crops = mefem("crop", tmp_path / "vip", "-o", tmp_path / "crops", "--jobs", 1, "--framing", "auto").stdout
+    table = mefem("embed", tmp_path / "vip", "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
+    assert "12  usable" in crops and "12 of 12 photographs" in table and "(framing: as-is 12)" in table
+
+
 def test_crop_and_embed_fairface_through_the_reader(shared, tmp_path, encoder_file):
     import pyarrow.parquet as pq
 

@@ -501,7 +501,7 @@ def test_the_default_is_one_named_vector_per_picture(encoder):
     tokens = encoder.tokens_of(CROPS).numpy()
     embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
     rows = embedder.transform(list(CROPS))
-    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder), rows, atol=1e-5)
+    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder, "mean"), rows, atol=1e-5)
     framed = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas")
     frame = framed.fit_transform(list(CROPS))
     assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(frame, tokens[:, 0], atol=1e-5)
