@@ -330,9 +330,11 @@ def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
 KILLED = """
 import os, signal, sys
 import pyarrow.parquet as pq
+import torch
 from mefem import features as module
 
-moment, source, encoder, out = sys.argv[1:]
+moment, source, encoder, out, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # as the test that compares: a last bit may depend on them
 calls = []
 
 def at(count, real, before=lambda *_: None):
@@ -375,8 +377,9 @@ def ten(tmp_path):
 def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
     monkeypatch.setattr(module, "_PART_ROWS", 4)
     whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
+    torch.set_num_threads(torch.get_num_threads())  # told, as the killed process is: untold, MKL may take fewer
     module.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *map(str, ten), str(out)])
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *map(str, ten), str(out), str(torch.get_num_threads())])
     assert killed.returncode == -signal.SIGKILL and out.exists() == (moment == "removing")
     seen, real = [], module.frame_faces
     monkeypatch.setattr(module, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
