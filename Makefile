@@ -47,6 +47,7 @@ test: env lint notebooks unit smoke
 lint:
 	@echo "== ruff"
 	ruff check .
+	ruff format --check .
 
 notebooks:
 	@echo "== the package is what the notebooks export, and the notebooks are clean"

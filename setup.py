@@ -1,4 +1,5 @@
 """Packaging: everything that varies is read from settings.ini, which nbdev reads too."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -27,7 +27,7 @@ LIGHTLY = "lightly==1.6.0"
 
 
 class Ours:
-    "The step as mefem.training makes it."
+    """The step as mefem.training makes it."""
 
     def __init__(self, config, device):
         from mefem.training import build, optimiser_of
@@ -50,17 +50,24 @@ class Ours:
 
 
 class Plain(Ours):
-    "The same algorithm, written as one would at first: Python masks, boolean indexing, attention spelled out, a loop for the EMA."
+    """The same algorithm, written as one would at first: Python masks, boolean indexing, attention spelled out, a loop for the EMA."""
 
     def __init__(self, config, device):
         super().__init__(config, device)
-        for block in (b for m in (self.jepa.student, self.jepa.teacher, self.jepa.predictor) for b in m.blocks):
+        for block in (
+            b for m in (self.jepa.student, self.jepa.teacher, self.jepa.predictor) for b in m.blocks
+        ):
             block.attn.fused_attn = False
-        groups = [{key: g[key] for key in ("params", "weight_decay", "decayed")} for g in self.optimiser.param_groups]
-        self.optimiser = torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=(0.9, 0.95), foreach=False, fused=False)
+        groups = [
+            {key: g[key] for key in ("params", "weight_decay", "decayed")}
+            for g in self.optimiser.param_groups
+        ]
+        self.optimiser = torch.optim.AdamW(
+            groups, lr=config.optimiser.lr, betas=(0.9, 0.95), foreach=False, fused=False
+        )
 
     def masks(self, batch):
-        "Source and target as bool [B, N], drawn picture by picture."
+        """Source and target as bool [B, N], drawn picture by picture."""
         from mefem.masking import stripe_probabilities
 
         grid, weights = self.jepa.masking.grid, stripe_probabilities(self.jepa.masking.grid).tolist()
@@ -69,7 +76,7 @@ class Plain(Ours):
             centre = torch.multinomial(torch.tensor(weights), 1).item()
             start = min(max(centre - 1, 0), grid - 3)
             lines = row[1:].view(grid, grid) if torch.rand(()) < 0.5 else row[1:].view(grid, grid).T
-            lines[start:start + 3] = True
+            lines[start : start + 3] = True
             if torch.rand(()) < 0.5:
                 row[row.nonzero()[-1]] = False
                 row[0] = True
@@ -101,7 +108,7 @@ class Plain(Ours):
 
 
 class LightlyIJEPA:
-    "I-JEPA from lightly's own modules: backbone wrapper, predictor and mask collator; no CLS and the I-JEPA paper's scales."
+    """I-JEPA from lightly's own modules: backbone wrapper, predictor and mask collator; no CLS and the I-JEPA paper's scales."""
 
     def __init__(self, config, device):
         import timm
@@ -109,17 +116,34 @@ class LightlyIJEPA:
         from lightly.models import utils
         from lightly.models.modules import IJEPAPredictorTIMM, MaskedVisionTransformerTIMM
 
-        vit = timm.create_model(config.encoder.name, num_classes=0, class_token=False, global_pool="avg", **config.encoder.kwargs)
+        vit = timm.create_model(
+            config.encoder.name, num_classes=0, class_token=False, global_pool="avg", **config.encoder.kwargs
+        )
         self.utils = utils
         self.encoder = MaskedVisionTransformerTIMM(vit).to(device)
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         p = config.predictor
-        self.predictor = IJEPAPredictorTIMM(vit.patch_embed.num_patches, depth=p.depth, mlp_dim=vit.embed_dim, predictor_embed_dim=p.dim,
-                                            num_heads=p.heads).to(device)
-        self.collate = IJEPAMaskCollator(input_size=tuple(vit.patch_embed.img_size), patch_size=vit.patch_embed.patch_size[0], nenc=1, npred=4,
-                                         enc_mask_scale=(0.85, 1.0), pred_mask_scale=(0.15, 0.2), aspect_ratio=(0.75, 1.5), min_keep=10)
+        self.predictor = IJEPAPredictorTIMM(
+            vit.patch_embed.num_patches,
+            depth=p.depth,
+            mlp_dim=vit.embed_dim,
+            predictor_embed_dim=p.dim,
+            num_heads=p.heads,
+        ).to(device)
+        self.collate = IJEPAMaskCollator(
+            input_size=tuple(vit.patch_embed.img_size),
+            patch_size=vit.patch_embed.patch_size[0],
+            nenc=1,
+            npred=4,
+            enc_mask_scale=(0.85, 1.0),
+            pred_mask_scale=(0.15, 0.2),
+            aspect_ratio=(0.75, 1.5),
+            min_keep=10,
+        )
         trained = [q for m in (self.encoder, self.predictor) for q in m.parameters() if q.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=config.optimiser.lr, betas=(0.9, 0.95), weight_decay=0.04)
+        self.optimiser = torch.optim.AdamW(
+            trained, lr=config.optimiser.lr, betas=(0.9, 0.95), weight_decay=0.04
+        )
 
     def step(self, images):
         # The collator draws masks while it stacks a batch: a batch of empty samples gives the masks alone.
@@ -138,14 +162,21 @@ class LightlyIJEPA:
 
 
 def with_lightly() -> None:
-    "Start again in .venv-bench, which sees this environment's packages and has lightly besides."
+    """Start again in .venv-bench, which sees this environment's packages and has lightly besides."""
     folder = ROOT / ".venv-bench"
     python = folder / "bin" / "python"
     if not python.exists():
         print(f"installing {LIGHTLY} into {folder.name} (once)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True).stdout.strip()
-        (Path(site) / "project.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+        site = subprocess.run(
+            [python, "-c", "import site; print(site.getsitepackages()[0])"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        (Path(site) / "project.pth").write_text(
+            "\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n"
+        )
         try:
             subprocess.run([python, "-m", "pip", "install", "-q", LIGHTLY], check=True)
         except subprocess.CalledProcessError:
@@ -155,10 +186,10 @@ def with_lightly() -> None:
 
 
 def measure(steps: dict, images, pairs: int, device) -> dict:
-    "Seconds of each step in `pairs` turns, every other turn in reverse order; the first two turns warm up."
+    """Seconds of each step in `pairs` turns, every other turn in reverse order; the first two turns warm up."""
     taken = {name: [] for name in steps}
     for turn in range(pairs + 2):
-        for name in (steps if turn % 2 else reversed(steps)):
+        for name in steps if turn % 2 else reversed(steps):
             begun = time.perf_counter()
             steps[name].step(images)
             if device.type == "cuda":
@@ -169,17 +200,22 @@ def measure(steps: dict, images, pairs: int, device) -> dict:
 
 
 def report(taken: dict, batch: int) -> dict:
-    "Pictures per second of each, and ours as a multiple of it: the median over turns of the ratio of the two times."
+    """Pictures per second of each, and ours as a multiple of it: the median over turns of the ratio of the two times."""
     rows = {}
     for name, seconds in taken.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds, taken["ours"], strict=True)]
-        rows[name] = {"pictures_per_second": round(batch / statistics.median(seconds), 2), "ours_is_faster_by": round(statistics.median(ratios), 3),
-                      "ratios": [round(min(ratios), 3), round(max(ratios), 3)]}
+        rows[name] = {
+            "pictures_per_second": round(batch / statistics.median(seconds), 2),
+            "ours_is_faster_by": round(statistics.median(ratios), 3),
+            "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
+        }
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--encoder", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=12, help="of the predictor")
@@ -197,18 +233,34 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = Pretrain.model_validate({"encoder": {"name": arguments.encoder}, "predictor": {"dim": 384, "depth": arguments.depth, "heads": 6},
-                                      "batch": arguments.batch, "compile": arguments.compile})
-    kinds = {"ours": Ours, "plain": Plain} | ({} if arguments.no_lightly else {"lightly I-JEPA": LightlyIJEPA})
+    config = Pretrain.model_validate(
+        {
+            "encoder": {"name": arguments.encoder},
+            "predictor": {"dim": 384, "depth": arguments.depth, "heads": 6},
+            "batch": arguments.batch,
+            "compile": arguments.compile,
+        }
+    )
+    kinds = {"ours": Ours, "plain": Plain} | (
+        {} if arguments.no_lightly else {"lightly I-JEPA": LightlyIJEPA}
+    )
     steps = {name: kind(config, device) for name, kind in kinds.items()}
     images = torch.randn(arguments.batch, 3, 224, 224, device=device)
     rows = report(measure(steps, images, arguments.pairs, device), arguments.batch)
-    found = {"rows": rows, "hardware": hardware(), "threads": torch.get_num_threads(), "load": list(os.getloadavg()),
-             "torch": torch.__version__, "lightly": None if arguments.no_lightly else importlib.metadata.version("lightly"),
-             "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]])}
+    found = {
+        "rows": rows,
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "torch": torch.__version__,
+        "lightly": None if arguments.no_lightly else importlib.metadata.version("lightly"),
+        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+    }
     for name, row in rows.items():
         low, high = row["ratios"]
-        print(f"{name:15} {row['pictures_per_second']:8.2f} pictures/s   ours is {row['ours_is_faster_by']:.2f} times as fast ({low:.2f} to {high:.2f})")
+        print(
+            f"{name:15} {row['pictures_per_second']:8.2f} pictures/s   ours is {row['ours_is_faster_by']:.2f} times as fast ({low:.2f} to {high:.2f})"
+        )
     print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

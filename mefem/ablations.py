@@ -32,6 +32,7 @@ LABELS = {"patches": "Patches", "cls": "CLS", "patches+cls": "Patches + CLS"}
 @dataclass(frozen=True)
 class AblationRow:
     """A row of Table 4: a run, a feature set, the labels of the paper's columns, and its (r2, MAE) there."""
+
     run: str
     feature_set: str
     masking: str
@@ -46,11 +47,14 @@ class AblationRow:
 # %% ../nbs/62_ablations.ipynb #1b3f41fe
 def _three(run, p, weights, patches, cls, both):
     stripes = ("Stripes 3/14", p, weights)
-    return (AblationRow(run, "patches", *stripes, patches), AblationRow(run, "cls", *stripes, cls),
-            AblationRow(run, "patches+cls", *stripes, both))
+    return (
+        AblationRow(run, "patches", *stripes, patches),
+        AblationRow(run, "cls", *stripes, cls),
+        AblationRow(run, "patches+cls", *stripes, both),
+    )
 
 
-TABLE4_ROWS = (                                       # numbers: arXiv 2602.14672, Table 4
+TABLE4_ROWS = (  # numbers: arXiv 2602.14672, Table 4
     AblationRow("stripes2", "patches", "Stripes 2/14", "—", "Circular", (0.291, 4.206)),
     AblationRow("stripes3", "patches", "Stripes 3/14", "—", "Circular", (0.447, 3.666)),
     AblationRow("stripes4", "patches", "Stripes 4/14", "—", "Circular", (0.368, 4.001)),
@@ -64,21 +68,27 @@ TABLE4_ROWS = (                                       # numbers: arXiv 2602.1467
 
 # %% ../nbs/62_ablations.ipynb #54a5cb2a
 def _flat(changes: dict, prefix: str = "") -> str:
-    return ", ".join(_flat(v, f"{k}.") if isinstance(v, dict) else f"{prefix}{k} {v}" for k, v in changes.items())
+    return ", ".join(
+        _flat(v, f"{k}.") if isinstance(v, dict) else f"{prefix}{k} {v}" for k, v in changes.items()
+    )
 
 
 def beyond_the_paper(settings: Settings) -> tuple[str, ...]:
-    "The runs in `ablation_runs` that are not in the paper's table."
+    """The runs in `ablation_runs` that are not in the paper's table."""
     return tuple(run for run in settings.ablation_runs if run not in {row.run for row in TABLE4_ROWS})
 
 
 def rows_of(settings: Settings) -> tuple[AblationRow, ...]:
-    "The paper's 17 rows, then those of the runs in `ablation_runs` that the paper does not have."
+    """The paper's 17 rows, then those of the runs in `ablation_runs` that the paper does not have."""
     rows = list(TABLE4_ROWS)
     for run in beyond_the_paper(settings):
         config = ablation_settings(settings, run)
         p = config.masking.cls_in_source
-        labels = (_flat(settings.ablations[run]), "—" if p is None else f"{p:.1f}", config.weights.kind.capitalize())
+        labels = (
+            _flat(settings.ablations[run]),
+            "—" if p is None else f"{p:.1f}",
+            config.weights.kind.capitalize(),
+        )
         rows += [AblationRow(run, s, *labels) for s in (FEATURE_SETS if p is not None else ("patches",))]
     return tuple(rows)
 
@@ -101,21 +111,23 @@ ORDERINGS = (
 
 # %% ../nbs/62_ablations.ipynb #84d6dda2
 def feature_sets_of_run(settings: Settings, run: str) -> tuple[str, ...]:
-    "The feature sets of Table 4's rows of `run`; ValueError for a run that the table does not have."
+    """The feature sets of Table 4's rows of `run`; ValueError for a run that the table does not have."""
     rows = rows_of(settings)
     if sets := tuple(row.feature_set for row in rows if row.run == run):
         return sets
-    raise ValueError(f"run {run!r} is not in Table 4: it has {', '.join(dict.fromkeys(row.run for row in rows))}; "
-                     "name another in ablation_runs of params.yaml")
+    raise ValueError(
+        f"run {run!r} is not in Table 4: it has {', '.join(dict.fromkeys(row.run for row in rows))}; "
+        "name another in ablation_runs of params.yaml"
+    )
 
 
 def run_folder(root, run: str, seed: int) -> Path:
-    "Where a run of Table 4 lies: encoder, log, checkpoints, and `results` with the probes."
+    """Where a run of Table 4 lies: encoder, log, checkpoints, and `results` with the probes."""
     return Path(root) / "data" / "runs" / "ablations" / f"{run}-{seed}"
 
 
 def absent_data(root, config) -> str:
-    "Why a run with these settings cannot be made or probed here; empty where all data are present."
+    """Why a run with these settings cannot be made or probed here; empty where all data are present."""
     faces = Path(root) / "data" / "faces"
 
     def present(name):
@@ -131,7 +143,7 @@ def _bmi_sets() -> list[str]:
 
 # %% ../nbs/62_ablations.ipynb #34346db1
 def probe_run(settings: Settings, root, run: str, seed: int, progress: bool = True) -> Path:
-    "Probe BMI with the encoder of a finished run, with each of its feature sets; returns the folder of results."
+    """Probe BMI with the encoder of a finished run, with each of its feature sets; returns the folder of results."""
     home, probing = run_folder(root, run, seed), ablation_probing(settings)
     results, features, sets = home / "results", home / "features", feature_sets_of_run(settings, run)
     if reason := absent_data(root, ablation_settings(settings, run, seed)):
@@ -142,15 +154,23 @@ def probe_run(settings: Settings, root, run: str, seed: int, progress: bool = Tr
 
     faces = [Path(root) / "data" / "faces" / name for name in _bmi_sets()]
     try:
-        features_of(str(home / "encoder.safetensors"), faces, features, **settings.active.features.model_dump(), progress=progress)
-        evaluate_encoder(features, results, ("bmi",), sets, jobs=None, progress=progress, **probing.model_dump())
+        features_of(
+            str(home / "encoder.safetensors"),
+            faces,
+            features,
+            **settings.active.features.model_dump(),
+            progress=progress,
+        )
+        evaluate_encoder(
+            features, results, ("bmi",), sets, jobs=None, progress=progress, **probing.model_dump()
+        )
     finally:
         shutil.rmtree(features, ignore_errors=True)
     return results
 
 # %% ../nbs/62_ablations.ipynb #33e87f46
 def collect(settings: Settings, root, out) -> Path:
-    "One results file per row of Table 4 over all seeds of params.yaml, in `out`/<run>; returns `out`."
+    """One results file per row of Table 4 over all seeds of params.yaml, in `out`/<run>; returns `out`."""
     out = Path(out)
     for row in rows_of(settings):
         if row.run in settings.ablation_runs:
@@ -159,14 +179,26 @@ def collect(settings: Settings, root, out) -> Path:
 
 
 def _collect_row(settings: Settings, root, row: AblationRow, out: Path) -> None:
-    stem, folders = f"bmi.{row.feature_set}", {seed: run_folder(root, row.run, seed) for seed in settings.seeds}
-    found = {seed: json.loads((folder / "results" / f"{stem}.json").read_text()) for seed, folder in folders.items()}
+    stem, folders = (
+        f"bmi.{row.feature_set}",
+        {seed: run_folder(root, row.run, seed) for seed in settings.seeds},
+    )
+    found = {
+        seed: json.loads((folder / "results" / f"{stem}.json").read_text())
+        for seed, folder in folders.items()
+    }
     first = found[settings.seeds[0]]
     if first["state"] != "present":
         return _write_absent(out, [row.feature_set], first["state"])
-    info = {key: first[key] for key in ("task", "dataset", "feature_set", "encoder", "state", "head", "recipe", "features")}
+    info = {
+        key: first[key]
+        for key in ("task", "dataset", "feature_set", "encoder", "state", "head", "recipe", "features")
+    }
     about = json.loads((folders[settings.seeds[0]] / "run.json").read_text())
-    frames = [pd.read_parquet(folder / "results" / f"{stem}.parquet").assign(seed=seed) for seed, folder in folders.items()]
+    frames = [
+        pd.read_parquet(folder / "results" / f"{stem}.parquet").assign(seed=seed)
+        for seed, folder in folders.items()
+    ]
     predictions = pd.concat(frames, ignore_index=True)
     write_result(out, ProbeResult(predictions, info | {"run": about}), ablation_probing(settings).bootstrap)
 
@@ -187,23 +219,56 @@ def table4(results, rows=TABLE4_ROWS) -> pd.DataFrame:
         found = load_result(results, row.run, "bmi", row.feature_set) or {"state": "no result"}
         for i, (column, metric, _) in enumerate(METRICS4):
             value = found.get("values", {}).get(metric)
-            cell = {"row": row.name, "run": row.run, "features": LABELS[row.feature_set], "masking": row.masking, "p": row.p,
-                    "weights": row.weights, "column": column, "state": found["state"], "paper": row.paper[i] if row.paper else None}
+            cell = {
+                "row": row.name,
+                "run": row.run,
+                "features": LABELS[row.feature_set],
+                "masking": row.masking,
+                "p": row.p,
+                "weights": row.weights,
+                "column": column,
+                "state": found["state"],
+                "paper": row.paper[i] if row.paper else None,
+            }
             if value:
                 used = found["run"]["settings"]
                 cell |= {k: value[k] for k in ("value", "low", "high", "n", "persons")} | {
-                    "seeds": len(found["seeds"]), "pictures": used["steps"] * used["batch"],
-                    "simulated": found["features"].get("simulated"), "file": f"{row.run}/bmi.{row.feature_set}.json"}
+                    "seeds": len(found["seeds"]),
+                    "pictures": used["steps"] * used["batch"],
+                    "simulated": found["features"].get("simulated"),
+                    "file": f"{row.run}/bmi.{row.feature_set}.json",
+                }
             cells.append(cell)
-    return pd.DataFrame(cells, columns=["row", "run", "features", "masking", "p", "weights", "column", "state", "value", "low", "high",
-                                        "n", "persons", "seeds", "pictures", "paper", "simulated", "file"])
+    return pd.DataFrame(
+        cells,
+        columns=[
+            "row",
+            "run",
+            "features",
+            "masking",
+            "p",
+            "weights",
+            "column",
+            "state",
+            "value",
+            "low",
+            "high",
+            "n",
+            "persons",
+            "seeds",
+            "pictures",
+            "paper",
+            "simulated",
+            "file",
+        ],
+    )
 
 # %% ../nbs/62_ablations.ipynb #7b2010aa
 VERDICTS = ("supported", "contradicted", "inconclusive")
 
 
 def verdict(low: float, high: float, seeds: int) -> str:
-    "What an interval of (claimed better) - (claimed worse), over people and `seeds` pretrainings of each, says about the claim."
+    """What an interval of (claimed better) - (claimed worse), over people and `seeds` pretrainings of each, says about the claim."""
     if seeds < 2:
         return VERDICTS[2]
     return VERDICTS[0] if low > 0 else VERDICTS[1] if high < 0 else VERDICTS[2]
@@ -215,32 +280,52 @@ def _predictions(results, run: str, feature_set: str) -> pd.DataFrame | None:
 
 # %% ../nbs/62_ablations.ipynb #46689f34
 def comparisons(settings: Settings | None = None) -> list[tuple]:
-    "The paper's claims, and for each run beyond it the question whether it beats its baseline, P = 0.5 circular."
+    """The paper's claims, and for each run beyond it the question whether it beats its baseline, P = 0.5 circular."""
     found = list(ORDERINGS)
     for run in beyond_the_paper(settings) if settings else ():
         sets = [row.feature_set for row in rows_of(settings) if row.run == run]
-        found += [(f"Beyond the paper: {run} beats P = 0.5 circular, {LABELS[s].replace('Patches', 'patches')}", (run, s), ("cls05", s)) for s in sets]
+        found += [
+            (
+                f"Beyond the paper: {run} beats P = 0.5 circular, {LABELS[s].replace('Patches', 'patches')}",
+                (run, s),
+                ("cls05", s),
+            )
+            for s in sets
+        ]
     return found
 
 
 def orderings(results, claims=ORDERINGS, rows=TABLE4_ROWS, replicates: int = 2000) -> pd.DataFrame:
-    "One line per claim: the gap in r2 in the paper and here, its 95 % interval over people and seeds, seeds, and the verdict."
+    """One line per claim: the gap in r2 in the paper and here, its 95 % interval over people and seeds, seeds, and the verdict."""
     paper = {(row.run, row.feature_set): row.paper[0] for row in rows if row.paper}
     lines = []
     for claim, better, worse in claims:
-        line = {"claim": claim, "better": " ".join(better), "worse": " ".join(worse), "verdict": "not run",
-                "paper": paper[better] - paper[worse] if {better, worse} <= set(paper) else None}
+        line = {
+            "claim": claim,
+            "better": " ".join(better),
+            "worse": " ".join(worse),
+            "verdict": "not run",
+            "paper": paper[better] - paper[worse] if {better, worse} <= set(paper) else None,
+        }
         ours, theirs = _predictions(results, *better), _predictions(results, *worse)
         if ours is not None and theirs is not None:
             gap = paired_difference(ours, theirs, "r2", replicates)
             seeds = min(ours.seed.nunique(), theirs.seed.nunique())
-            line |= {"gap": gap.value, "low": gap.low, "high": gap.high, "seeds": seeds, "verdict": verdict(gap.low, gap.high, seeds)}
+            line |= {
+                "gap": gap.value,
+                "low": gap.low,
+                "high": gap.high,
+                "seeds": seeds,
+                "verdict": verdict(gap.low, gap.high, seeds),
+            }
         lines.append(line)
-    return pd.DataFrame(lines, columns=["claim", "better", "worse", "paper", "gap", "low", "high", "seeds", "verdict"])
+    return pd.DataFrame(
+        lines, columns=["claim", "better", "worse", "paper", "gap", "low", "high", "seeds", "verdict"]
+    )
 
 # %% ../nbs/62_ablations.ipynb #5f6432d4
 def summary_of(found: pd.DataFrame) -> str:
-    "How many of the paper's claims the runs support and contradict, and how many stay inconclusive."
+    """How many of the paper's claims the runs support and contradict, and how many stay inconclusive."""
     claims = found[found.paper.notna()]
     tested = claims[claims.verdict != "not run"]
     if tested.empty:
@@ -249,8 +334,10 @@ def summary_of(found: pd.DataFrame) -> str:
     if tested.seeds.max() < 2:
         text = f"One seed of pretraining per row cannot decide an ordering: all {len(tested)} tested are inconclusive."
     else:
-        text = (f"Of the paper's {len(claims)} orderings these runs, {int(tested.seeds.min())} seeds per row, support "
-                f"{counts.get(VERDICTS[0], 0)} and contradict {counts.get(VERDICTS[1], 0)}; {counts.get(VERDICTS[2], 0)} are inconclusive.")
+        text = (
+            f"Of the paper's {len(claims)} orderings these runs, {int(tested.seeds.min())} seeds per row, support "
+            f"{counts.get(VERDICTS[0], 0)} and contradict {counts.get(VERDICTS[1], 0)}; {counts.get(VERDICTS[2], 0)} are inconclusive."
+        )
     return text + (f" {missing} could not be tested." if missing else "")
 
 # %% ../nbs/62_ablations.ipynb #fe8a28b6
@@ -258,28 +345,44 @@ TITLE4 = "Table 4, regenerated: ablations."
 
 
 def notes_of(cells: pd.DataFrame) -> list[str]:
-    "How to read the table: intervals, what they hold, and how many pictures each run saw."
+    """How to read the table: intervals, what they hold, and how many pictures each run saw."""
     run = cells[cells.state == "present"]
-    notes = ["In brackets: 95 % bootstrap interval over people. 'Paper' columns: arXiv 2602.14672, Table 4, where the runs of the first "
-             "eight rows had 33 epochs and the others 66."]
+    notes = [
+        "In brackets: 95 % bootstrap interval over people. 'Paper' columns: arXiv 2602.14672, Table 4, where the runs of the first "
+        "eight rows had 33 epochs and the others 66."
+    ]
     if len(run):
         seen, seeds = sorted(run.pictures.unique()), int(run.seeds.min())
-        notes.append(f"Pictures seen by each run: {' or '.join(f'{int(n):,}' for n in seen)}" + (", equal for all rows." if len(seen) == 1 else "."))
-        notes.append("One pretraining per row: the intervals are over people, not over what another seed would change." if seeds == 1 else
-                     f"{seeds} pretrainings per row: the intervals are over people and seeds.")
+        notes.append(
+            f"Pictures seen by each run: {' or '.join(f'{int(n):,}' for n in seen)}"
+            + (", equal for all rows." if len(seen) == 1 else ".")
+        )
+        notes.append(
+            "One pretraining per row: the intervals are over people, not over what another seed would change."
+            if seeds == 1
+            else f"{seeds} pretrainings per row: the intervals are over people and seeds."
+        )
     return notes
 
 # %% ../nbs/62_ablations.ipynb #360237d9
 def _number(cell) -> str:
-    return f"{cell.value:.3f} [{cell.low:.3f}, {cell.high:.3f}]" if cell.state == "present" else f"not run: {cell.state}"
+    return (
+        f"{cell.value:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+        if cell.state == "present"
+        else f"not run: {cell.state}"
+    )
 
 
 def _lines(cells: pd.DataFrame) -> list[list[str]]:
-    "The body: labels, then ours and the paper's for each metric."
+    """The body: labels, then ours and the paper's for each metric."""
     body = []
     for _, row in cells.groupby("row", sort=False):
         first = row.iloc[0]
-        numbers = [text for cell in row.itertuples() for text in (_number(cell), "" if pd.isna(cell.paper) else f"{cell.paper:.3f}")]
+        numbers = [
+            text
+            for cell in row.itertuples()
+            for text in (_number(cell), "" if pd.isna(cell.paper) else f"{cell.paper:.3f}")
+        ]
         body.append([first.features, first.masking, first.p, first.weights, *numbers])
     return body
 
@@ -288,9 +391,16 @@ HEADER4 = ["Features", "Masking", "P", "Weighted loss", "BMI r²", "paper", "BMI
 
 # %% ../nbs/62_ablations.ipynb #ab01d05c
 def _gaps(found: pd.DataFrame) -> list[list[str]]:
-    "The claims: claim, gap in the paper, gap here with its interval, verdict."
-    return [[line.claim, "" if pd.isna(line.paper) else f"{line.paper:+.3f}",
-             "" if pd.isna(line.gap) else f"{line.gap:+.3f} [{line.low:+.3f}, {line.high:+.3f}]", line.verdict] for line in found.itertuples()]
+    """The claims: claim, gap in the paper, gap here with its interval, verdict."""
+    return [
+        [
+            line.claim,
+            "" if pd.isna(line.paper) else f"{line.paper:+.3f}",
+            "" if pd.isna(line.gap) else f"{line.gap:+.3f} [{line.low:+.3f}, {line.high:+.3f}]",
+            line.verdict,
+        ]
+        for line in found.itertuples()
+    ]
 
 
 HEADER_GAPS = ["Claim", "Gap in r², paper", "Gap in r², here", "Verdict"]
@@ -299,11 +409,13 @@ HEADER_GAPS = ["Claim", "Gap in r², paper", "Gap in r², here", "Verdict"]
 def _grid(header, body) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [header, ["-" * w for w in widths], *body]
-    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 # %% ../nbs/62_ablations.ipynb #7f2c7b18
 def table4_markdown(cells: pd.DataFrame, found: pd.DataFrame, scale: str) -> str:
-    "Table 4 and its verdicts in Markdown."
+    """Table 4 and its verdicts in Markdown."""
     notes = "\n".join(f"- {note}" for note in notes_of(cells))
     verdicts = f"**The paper's orderings.** {summary_of(found)} Paired bootstrap of the difference in r², each claim by itself at 95 %."
     return f"**{TITLE4}** {scale}\n\n{_grid(HEADER4, _lines(cells))}\n\n{notes}\n\n{verdicts}\n\n{_grid(HEADER_GAPS, _gaps(found))}\n"
@@ -311,26 +423,55 @@ def table4_markdown(cells: pd.DataFrame, found: pd.DataFrame, scale: str) -> str
 # %% ../nbs/62_ablations.ipynb #d6379186
 def _tabular(columns: str, header, body) -> str:
     rows = [" & ".join(map(tex, line)) + r" \\" for line in body]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(tex, header)) + r" \\", r"\midrule", *rows,
-                      r"\bottomrule", r"\end{tabular}"])
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(tex, header)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
 def table4_tex(cells: pd.DataFrame, found: pd.DataFrame, scale: str) -> str:
-    "Table 4 and its verdicts in LaTeX with booktabs (packages: booktabs, graphicx)."
+    """Table 4 and its verdicts in LaTeX with booktabs (packages: booktabs, graphicx)."""
     body = _lines(cells)
     notes = r" \\ ".join(tex(note) for note in notes_of(cells))
     top, low = _tabular("llllrrrr", HEADER4, body), _tabular("lrrl", HEADER_GAPS, _gaps(found))
-    return "\n".join([r"\begin{table*}", r"\centering", rf"\caption{{{tex(TITLE4)} {tex(scale)} {tex(summary_of(found))}}}",
-                      r"\label{tab:ablations}", rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{top}}}", "", rf"\smallskip{{\footnotesize {notes}}}",
-                      "", r"\bigskip", low, r"\end{table*}", ""])
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{tex(TITLE4)} {tex(scale)} {tex(summary_of(found))}}}",
+            r"\label{tab:ablations}",
+            rf"\resizebox{{\textwidth}}{{!}}{{%{chr(10)}{top}}}",
+            "",
+            rf"\smallskip{{\footnotesize {notes}}}",
+            "",
+            r"\bigskip",
+            low,
+            r"\end{table*}",
+            "",
+        ]
+    )
 
 # %% ../nbs/62_ablations.ipynb #c5344fa9
 def figure_table4(cells: pd.DataFrame, path) -> Path:
-    "BMI r2 of each row with its interval, and the paper's as a cross."
+    """BMI r2 of each row with its interval, and the paper's as a cross."""
     import matplotlib.pyplot as plt
 
     part = cells[cells.column == "BMI r2"].iloc[::-1].reset_index(drop=True)
-    labels = part.masking + np.where(part.p == "—", "", ", P = " + part.p) + ", " + part.weights.str.lower() + ": " + part.features
+    labels = (
+        part.masking
+        + np.where(part.p == "—", "", ", P = " + part.p)
+        + ", "
+        + part.weights.str.lower()
+        + ": "
+        + part.features
+    )
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(7.2, 1.1 + 0.27 * len(part)))
         here = part[part.state == "present"].astype({"value": float, "low": float, "high": float})
@@ -346,7 +487,7 @@ def figure_table4(cells: pd.DataFrame, path) -> Path:
 
 # %% ../nbs/62_ablations.ipynb #7e9d3dca
 def operations_of(settings: dict) -> int:
-    "Multiply-adds of one picture in one training step of a run, from the settings in its run.json."
+    """Multiply-adds of one picture in one training step of a run, from the settings in its run.json."""
     from mefem.config import Pretrain
     from mefem.monitoring import step_operations
     from mefem.training import build
@@ -355,20 +496,29 @@ def operations_of(settings: dict) -> int:
 
 
 def costs(results, rows=TABLE4_ROWS, feature_set: str = "patches") -> pd.DataFrame:
-    "One line per run that is there: run, whether of the paper, operations of the whole run, BMI r2 (value, low, high) of `feature_set`."
+    """One line per run that is there: run, whether of the paper, operations of the whole run, BMI r2 (value, low, high) of `feature_set`."""
     lines = []
     for row in (row for row in rows if row.feature_set == feature_set):
         found = load_result(results, row.run, "bmi", feature_set)
         if not found or found["state"] != "present":
             continue
         used, r2 = found["run"]["settings"], found["values"]["r2"]
-        lines.append({"run": row.run, "of_the_paper": bool(row.paper), "operations_per_picture": operations_of(used),
-                      "pictures": used["steps"] * used["batch"]} | {k: r2[k] for k in ("value", "low", "high")})
-    return pd.DataFrame(lines, columns=["run", "of_the_paper", "operations_per_picture", "pictures", "value", "low", "high"])
+        lines.append(
+            {
+                "run": row.run,
+                "of_the_paper": bool(row.paper),
+                "operations_per_picture": operations_of(used),
+                "pictures": used["steps"] * used["batch"],
+            }
+            | {k: r2[k] for k in ("value", "low", "high")}
+        )
+    return pd.DataFrame(
+        lines, columns=["run", "of_the_paper", "operations_per_picture", "pictures", "value", "low", "high"]
+    )
 
 # %% ../nbs/62_ablations.ipynb #7c01ca92
 def figure_costs(found: pd.DataFrame, path) -> Path:
-    "BMI r2 of `costs` against the multiply-adds of each run; those beyond the paper and their baseline by name."
+    """BMI r2 of `costs` against the multiply-adds of each run; those beyond the paper and their baseline by name."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
@@ -388,7 +538,10 @@ def figure_costs(found: pd.DataFrame, path) -> Path:
             ax.set(xscale="log", xlim=(total.min() / 1.15, total.max() * 1.5))
             ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}")
-        ax.set(xlabel="multiply-adds of the whole run, $10^{12}$ (grey: the paper's other runs)", ylabel="BMI r², patches")
+        ax.set(
+            xlabel="multiply-adds of the whole run, $10^{12}$ (grey: the paper's other runs)",
+            ylabel="BMI r², patches",
+        )
         ax.grid(color="0.9")
         fig.tight_layout()
         return save_figure(fig, path)
@@ -400,7 +553,9 @@ def write_table4(results, out, settings: Settings, replicates: int | None = None
     `results`: the folder of `collect`; rows that were not run say so."""
     out, rows = Path(out), rows_of(settings)
     cells = table4(results, rows)
-    found = orderings(results, comparisons(settings), rows, replicates or ablation_probing(settings).bootstrap)
+    found = orderings(
+        results, comparisons(settings), rows, replicates or ablation_probing(settings).bootstrap
+    )
     scale = scale_of(cells, f"{settings.profile} ({settings.active.scale})", *_about(results, rows))
     text = table4_markdown(cells, found, scale)
     write_atomic(out / "table4.md", text)
@@ -416,17 +571,26 @@ def write_table4(results, out, settings: Settings, replicates: int | None = None
 
 # %% ../nbs/62_ablations.ipynb #228a6e1e
 def _about(results, rows) -> tuple[str, str]:
-    "Model and pretraining as phrases for the caption, from the first run that is there."
+    """Model and pretraining as phrases for the caption, from the first run that is there."""
     for row in rows:
         if run := (load_result(results, row.run, "bmi", row.feature_set) or {}).get("run"):
             used = run["settings"]
-            return describe_run(run)[0], (f"{run['pictures']:,} unlabelled photographs of other people, {used['steps']:,} steps of "
-                                          f"{used['batch']} in every run")
+            return describe_run(run)[0], (
+                f"{run['pictures']:,} unlabelled photographs of other people, {used['steps']:,} steps of "
+                f"{used['batch']} in every run"
+            )
     return "", ""
 
 
 def _metrics(cells, found) -> dict:
     run = cells[cells.state == "present"]
-    values = {row: {c.column: round(c.value, 6) for c in part.itertuples()} for row, part in run.groupby("row", sort=False)}
-    return {"rows": values, "orderings": dict(zip(found.claim, found.verdict, strict=True)), "summary": summary_of(found),
-            "seeds": int(run.seeds.min()) if len(run) else 0}
+    values = {
+        row: {c.column: round(c.value, 6) for c in part.itertuples()}
+        for row, part in run.groupby("row", sort=False)
+    }
+    return {
+        "rows": values,
+        "orderings": dict(zip(found.claim, found.verdict, strict=True)),
+        "summary": summary_of(found),
+        "seeds": int(run.seeds.min()) if len(run) else 0,
+    }

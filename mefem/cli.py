@@ -18,61 +18,98 @@ from .config import Probing, SettingsError, load_settings, pretrain_settings
 from .files import DiskFull, find_root, write_json
 
 # %% ../nbs/70_cli.ipynb #8efdb4e5
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="MeFEm: a face encoder pretrained by a joint embedding predictive architecture.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="MeFEm: a face encoder pretrained by a joint embedding predictive architecture.",
+)
 
 
 class _Plainly:
-    "Turns an error that names its own remedy into one line and exit code 1."
+    """Turns an error that names its own remedy into one line and exit code 1."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, (SettingsError, ValueError, DiskFull, FileNotFoundError, NotADirectoryError, MemoryError, FloatingPointError)) or (
-                isinstance(error, RuntimeError) and type(error).__module__.startswith("mefem")):
+        if isinstance(
+            error,
+            (
+                SettingsError,
+                ValueError,
+                DiskFull,
+                FileNotFoundError,
+                NotADirectoryError,
+                MemoryError,
+                FloatingPointError,
+            ),
+        ) or (isinstance(error, RuntimeError) and type(error).__module__.startswith("mefem")):
             typer.echo(f"mefem: {error}", err=True)
             raise typer.Exit(1) from None
 
 # %% ../nbs/70_cli.ipynb #341207cf
 @app.command()
-def simulate(dataset: Annotated[str, typer.Argument(help="avspeech, bmi, celeba, facecaption, fairface, mcd-rppg or sfhq")],
-             out: Annotated[Path, typer.Argument(help="folder to write, in the publisher's layout")],
-             photographs: Annotated[int, typer.Option("--photographs", "-n", min=1)] = 100,
-             seed: Annotated[int, typer.Option(min=0)] = 0,
-             size: Annotated[int, typer.Option(min=256, help="pixels per side")] = 320,
-             variety: Annotated[float, typer.Option(min=0, max=1, help="of light, background, clothes, camera: 0 one studio, 1 everywhere")] = 1.0,
-             jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None):
-    "Photographs of simulated people with known bodies, in a publisher's own format."
+def simulate(
+    dataset: Annotated[
+        str, typer.Argument(help="avspeech, bmi, celeba, facecaption, fairface, mcd-rppg or sfhq")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write, in the publisher's layout")],
+    photographs: Annotated[int, typer.Option("--photographs", "-n", min=1)] = 100,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int, typer.Option(min=256, help="pixels per side")] = 320,
+    variety: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="of light, background, clothes, camera: 0 one studio, 1 everywhere"),
+    ] = 1.0,
+    jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None,
+):
+    """Photographs of simulated people with known bodies, in a publisher's own format."""
     from mefem.simulate.publishers import simulate_dataset
 
     with _Plainly():
-        simulate_dataset(dataset, out, photographs=photographs, seed=seed, size=size, variety=variety, jobs=jobs)
+        simulate_dataset(
+            dataset, out, photographs=photographs, seed=seed, size=size, variety=variety, jobs=jobs
+        )
         typer.echo(f"{photographs} photographs of {dataset} in {out}")
 
 # %% ../nbs/70_cli.ipynb #e74c5a2c
-_FRAMING = ("paper (the square of scale x the face's box, refused where it leaves the picture), shift (that square "
-            "moved inside), pad (the picture's edge goes on outside), as-is (a square picture is the crop), auto "
-            "(paper, else shift, else as-is where the face fills two thirds of a square picture's side, else pad)")
+_FRAMING = (
+    "paper (the square of scale x the face's box, refused where it leaves the picture), shift (that square "
+    "moved inside), pad (the picture's edge goes on outside), as-is (a square picture is the crop), auto "
+    "(paper, else shift, else as-is where the face fills two thirds of a square picture's side, else pad)"
+)
 _MIN_SIDE = "least pixels of the square's side in the picture; default: 224 with --framing paper, else 1"
 _SCALE = "side of the square / longer side of the face's box; default: 2"
 
 
 @app.command()
-def crop(context: typer.Context,
-         source: Annotated[Path, typer.Argument(help="a folder of photographs, or of a data set as published")],
-         out: Annotated[Path, typer.Option("--out", "-o", help="folder for the crops")],
-         dataset: Annotated[str | None, typer.Option(help="the data set's name; without: any folder of photographs")] = None,
-         size: Annotated[int, typer.Option(min=32, help="pixels per side of a crop")] = 224,
-         framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}; with --dataset: paper, or dataset (the "
-                                                     "publisher's). Default: paper, or what the set needs")] = None,
-         min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
-         scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
-         face: Annotated[str | None, typer.Option(help="surest (the default) or largest; the next where that does not "
-                                                  "fit")] = None,
-         jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
-         cluster: Annotated[str | None, typer.Option(envvar="MEFEM_CLUSTER",
-                                                     help="with --dataset: address of a Dask scheduler")] = None):
+def crop(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="a folder of photographs, or of a data set as published")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the crops")],
+    dataset: Annotated[
+        str | None, typer.Option(help="the data set's name; without: any folder of photographs")
+    ] = None,
+    size: Annotated[int, typer.Option(min=32, help="pixels per side of a crop")] = 224,
+    framing: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{_FRAMING}; with --dataset: paper, or dataset (the "
+            "publisher's). Default: paper, or what the set needs"
+        ),
+    ] = None,
+    min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
+    scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+    face: Annotated[
+        str | None, typer.Option(help="surest (the default) or largest; the next where that does not fit")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(envvar="MEFEM_CLUSTER", help="with --dataset: address of a Dask scheduler")
+    ] = None,
+):
     """Square face crops; every photograph is used or counted under the reason why not.
 
     Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what helps.
@@ -82,8 +119,12 @@ def crop(context: typer.Context,
         framing = _check_framing(framing, scale, face, dataset)
         how = {"size": size, "scale": 2.0 if scale is None else scale, "framing": framing, "jobs": jobs}
         if dataset is None:
-            if context.get_parameter_source("cluster").name == "COMMANDLINE":  # the environment's is meant for others
-                raise ValueError("--cluster works on a data set: name it by --dataset, or leave --cluster out")
+            if (
+                context.get_parameter_source("cluster").name == "COMMANDLINE"
+            ):  # the environment's is meant for others
+                raise ValueError(
+                    "--cluster works on a data set: name it by --dataset, or leave --cluster out"
+                )
             import pandas as pd
 
             from mefem.faces import CROP_LIST
@@ -100,24 +141,30 @@ def crop(context: typer.Context,
 
 
 def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None):
-    "`framing`, or the default; `ValueError` for an option that would do nothing, or is for something else."
+    """`framing`, or the default; `ValueError` for an option that would do nothing, or is for something else."""
     from mefem.faces import check_framing
 
     if dataset is None and framing == "dataset":
-        raise ValueError("--framing dataset is a publisher's framing: name the data set by --dataset, or use as-is")
+        raise ValueError(
+            "--framing dataset is a publisher's framing: name the data set by --dataset, or use as-is"
+        )
     if dataset and framing not in (None, "paper", "dataset"):
-        raise ValueError(f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset")
+        raise ValueError(
+            f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset"
+        )
     if dataset and face:
         raise ValueError("--face is for a folder of photographs; a data set's reader knows its faces")
     if not dataset:
         check_framing(framing or "paper", face or "surest")
     if scale is not None and framing in ("as-is", "dataset"):
-        raise ValueError(f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out")
+        raise ValueError(
+            f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out"
+        )
     return framing or (None if dataset else "paper")
 
 
 def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
-    "Counts by reason of a data set's crops, and what to say where none is usable."
+    """Counts by reason of a data set's crops, and what to say where none is usable."""
     from mefem.datasets.core import crop_dataset
     from mefem.shards import on_cluster
 
@@ -127,18 +174,42 @@ def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **
         raise FileNotFoundError(manifest["reason"])
     own = manifest["crop"]["framing"] == "dataset"
     remedy = "" if own else "; --framing dataset takes them as their publisher framed them"
-    return {"usable": manifest["usable"], **manifest["dropped"]}, f"no photograph of {source} could be used{remedy}"
+    return {
+        "usable": manifest["usable"],
+        **manifest["dropped"],
+    }, f"no photograph of {source} could be used{remedy}"
 
 # %% ../nbs/70_cli.ipynb #1959d477
 @app.command()
-def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of the run, data/runs/<run>; --name under torchrun")] = "main",
-             profile: Annotated[str | None, typer.Option(help="of params.yaml; default: the one in force")] = None,
-             changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key of the profile's pretrain "
-                                                               "section (repeatable), e.g. --set masking.width=5 --set optimiser.clip=null")] = None,
-             settings: Annotated[Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of --profile and --set")] = None,
-             resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint of the same settings, pictures and code")] = True,
-             resume_anyway: Annotated[bool, typer.Option("--resume-anyway", help="go on from the newest checkpoint of the same settings, "
-                                                         "whatever its pictures and code; run.json says so")] = False):
+def pretrain(
+    run: Annotated[
+        str, typer.Option("--run", "--name", help="name of the run, data/runs/<run>; --name under torchrun")
+    ] = "main",
+    profile: Annotated[str | None, typer.Option(help="of params.yaml; default: the one in force")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="change a key of the profile's pretrain "
+            "section (repeatable), e.g. --set masking.width=5 --set optimiser.clip=null",
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="a JSON of a whole pretrain section, in place of --profile and --set")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="go on from the newest checkpoint of the same settings, pictures and code")
+    ] = True,
+    resume_anyway: Annotated[
+        bool,
+        typer.Option(
+            "--resume-anyway",
+            help="go on from the newest checkpoint of the same settings, "
+            "whatever its pictures and code; run.json says so",
+        ),
+    ] = False,
+):
     """Pretrain an encoder on the crops in data/faces, with the settings of params.yaml.
 
     One process; under torchrun, one of several: torchrun --nproc-per-node 8 -m mefem pretrain"""
@@ -148,26 +219,48 @@ def pretrain(run: Annotated[str, typer.Option("--run", "--name", help="name of t
     with _Plainly():
         if settings and (profile or changes):
             raise SettingsError("--settings is a whole pretrain section: leave out --profile and --set")
-        config = read_pretrain(settings) if settings else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
-        path = run_pretraining(config, resume=resume, run=run_name(run), root=find_root(), resume_anyway=resume_anyway)
+        config = (
+            read_pretrain(settings)
+            if settings
+            else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
+        )
+        path = run_pretraining(
+            config, resume=resume, run=run_name(run), root=find_root(), resume_anyway=resume_anyway
+        )
         if os.environ.get("RANK", "0") == "0":
             typer.echo(path)
 
 # %% ../nbs/70_cli.ipynb #e995513e
 @app.command()
-def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
-          out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
-          encoder: Annotated[str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")] = "mefem-b",
-          features: Annotated[str, typer.Option(help="mean (of the patch tokens), cls, patches or patches+cls. CLS of "
-                                                "a short pretraining says next to nothing")] = "mean",
-          framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}. Default: auto")] = None,
-          detect: Annotated[bool, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")] = True,
-          min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
-          scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
-          face: Annotated[str | None, typer.Option(help="surest (the default), largest (of both, the next where that "
-                                                   "does not fit) or all, a row each")] = None,
-          batch: Annotated[int, typer.Option(min=1)] = 32,
-          device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto"):
+def embed(
+    photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
+    encoder: Annotated[
+        str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")
+    ] = "mefem-b",
+    features: Annotated[
+        str,
+        typer.Option(
+            help="mean (of the patch tokens), cls, patches or patches+cls. CLS of "
+            "a short pretraining says next to nothing"
+        ),
+    ] = "mean",
+    framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}. Default: auto")] = None,
+    detect: Annotated[
+        bool, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")
+    ] = True,
+    min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
+    scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
+    face: Annotated[
+        str | None,
+        typer.Option(
+            help="surest (the default), largest (of both, the next where that "
+            "does not fit) or all, a row each"
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+):
     """Embeddings of photographs: one row each, with a reason where there is none.
 
     Columns: file, status, reason (what was found and what helps), faces (number found), score and box x0 y0 x1 y1 of
@@ -179,10 +272,22 @@ def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photogra
 
     with _Plainly():
         if not detect and framing not in (None, "as-is"):
-            raise ValueError(f"--no-detect is --framing as-is, and --framing is {framing}: leave one of the two out")
+            raise ValueError(
+                f"--no-detect is --framing as-is, and --framing is {framing}: leave one of the two out"
+            )
         framing = _check_framing("as-is" if not detect else framing or "auto", scale, face)
-        table = embed_photographs(photographs, encoder, out, features=features, framing=framing, face=face or "surest",
-                                  scale=2.0 if scale is None else scale, min_side=min_side, batch=batch, device=device)
+        table = embed_photographs(
+            photographs,
+            encoder,
+            out,
+            features=features,
+            framing=framing,
+            face=face or "surest",
+            scale=2.0 if scale is None else scale,
+            min_side=min_side,
+            batch=batch,
+            device=device,
+        )
         refused = table[table.status != "success"]
         for row in refused.head(20).itertuples():
             typer.echo(f"{row.file}: {row.status}; {row.reason}", err=True)
@@ -191,32 +296,62 @@ def embed(photographs: Annotated[Path, typer.Argument(help="a folder of photogra
         done = table[table.status == "success"]
         used = ", ".join(f"{name} {count:,}" for name, count in done.framing.value_counts().items())
         faces = f"{len(done):,} faces in " if face == "all" else ""
-        typer.echo(f"{faces}{done.file.nunique():,} of {table.file.nunique():,} photographs embedded in {out}"
-                   + (f" (framing: {used})" if used else ""))
+        typer.echo(
+            f"{faces}{done.file.nunique():,} of {table.file.nunique():,} photographs embedded in {out}"
+            + (f" (framing: {used})" if used else "")
+        )
         if len(refused) == len(table):
             raise ValueError(nothing_usable(photographs, framing, table))
 
 # %% ../nbs/70_cli.ipynb #7a311150
 @app.command()
-def probe(table: Annotated[Path, typer.Argument(help="a table that `mefem embed` wrote; or a folder of data/features, for --task")],
-          labels: Annotated[Path | None, typer.Argument(help="a CSV file with a row for each photograph")] = None,
-          target: Annotated[str | None, typer.Option(help="the column of LABELS to predict")] = None,
-          kind: Annotated[str | None, typer.Option(help="numbers or classes; default: told from the column")] = None,
-          person: Annotated[str | None, typer.Option(help="the column with people's ids; without: each photograph is a person")] = None,
-          group: Annotated[str | None, typer.Option(help="a column: errors for each of its values too")] = None,
-          image: Annotated[str | None, typer.Option(help="the column that names photographs; default: file, filename, image, path "
-                                                    "or name")] = None,
-          against: Annotated[list[Path] | None, typer.Option(help="another table of the same photographs to compare with (repeatable)")] = None,
-          folds: Annotated[int | None, typer.Option(min=2, help="default: 5")] = None,
-          seed: Annotated[int | None, typer.Option(min=0, help="of the folds; default: 0")] = None,
-          out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for predictions, model and report; with --task a .json "
-                                                   "file for the numbers")] = None,
-          as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON and nothing else")] = False,
-          task: Annotated[str | None, typer.Option(help="with a folder: bmi (default), fairface-age ...")] = None,
-          feature_set: Annotated[str | None, typer.Option(help="with a folder: cls, patches (default) or patches+cls")] = None,
-          head: Annotated[str | None, typer.Option(help="with a folder: attentive, mlp or linear; default: as in the paper")] = None,
-          profile: Annotated[str | None, typer.Option(help="with a folder: of params.yaml; default: the one in force")] = None,
-          epochs: Annotated[int | None, typer.Option(min=1, help="with a folder: of the head's training")] = None):
+def probe(
+    table: Annotated[
+        Path,
+        typer.Argument(help="a table that `mefem embed` wrote; or a folder of data/features, for --task"),
+    ],
+    labels: Annotated[Path | None, typer.Argument(help="a CSV file with a row for each photograph")] = None,
+    target: Annotated[str | None, typer.Option(help="the column of LABELS to predict")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="numbers or classes; default: told from the column")
+    ] = None,
+    person: Annotated[
+        str | None, typer.Option(help="the column with people's ids; without: each photograph is a person")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="a column: errors for each of its values too")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="the column that names photographs; default: file, filename, image, path or name"),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="another table of the same photographs to compare with (repeatable)"),
+    ] = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="default: 5")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the folds; default: 0")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="folder for predictions, model and report; with --task a .json file for the numbers",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the numbers as JSON and nothing else")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="with a folder: bmi (default), fairface-age ...")] = None,
+    feature_set: Annotated[
+        str | None, typer.Option(help="with a folder: cls, patches (default) or patches+cls")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="with a folder: attentive, mlp or linear; default: as in the paper")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="with a folder: of params.yaml; default: the one in force")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="with a folder: of the head's training")] = None,
+):
     """How well embeddings predict a label of yours, on people unseen, with 95 % intervals.
 
     \b
@@ -232,32 +367,66 @@ def probe(table: Annotated[Path, typer.Argument(help="a table that `mefem embed`
 
     With a folder of data/features: the graph's own probe of --task. What is not given is then as params.yaml has it, so that
     the numbers are those of the graph; outside a checkout, as `Probing` has it."""
-    own = {"LABELS": labels, "--target": target, "--kind": kind, "--person": person, "--group": group, "--image": image,
-           "--against": against, "--json": as_json}
-    graph = {"--task": task, "--feature-set": feature_set, "--head": head, "--profile": profile, "--epochs": epochs}
+    own = {
+        "LABELS": labels,
+        "--target": target,
+        "--kind": kind,
+        "--person": person,
+        "--group": group,
+        "--image": image,
+        "--against": against,
+        "--json": as_json,
+    }
+    graph = {
+        "--task": task,
+        "--feature-set": feature_set,
+        "--head": head,
+        "--profile": profile,
+        "--epochs": epochs,
+    }
     with _Plainly():
         if table.is_dir():
-            _refuse(own, f"{table} is a folder of features, for --task; a table that `mefem embed` wrote goes with")
-            _probe_graph(table, task or "bmi", feature_set or "patches", head, out, profile, {"folds": folds, "epochs": epochs, "seed": seed})
+            _refuse(
+                own,
+                f"{table} is a folder of features, for --task; a table that `mefem embed` wrote goes with",
+            )
+            _probe_graph(
+                table,
+                task or "bmi",
+                feature_set or "patches",
+                head,
+                out,
+                profile,
+                {"folds": folds, "epochs": epochs, "seed": seed},
+            )
         else:
             _refuse(graph, f"{table} is no folder of data/features, which goes with")
-            asked = {"kind": kind, "person": person, "group": group, "image": image, "folds": 5 if folds is None else folds, "seed": seed or 0}
+            asked = {
+                "kind": kind,
+                "person": person,
+                "group": group,
+                "image": image,
+                "folds": 5 if folds is None else folds,
+                "seed": seed or 0,
+            }
             _probe_labels(table, labels, target, against, out, as_json, asked)
 
 
 def _refuse(options: dict, why: str) -> None:
-    "`ValueError` naming the options that were given though they do nothing here."
+    """`ValueError` naming the options that were given though they do nothing here."""
     if given := [name for name, value in options.items() if value not in (None, False, [], ())]:
         raise ValueError(f"{why} {', '.join(given)}")
 
 
 def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dict) -> None:
-    "The probe of own labels: what was found on standard output, or JSON alone."
+    """The probe of own labels: what was found on standard output, or JSON alone."""
     from mefem.own_labels import as_json as numbers_of
     from mefem.own_labels import check_folder, probe_labels, write_probe
 
     if labels is None or target is None:
-        raise ValueError(f"{'LABELS' if labels is None else '--target'} is missing: mefem probe {table} labels.csv --target COLUMN")
+        raise ValueError(
+            f"{'LABELS' if labels is None else '--target'} is missing: mefem probe {table} labels.csv --target COLUMN"
+        )
     if out:
         check_folder(out)
     found = probe_labels(table, labels, target, against or (), **asked)
@@ -269,23 +438,39 @@ def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dic
     for line in (*found.said, found, *found.group_lines(), *found.against):
         typer.echo(line)
     if not found.against:
-        typer.echo("better than an untrained encoder? mefem embed photos/ -o random.parquet -e random:FILE, then --against random.parquet")
+        typer.echo(
+            "better than an untrained encoder? mefem embed photos/ -o random.parquet -e random:FILE, then --against random.parquet"
+        )
     if out:
-        typer.echo(f"predictions, model and report in {out}; for new photographs: mefem predict {out} new.parquet -o predictions.csv")
+        typer.echo(
+            f"predictions, model and report in {out}; for new photographs: mefem predict {out} new.parquet -o predictions.csv"
+        )
 
 
-def _probe_graph(features, task: str, feature_set: str, head: str | None, out: Path | None, profile: str | None, given: dict) -> None:
-    "The probe of a folder of features, as in the graph: prints the numbers as JSON."
+def _probe_graph(
+    features,
+    task: str,
+    feature_set: str,
+    head: str | None,
+    out: Path | None,
+    profile: str | None,
+    given: dict,
+) -> None:
+    """The probe of a folder of features, as in the graph: prints the numbers as JSON."""
     from mefem.compute import torch_threads
     from mefem.metrics import summarise
     from mefem.probing import probe as run_probe
 
     if out and (out.suffix != ".json" or out.is_dir()):
         raise ValueError(f"{out}: expected a file ending in .json")
-    settings = _probing_settings(profile) | {name: value for name, value in given.items() if value is not None}
+    settings = _probing_settings(profile) | {
+        name: value for name, value in given.items() if value is not None
+    }
     seed, seeds, bootstrap = (settings.pop(name) for name in ("seed", "seeds", "bootstrap"))
     with torch_threads(1):  # as in the graph: the numbers do not depend on the number of cores
-        result = run_probe(features, task, feature_set, head=head, seeds=tuple(range(seed, seed + seeds)), **settings)
+        result = run_probe(
+            features, task, feature_set, head=head, seeds=tuple(range(seed, seed + seeds)), **settings
+        )
     if result.state != "present":
         raise FileNotFoundError(f"{features}: {result.state}: {result.info['reason']}")
     numbers = summarise(result.predictions, task, bootstrap)
@@ -295,7 +480,7 @@ def _probe_graph(features, task: str, feature_set: str, head: str | None, out: P
 
 
 def _probing_settings(profile: str | None) -> dict:
-    "The `probing` section of params.yaml, or its defaults where there is no params.yaml and no profile is asked for."
+    """The `probing` section of params.yaml, or its defaults where there is no params.yaml and no profile is asked for."""
     try:
         root = find_root()
     except FileNotFoundError:
@@ -306,9 +491,13 @@ def _probing_settings(profile: str | None) -> dict:
 
 
 @app.command()
-def predict(model: Annotated[Path, typer.Argument(help="the folder that `mefem probe ... -o FOLDER` wrote")],
-            table: Annotated[Path, typer.Argument(help="a table that `mefem embed` wrote, with the same encoder and features")],
-            out: Annotated[Path, typer.Option("--out", "-o", help="a .csv file: file, status, prediction")]):
+def predict(
+    model: Annotated[Path, typer.Argument(help="the folder that `mefem probe ... -o FOLDER` wrote")],
+    table: Annotated[
+        Path, typer.Argument(help="a table that `mefem embed` wrote, with the same encoder and features")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="a .csv file: file, status, prediction")],
+):
     """Predictions of a model of `mefem probe` for new photographs.
 
     \b
@@ -321,13 +510,22 @@ def predict(model: Annotated[Path, typer.Argument(help="the folder that `mefem p
         typer.echo(f"{(found.status == 'success').sum():,} of {len(found):,} photographs predicted in {out}")
 
 # %% ../nbs/70_cli.ipynb #584a051d
-info = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What is at hand: data sets, weights, and how the last reproduction went.")
+info = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="What is at hand: data sets, weights, and how the last reproduction went.",
+)
 app.add_typer(info, name="info")
 
 
 @info.command("data")
-def info_data(fetch: Annotated[str | None, typer.Option(help="get this data set from Hugging Face first; goes on where it was stopped")] = None):
-    "All data sets: state, counts, size, and how to obtain what is absent. Nothing is fetched without --fetch."
+def info_data(
+    fetch: Annotated[
+        str | None,
+        typer.Option(help="get this data set from Hugging Face first; goes on where it was stopped"),
+    ] = None,
+):
+    """All data sets: state, counts, size, and how to obtain what is absent. Nothing is fetched without --fetch."""
     from mefem.datasets.core import READERS, fetch_dataset, is_simulated
 
     with _Plainly():
@@ -341,7 +539,7 @@ def info_data(fetch: Annotated[str | None, typer.Option(help="get this data set 
 
 
 def _about_data(name: str, data: Path) -> tuple[str, list[str]]:
-    "State of a data set, and what there is to say about it: counts and size, or how to obtain it."
+    """State of a data set, and what there is to say about it: counts and size, or how to obtain it."""
     from mefem.datasets.core import disk_use, get_reader
     from mefem.shards import ShardError, read_manifest
 
@@ -358,21 +556,28 @@ def _about_data(name: str, data: Path) -> tuple[str, list[str]]:
 
 
 @info.command("weights")
-def info_weights(write: Annotated[Path | None, typer.Option(help="write the list as JSON, for the graph")] = None):
-    "Released weights: which files are in data/weights, their licence, and the command that gets them."
+def info_weights(
+    write: Annotated[Path | None, typer.Option(help="write the list as JSON, for the graph")] = None,
+):
+    """Released weights: which files are in data/weights, their licence, and the command that gets them."""
     from mefem.encoders import weights_at_hand
 
     with _Plainly():
         states = weights_at_hand(find_root() / "data" / "weights")
         for name, about in states.items():
-            typer.echo(f"{name:12} {about['state']:9} {about['file']}\n             {about['licence']}; {about['command']}")
+            typer.echo(
+                f"{name:12} {about['state']:9} {about['file']}\n             {about['licence']}; {about['command']}"
+            )
         if write:
-            write_json(write, {name: {key: about[key] for key in ("state", "file")} for name, about in states.items()})
+            write_json(
+                write,
+                {name: {key: about[key] for key in ("state", "file")} for name, about in states.items()},
+            )
 
 # %% ../nbs/70_cli.ipynb #2b670aac
 @info.command("reproduction")
 def info_reproduction():
-    "How the last reproduction went: time for each stage, where the tables and figures are, and Table 2."
+    """How the last reproduction went: time for each stage, where the tables and figures are, and Table 2."""
     with _Plainly():
         from mefem.report import stage_durations
 
@@ -384,7 +589,11 @@ def info_reproduction():
             typer.echo(f"{seconds:7.0f}  {stage}")
         typer.echo(f"{sum(seconds for _, seconds in durations):7.0f}  together\n")
         folders = sorted(path.relative_to(root).as_posix() for path in figures.glob("*") if path.is_dir())
-        typer.echo("tables and figures: " + ", ".join(f"{folder}/" for folder in folders) + "; what they show: README.md\n")
+        typer.echo(
+            "tables and figures: "
+            + ", ".join(f"{folder}/" for folder in folders)
+            + "; what they show: README.md\n"
+        )
         table = figures / "tables" / "table2.md"
         if not table.exists():
             raise FileNotFoundError("figures/tables/table2.md is missing: run `make reproduce`")

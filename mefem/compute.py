@@ -11,7 +11,7 @@ import os
 
 # %% ../nbs/03_compute.ipynb #b3dfd4c8
 class DeviceError(ValueError):
-    "A device that is not there; the text names it and what can be had."
+    """A device that is not there; the text names it and what can be had."""
 
 
 def choose_device(name=None):
@@ -25,14 +25,18 @@ def choose_device(name=None):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(f"device {name!r} is unknown: expected auto, cpu, cuda or cuda:0, cuda:1 ...") from None
+        raise DeviceError(
+            f"device {name!r} is unknown: expected auto, cpu, cuda or cuda:0, cuda:1 ..."
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device {str(device)!r} was asked for, but torch sees no GPU; set device: auto or cpu")
+        raise DeviceError(
+            f"device {str(device)!r} was asked for, but torch sees no GPU; set device: auto or cpu"
+        )
     return device
 
 
 def choose_precision(name: str, device) -> str:
-    """"bf16" or "fp32"; "auto": bf16 on a GPU, and on a processor with instructions for it (AVX512-BF16 or AMX).
+    """ "bf16" or "fp32"; "auto": bf16 on a GPU, and on a processor with instructions for it (AVX512-BF16 or AMX).
 
     Without them a product of bfloat16 matrices takes several times as long as one of float32."""
     import torch
@@ -45,13 +49,13 @@ def choose_precision(name: str, device) -> str:
 
 # %% ../nbs/03_compute.ipynb #4808a7c8
 def usable_cores() -> int:
-    "The processor cores that this process may use, which a batch system or container may have made fewer than there are."
+    """The processor cores that this process may use, which a batch system or container may have made fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def torch_threads(count: int):
-    "PyTorch computes with `count` threads inside this block, and with as many as before after it."
+    """PyTorch computes with `count` threads inside this block, and with as many as before after it."""
     import torch
 
     before = torch.get_num_threads()

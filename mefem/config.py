@@ -22,7 +22,7 @@ from .files import find_root
 
 # %% ../nbs/00_config.ipynb #e9f5df3b
 class SettingsError(ValueError):
-    "A setting that cannot be used; the text names the key, the value and what was expected."
+    """A setting that cannot be used; the text names the key, the value and what was expected."""
 
 # %% ../nbs/00_config.ipynb #e2f07828
 DatasetName = Literal["facecaption", "avspeech", "sfhq", "celeba", "fairface", "mcd-rppg", "bmi"]
@@ -32,7 +32,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    "Base of every section: unknown keys are refused, values cannot be changed afterwards."
+    """Base of every section: unknown keys are refused, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,9 @@ class Section(BaseModel):
 class Simulate(Section):
     photographs: dict[DatasetName, Count] = {}
     size: Annotated[int, Field(ge=64, le=2048)] = 320  # pixels per side of the whole photograph
-    variety: Fraction = 1.0  # of light, background, clothes and camera: 0 is one studio, 1 photographs from everywhere
+    variety: Fraction = (
+        1.0  # of light, background, clothes and camera: 0 is one studio, 1 photographs from everywhere
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
 # %% ../nbs/00_config.ipynb #6a542e9c
@@ -49,11 +51,15 @@ class Crop(Section):
     min_side: Count = 224  # pixels of the original that the square must have
     scale: Annotated[float, Field(gt=0)] = 2.0  # side of the square / longer side of the box
     min_score: Fraction = 0.5  # of the detector
-    stray: Fraction = 0.0  # how unsteady the detector is made: deviation of a box's place and log side, in sides of the box
-    framing: dict[DatasetName, Literal["paper", "dataset"]] = {}  # "dataset": the publisher's own framing, not cropped
+    stray: Fraction = (
+        0.0  # how unsteady the detector is made: deviation of a box's place and log side, in sides of the box
+    )
+    framing: dict[
+        DatasetName, Literal["paper", "dataset"]
+    ] = {}  # "dataset": the publisher's own framing, not cropped
 
     def framing_of(self, dataset: str) -> str | None:
-        "The framing set for one data set; None leaves it to the data set's reader (the paper's crop, but for SFHQ)."
+        """The framing set for one data set; None leaves it to the data set's reader (the paper's crop, but for SFHQ)."""
         return self.framing.get(dataset)
 
 # %% ../nbs/00_config.ipynb #bea2c7d3
@@ -63,8 +69,12 @@ class Encoder(Section):
 
     @property
     def image_size(self) -> int:
-        "Pixels per side of the picture the encoder takes."
-        return int(self.kwargs.get("img_size", self.name.split("_")[-1] if self.name.split("_")[-1].isdigit() else 224))
+        """Pixels per side of the picture the encoder takes."""
+        return int(
+            self.kwargs.get(
+                "img_size", self.name.split("_")[-1] if self.name.split("_")[-1].isdigit() else 224
+            )
+        )
 
 
 class Masking(Section):
@@ -98,21 +108,33 @@ class Optimiser(Section):
 
 
 class Runtime(Section):
-    "How a run is run. None of it is part of the run's hash: a run may go on elsewhere, with other numbers here."
+    """How a run is run. None of it is part of the run's hash: a run may go on elsewhere, with other numbers here."""
 
-    processes: Count | None = None  # that the stage starts through torchrun; null: one for each GPU, `cpu_processes` without
-    cpu_processes: Count = 1  # where no GPU is used: a small model gains more from a process a core than from a thread a core
-    pictures: Literal["auto", "memory", "shards"] = "auto"  # decoded once, or read from the shards; auto: memory if they fit
+    processes: Count | None = (
+        None  # that the stage starts through torchrun; null: one for each GPU, `cpu_processes` without
+    )
+    cpu_processes: Count = (
+        1  # where no GPU is used: a small model gains more from a process a core than from a thread a core
+    )
+    pictures: Literal["auto", "memory", "shards"] = (
+        "auto"  # decoded once, or read from the shards; auto: memory if they fit
+    )
     window: Count = 16  # shards whose pictures are mixed, where they are read from shards
-    workers: Annotated[int, Field(ge=0)] | None = None  # decoding processes of each training process; null: its share of cores
+    workers: Annotated[int, Field(ge=0)] | None = (
+        None  # decoding processes of each training process; null: its share of cores
+    )
     keep: Count = 2  # newest checkpoints that stay
-    probe: str | None = None  # "fairface:gender": a linear probe on that set's training pictures at every checkpoint
+    probe: str | None = (
+        None  # "fairface:gender": a linear probe on that set's training pictures at every checkpoint
+    )
     dvclive: bool = False  # write the log through DVCLive too
 
 # %% ../nbs/00_config.ipynb #3eb02d44
 class Pretrain(Section):
     datasets: tuple[DatasetName, ...] = ("facecaption", "avspeech", "sfhq")
-    exclude_leaked: bool = False  # leave out photographs that data/faces/leaks.json finds in an evaluation set
+    exclude_leaked: bool = (
+        False  # leave out photographs that data/faces/leaks.json finds in an evaluation set
+    )
     encoder: Encoder = Encoder()
     predictor: Predictor = Predictor()
     masking: Masking = Masking()
@@ -121,8 +143,12 @@ class Pretrain(Section):
     runtime: Runtime = Runtime()
     teacher_input: Literal["image", "targets"] = "image"
     target_norm: Literal["layer", "batch", "whiten"] = "layer"
-    target_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the targets that are predicted; below 1: drawn by weight
-    sigreg: Annotated[float, Field(ge=0, lt=1)] = 0.0  # LeJEPA's lambda; above 0: SIGReg in place of the EMA teacher
+    target_share: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # of the targets that are predicted; below 1: drawn by weight
+    )
+    sigreg: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # LeJEPA's lambda; above 0: SIGReg in place of the EMA teacher
+    )
     flip: bool = False
     batch: Count = 2048  # pictures per step, over all processes
     steps: Count = 1000
@@ -139,9 +165,13 @@ class Pretrain(Section):
         if image % patch:
             raise ValueError(f"encoder: img_size {image} is not a multiple of patch_size {patch}")
         if self.masking.kind == "stripes" and self.masking.width >= image // patch:
-            raise ValueError(f"masking.width {self.masking.width} leaves no target: the grid has {image // patch} patches")
+            raise ValueError(
+                f"masking.width {self.masking.width} leaves no target: the grid has {image // patch} patches"
+            )
         if not 0 <= self.optimiser.final_lr <= self.optimiser.lr:
-            raise ValueError(f"optimiser.final_lr {self.optimiser.final_lr} exceeds optimiser.lr {self.optimiser.lr}")
+            raise ValueError(
+                f"optimiser.final_lr {self.optimiser.final_lr} exceeds optimiser.lr {self.optimiser.lr}"
+            )
         return self
 
 # %% ../nbs/00_config.ipynb #ca199c00
@@ -156,7 +186,10 @@ class Probing(Section):
     batch: Count = 128
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 3e-3)
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (1e-2, 1e-1)
-    starts: tuple[Literal["standardise", "whiten"], ...] = ("standardise", "whiten")  # how a head sees its features at first
+    starts: tuple[Literal["standardise", "whiten"], ...] = (
+        "standardise",
+        "whiten",
+    )  # how a head sees its features at first
     patience: Count = 10  # epochs without a better validation loss before a fold stops
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.15  # share of the training people
     hidden: Count = 256  # of the perceptron on CLS
@@ -185,7 +218,11 @@ class Profile(Section):
 def _merge(base: dict, changes: dict) -> dict:
     merged = dict(base)
     for key, value in changes.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value)
+            if isinstance(value, dict) and isinstance(merged.get(key), dict)
+            else value
+        )
     return merged
 
 
@@ -197,18 +234,26 @@ class Settings(Section):
     overrides: dict[str, dict] = {}  # run -> changes to its pretrain section
     ablations: dict[str, dict] = {}  # run of Table 4 -> what it changes
     ablation_runs: tuple[str, ...] = ()  # those of `ablations` that the graph runs, one stage each
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)  # each of those runs is repeated with
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
+        0,
+    )  # each of those runs is repeated with
     base: Profile = Profile()
     profiles: dict[str, Profile]  # each with what it leaves to `base`
 
     @model_validator(mode="before")
     @classmethod
     def _over_base(cls, raw):
-        "Each profile as `base` with the profile's changes."
-        if not isinstance(raw, dict) or not isinstance(raw.get("base"), dict) or not isinstance(raw.get("profiles"), dict):
+        """Each profile as `base` with the profile's changes."""
+        if (
+            not isinstance(raw, dict)
+            or not isinstance(raw.get("base"), dict)
+            or not isinstance(raw.get("profiles"), dict)
+        ):
             return raw
-        profiles = {name: _merge(raw["base"], changes) if isinstance(changes, dict) else changes
-                    for name, changes in raw["profiles"].items()}
+        profiles = {
+            name: _merge(raw["base"], changes) if isinstance(changes, dict) else changes
+            for name, changes in raw["profiles"].items()
+        }
         return raw | {"profiles": profiles}
 
     @model_validator(mode="after")
@@ -228,12 +273,12 @@ class Settings(Section):
 
     @property
     def active(self) -> Profile:
-        "The profile in force."
+        """The profile in force."""
         return self.profiles[self.profile]
 
 # %% ../nbs/00_config.ipynb #6a38963c
 def _model_at(model, loc) -> type[Section] | None:
-    "The section model at `loc` below `model`; None where there is none."
+    """The section model at `loc` below `model`; None where there is none."""
     for part in loc:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[part].annotation if part in model.model_fields else None
@@ -243,7 +288,7 @@ def _model_at(model, loc) -> type[Section] | None:
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    "All keys of a section and of those below it, as `masking.width`."
+    """All keys of a section and of those below it, as `masking.width`."""
     for name, field in model.model_fields.items():
         yield prefix + name
         if below := _model_at(field.annotation, ()):
@@ -251,7 +296,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(loc: tuple, model: type[BaseModel] | None) -> str:
-    "Of the keys below the section in which `loc` is unknown the one most like it, as a question; all where none is alike."
+    """Of the keys below the section in which `loc` is unknown the one most like it, as a question; all where none is alike."""
     if model is None:
         return ""
     *above, key = map(str, loc)
@@ -260,11 +305,15 @@ def _nearest(loc: tuple, model: type[BaseModel] | None) -> str:
         return max(SequenceMatcher(None, key, name).ratio() for name in (known, known.rpartition(".")[2]))
 
     best = max(_keys(model), key=alike)
-    return f"; did you mean {'.'.join([*above, best])!r}?" if alike(best) >= 0.6 else f"; there are {', '.join(model.model_fields)}"
+    return (
+        f"; did you mean {'.'.join([*above, best])!r}?"
+        if alike(best) >= 0.6
+        else f"; there are {', '.join(model.model_fields)}"
+    )
 
 
 def _expected(item: dict) -> str:
-    "What pydantic expected, and what it found, in a sentence."
+    """What pydantic expected, and what it found, in a sentence."""
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["type"] == "missing":
@@ -276,13 +325,21 @@ def _expected(item: dict) -> str:
     if item["type"] == "string_type":
         return f"expected text, found {found}; text that looks like something else goes into quotes: {str(item['input'])!r}"
     said = item["msg"].removeprefix("Input should be ").partition(", unable")[0]
-    said = "a mapping of keys" if item["type"] in ("model_type", "dict_type") else "a list" if item["type"] == "tuple_type" else said
+    said = (
+        "a mapping of keys"
+        if item["type"] in ("model_type", "dict_type")
+        else "a list"
+        if item["type"] == "tuple_type"
+        else said
+    )
     return f"expected {'a number ' if said.startswith(('greater', 'less')) else ''}{said}, found {found}"
 
 # %% ../nbs/00_config.ipynb #80d92ed6
 def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
     items = error.errors()
-    of_base = {item["loc"][1:] for item in items if item["loc"][:1] == ("base",)}  # every profile repeats these
+    of_base = {
+        item["loc"][1:] for item in items if item["loc"][:1] == ("base",)
+    }  # every profile repeats these
     lines = {}
     for item in items:
         loc = tuple(part for part in item["loc"] if part not in ("[key]", "int", "float", "str", "bool"))
@@ -297,7 +354,7 @@ def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> str
 
 
 def _validated(model: type[BaseModel], values, source: str):
-    "`values` as a `model`; `SettingsError` names `source`, the key, the value and what was expected."
+    """`values` as a `model`; `SettingsError` names `source`, the key, the value and what was expected."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -305,17 +362,23 @@ def _validated(model: type[BaseModel], values, source: str):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    "YAML takes the last of two equal keys in silence; this loader refuses them."
+    """YAML takes the last of two equal keys in silence; this loader refuses them."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [
+            self.construct_object(key, deep=True)
+            for key, _ in node.value
+            if key.tag != "tag:yaml.org,2002:merge"
+        ]
         if twice := {key for key in keys if keys.count(key) > 1}:
-            raise SettingsError(f"{node.start_mark.name}: key {sorted(twice)[0]!r} stands twice in one section")
+            raise SettingsError(
+                f"{node.start_mark.name}: key {sorted(twice)[0]!r} stands twice in one section"
+            )
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/00_config.ipynb #d2c2227a
 def read_yaml(path) -> dict:
-    "The mapping in a YAML file; duplicate keys and broken syntax are refused with the line."
+    """The mapping in a YAML file; duplicate keys and broken syntax are refused with the line."""
     path = Path(path)
     try:
         with path.open("rb") as f:
@@ -328,24 +391,28 @@ def read_yaml(path) -> dict:
 
 
 def load_settings(path=None, profile: str | None = None) -> Settings:
-    "`params.yaml` (default: the one of the project's root) as validated settings; `profile` replaces the one in force."
+    """`params.yaml` (default: the one of the project's root) as validated settings; `profile` replaces the one in force."""
     path = Path(path) if path else find_root() / "params.yaml"
     return _validated(Settings, read_yaml(path) | ({"profile": profile} if profile else {}), path.name)
 
 # %% ../nbs/00_config.ipynb #2c37599b
 def run_name(run) -> str:
-    "The name of a run, checked: text that names a folder below data/runs."
+    """The name of a run, checked: text that names a folder below data/runs."""
     if not isinstance(run, str):
-        raise SettingsError(f"run {run!r} is not text but {type(run).__name__}: papermill's -p turns names into numbers, -r keeps "
-                            f"them as they are (-r run {run}); in YAML and Python put it in quotes")
+        raise SettingsError(
+            f"run {run!r} is not text but {type(run).__name__}: papermill's -p turns names into numbers, -r keeps "
+            f"them as they are (-r run {run}); in YAML and Python put it in quotes"
+        )
     parts = PurePath(run).parts
     if not parts or PurePath(run).is_absolute() or ".." in parts:
-        raise SettingsError(f"run {run!r} names no folder below data/runs; expected a name as 'main' or 'wider'")
+        raise SettingsError(
+            f"run {run!r} names no folder below data/runs; expected a name as 'main' or 'wider'"
+        )
     return run
 
 
 def pretrain_settings(settings: Settings, run: str, **changes) -> Pretrain:
-    "The `pretrain` section of `run`; `changes` (nested dictionaries) come last, as papermill's parameters do."
+    """The `pretrain` section of `run`; `changes` (nested dictionaries) come last, as papermill's parameters do."""
     if run_name(run) not in settings.runs and not changes:
         raise SettingsError(f"run {run!r} is not one of {', '.join(settings.runs)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.overrides.get(run, {}))
@@ -353,12 +420,14 @@ def pretrain_settings(settings: Settings, run: str, **changes) -> Pretrain:
 
 
 def changes_of(assignments: Iterable[str]) -> dict:
-    "Nested changes to a `pretrain` section from texts as `masking.width=5`; values are YAML, later ones win."
+    """Nested changes to a `pretrain` section from texts as `masking.width=5`; values are YAML, later ones win."""
     changes = {}
     for text in assignments:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value or not all(parts := key.split(".")):
-            raise SettingsError(f"--set {text!r}: expected KEY=VALUE, as masking.width=5 or optimiser.clip=null")
+            raise SettingsError(
+                f"--set {text!r}: expected KEY=VALUE, as masking.width=5 or optimiser.clip=null"
+            )
         try:
             found = yaml.load(value, _UniqueKeys)
         except yaml.YAMLError:
@@ -370,7 +439,7 @@ def changes_of(assignments: Iterable[str]) -> dict:
 
 
 def read_pretrain(path) -> Pretrain:
-    "A `pretrain` section from a JSON file, as `run.json` has it under `settings`."
+    """A `pretrain` section from a JSON file, as `run.json` has it under `settings`."""
     try:
         values = json.loads(Path(path).read_bytes())
     except ValueError as error:
@@ -379,7 +448,7 @@ def read_pretrain(path) -> Pretrain:
 
 
 def ablation_settings(settings: Settings, run: str, seed: int = 0) -> Pretrain:
-    "The `pretrain` section of a run of Table 4: the profile's, its `ablation.pretrain`, then what `ablations` has for the run."
+    """The `pretrain` section of a run of Table 4: the profile's, its `ablation.pretrain`, then what `ablations` has for the run."""
     if run not in settings.ablations:
         raise SettingsError(f"run {run!r} is not one of ablations: {', '.join(settings.ablations)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.active.ablation.pretrain)
@@ -387,7 +456,10 @@ def ablation_settings(settings: Settings, run: str, seed: int = 0) -> Pretrain:
 
 
 def ablation_probing(settings: Settings) -> Probing:
-    "The `probing` section of Table 4: the profile's with its `ablation.probing`."
+    """The `probing` section of Table 4: the profile's with its `ablation.probing`."""
     profile = settings.active
-    return _validated(Probing, _merge(profile.probing.model_dump(), profile.ablation.probing),
-                      f"profiles.{settings.profile}.ablation.probing")
+    return _validated(
+        Probing,
+        _merge(profile.probing.model_dump(), profile.ablation.probing),
+        f"profiles.{settings.profile}.ablation.probing",
+    )

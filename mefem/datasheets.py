@@ -9,7 +9,6 @@ __all__ = ['SOURCES', 'TOTAL_IN_PAPER', 'SYNTHETIC', 'UNITS', 'HASH_SIDE', 'MAX_
            'write_leaks', 'duplicates_table']
 
 # %% ../nbs/61_datasheets.ipynb #e4ef82e2
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +18,21 @@ import pandas as pd
 
 from .files import write_atomic, write_json
 from .report import STYLE, save_figure, tex
-from .shards import LEAKS, ShardError, decode_square, iter_samples, load_images, read_labels, read_manifest
+from mefem.shards import (
+    LEAKS,
+    ShardError,
+    decode_square,
+    iter_samples,
+    load_images,
+    read_labels,
+    read_manifest,
+)
 
 # %% ../nbs/61_datasheets.ipynb #24c6158a
 @dataclass(frozen=True)
 class Source:
-    "A data set as the paper's Table 1 and section 3.1.2 have it; counts are None where the paper gives none."
+    """A data set as the paper's Table 1 and section 3.1.2 have it; counts are None where the paper gives none."""
+
     name: str
     title: str
     media: str
@@ -33,7 +41,7 @@ class Source:
     usable: int | None = None
 
 
-SOURCES = (                                           # numbers: arXiv 2602.14672, Table 1
+SOURCES = (  # numbers: arXiv 2602.14672, Table 1
     Source("facecaption", "FaceCaption-15M", "images", "pretraining", 15_078_935, 4_572_807),
     Source("avspeech", "AVSpeech", "videos", "pretraining", 2_621_845, 1_446_778),
     Source("sfhq", "SFHQ", "images", "pretraining", 425_258, 425_258),
@@ -54,11 +62,24 @@ def accounts(faces, sources=SOURCES) -> pd.DataFrame:
     for source in sources:
         found = read_manifest(Path(faces) / source.name)
         if found["usable"] + sum(found["dropped"].values()) != found["original"]:
-            raise ShardError(f"{source.name}: {found['usable']} usable and {sum(found['dropped'].values())} dropped do not make "
-                             f"the {found['original']} that its publisher lists")
-        rows.append({"dataset": source.name, "title": source.title, "media": source.media, "role": source.role,
-                     **{key: found[key] for key in ("state", "reason", "simulated", "original", "usable", "dropped")},
-                     "paper_original": source.original, "paper_usable": source.usable})
+            raise ShardError(
+                f"{source.name}: {found['usable']} usable and {sum(found['dropped'].values())} dropped do not make "
+                f"the {found['original']} that its publisher lists"
+            )
+        rows.append(
+            {
+                "dataset": source.name,
+                "title": source.title,
+                "media": source.media,
+                "role": source.role,
+                **{
+                    key: found[key]
+                    for key in ("state", "reason", "simulated", "original", "usable", "dropped")
+                },
+                "paper_original": source.original,
+                "paper_usable": source.usable,
+            }
+        )
     return pd.DataFrame(rows).astype({"paper_original": "Int64", "paper_usable": "Int64"})
 
 # %% ../nbs/61_datasheets.ipynb #efb19375
@@ -67,22 +88,46 @@ def _count(value) -> str:
 
 
 def table1(found: pd.DataFrame) -> pd.DataFrame:
-    "Table 1 as text: a row for each data set and the pretraining sets' total; absent ones say so."
+    """Table 1 as text: a row for each data set and the pretraining sets' total; absent ones say so."""
     rows = []
     for row in found.itertuples():
-        ours = (_count(row.original), _count(row.usable)) if row.state == "present" else (f"not run: data {row.state}", "")
-        rows.append([row.title, row.role, row.media, ours[0], _count(row.paper_original), ours[1], _count(row.paper_usable)])
+        ours = (
+            (_count(row.original), _count(row.usable))
+            if row.state == "present"
+            else (f"not run: data {row.state}", "")
+        )
+        rows.append(
+            [
+                row.title,
+                row.role,
+                row.media,
+                ours[0],
+                _count(row.paper_original),
+                ours[1],
+                _count(row.paper_usable),
+            ]
+        )
     training = found[found.role == "pretraining"]
-    total = ["Total", "pretraining", "", _count(training.original.sum()), _count(training.paper_original.sum()),
-             _count(training.usable.sum()), _count(training.paper_usable.sum())]
+    total = [
+        "Total",
+        "pretraining",
+        "",
+        _count(training.original.sum()),
+        _count(training.paper_original.sum()),
+        _count(training.usable.sum()),
+        _count(training.paper_usable.sum()),
+    ]
     rows.insert(len(training), total)
     return pd.DataFrame(rows, columns=["Data set", "Role", "Media", "Original", "paper", "Usable", "paper "])
 
 # %% ../nbs/61_datasheets.ipynb #4116ddcb
 def dropped_table(found: pd.DataFrame) -> pd.DataFrame:
-    "Table 1's companion as text: photographs by what became of them, a row for each reason, a column for each data set."
+    """Table 1's companion as text: photographs by what became of them, a row for each reason, a column for each data set."""
     present = found[found.state == "present"]
-    columns = {row.title: {"usable": row.usable, **row.dropped, "listed by the publisher": row.original} for row in present.itertuples()}
+    columns = {
+        row.title: {"usable": row.usable, **row.dropped, "listed by the publisher": row.original}
+        for row in present.itertuples()
+    }
     reasons = sorted({reason for row in present.itertuples() for reason in row.dropped})
     index = ["usable", *reasons, "listed by the publisher"]
     text = {title: [_count(counts.get(reason, 0)) for reason in index] for title, counts in columns.items()}
@@ -90,16 +135,30 @@ def dropped_table(found: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/61_datasheets.ipynb #d56fd1d9
 def frame_tex(frame: pd.DataFrame, caption: str, label: str) -> str:
-    "A frame of text as a LaTeX table with booktabs; numbers to the right."
+    """A frame of text as a LaTeX table with booktabs; numbers to the right."""
     numbers = [frame[name].str.fullmatch(r"[\d,.]*").all() for name in frame]
     lines = [" & ".join(map(tex, map(str, row))) + r" \\" for row in [frame.columns, *frame.to_numpy()]]
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{tex(caption)}}}", rf"\label{{{label}}}",
-                      rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in numbers)}}}", r"\toprule", lines[0],
-                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{tex(caption)}}}",
+            rf"\label{{{label}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if number else 'l' for number in numbers)}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 def write_frame(frame: pd.DataFrame, out, name: str, title: str, scale: str = "") -> str:
-    "Write <out>/<name>.md, .csv and .tex from a frame of text; returns the Markdown."
+    """Write <out>/<name>.md, .csv and .tex from a frame of text; returns the Markdown."""
     body = frame.to_markdown(index=False, disable_numparse=True, colalign=["left"] * len(frame.columns))
     text = f"**{title}** {scale}".rstrip() + f"\n\n{body}\n"
     write_atomic(Path(out) / f"{name}.md", text)
@@ -109,22 +168,30 @@ def write_frame(frame: pd.DataFrame, out, name: str, title: str, scale: str = ""
 
 
 def scale_line(found: pd.DataFrame, profile: str) -> str:
-    "The scale of the tables in one sentence."
-    people = "**Simulated people: the counts say nothing about the publishers' data.**" if found.simulated.any() else "The publishers' own files."
+    """The scale of the tables in one sentence."""
+    people = (
+        "**Simulated people: the counts say nothing about the publishers' data.**"
+        if found.simulated.any()
+        else "The publishers' own files."
+    )
     return f"Profile {profile}. {people} 'paper': arXiv 2602.14672, Table 1."
 
 # %% ../nbs/61_datasheets.ipynb #f447ecbb
 SYNTHETIC = ("sfhq",)  # real files, but faces of nobody
 
 
-def figure_examples(faces, found: pd.DataFrame, path=None, columns: int = 8, size: int = 112, real: bool = False):
+def figure_examples(
+    faces, found: pd.DataFrame, path=None, columns: int = 8, size: int = 112, real: bool = False
+):
     """Figure 1: a row of crops for each training set, written to `path` if given (else the figure is returned).
 
     Sets of real people are left blank unless `real`, which is refused together with `path`."""
     import matplotlib.pyplot as plt
 
     if real and path:
-        raise ValueError(f"{path}: photographs of real people are not written to a file; show the figure instead")
+        raise ValueError(
+            f"{path}: photographs of real people are not written to a file; show the figure instead"
+        )
     sets = found[found.role == "pretraining"]
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(sets), 1, figsize=(columns, 1.25 * len(sets)), squeeze=False)
@@ -135,7 +202,7 @@ def figure_examples(faces, found: pd.DataFrame, path=None, columns: int = 8, siz
 
 
 def _example_row(ax, row, folder, columns, size, real):
-    "One set's crops side by side, or why there are none."
+    """One set's crops side by side, or why there are none."""
     ax.set_title(row.title, loc="left", fontsize=10)
     ax.axis("off")
     shown = row.state == "present" and row.usable and (real or row.simulated or row.dataset in SYNTHETIC)
@@ -144,12 +211,16 @@ def _example_row(ax, row, folder, columns, size, real):
         blank = np.full((columns - len(images), size, size, 3), 255, np.uint8)
         ax.imshow(np.concatenate([*images, *blank], 1))
     else:
-        reason = f"not run: data {row.state}" if row.state != "present" else "photographs of real people are not shown here"
+        reason = (
+            f"not run: data {row.state}"
+            if row.state != "present"
+            else "photographs of real people are not shown here"
+        )
         ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes)
 
 # %% ../nbs/61_datasheets.ipynb #18188682
 def demographics(labels: pd.DataFrame) -> dict[str, pd.Series]:
-    "What labels say about `age`, `sex`, `ancestry` and `bmi`: numbers, or ordered categories; only what is known."
+    """What labels say about `age`, `sex`, `ancestry` and `bmi`: numbers, or ordered categories; only what is known."""
     known = {}
     if "age_name" in labels:
         order = labels.drop_duplicates("age").sort_values("age").age_name
@@ -158,7 +229,12 @@ def demographics(labels: pd.DataFrame) -> dict[str, pd.Series]:
         known["age"] = pd.to_numeric(labels.age)
     elif "Young" in labels:
         known["age"] = labels.Young.map({True: "young", False: "not young"}).astype("category")
-    sex = labels.get("sex", labels.get("gender_name", labels["Male"].map({True: "male", False: "female"}) if "Male" in labels else None))
+    sex = labels.get(
+        "sex",
+        labels.get(
+            "gender_name", labels["Male"].map({True: "male", False: "female"}) if "Male" in labels else None
+        ),
+    )
     if sex is not None:
         known["sex"] = sex.str.lower().astype("category")
     if "race_name" in labels:
@@ -168,11 +244,16 @@ def demographics(labels: pd.DataFrame) -> dict[str, pd.Series]:
     return {name: values.dropna() for name, values in known.items() if values.notna().any()}
 
 # %% ../nbs/61_datasheets.ipynb #5b1ab8db
-UNITS = {"age": "age (years)", "sex": "sex", "ancestry": "ancestry (publisher's words)", "bmi": "body mass index (kg/m²)"}
+UNITS = {
+    "age": "age (years)",
+    "sex": "sex",
+    "ancestry": "ancestry (publisher's words)",
+    "bmi": "body mass index (kg/m²)",
+}
 
 
 def _distribution(ax, values):
-    "Bars of the shares of classes, or a histogram of numbers."
+    """Bars of the shares of classes, or a histogram of numbers."""
     if values is None:
         ax.text(0.5, 0.5, "not given", ha="center", va="center", color="0.5", transform=ax.transAxes)
         ax.axis("off")
@@ -187,12 +268,16 @@ def _distribution(ax, values):
 
 
 def figure_datasheets(labels: dict[str, pd.DataFrame], path):
-    "Distributions of age, sex, ancestry and BMI, a row for each data set (title -> labels); written to `path`."
+    """Distributions of age, sex, ancestry and BMI, a row for each data set (title -> labels); written to `path`."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE | {"savefig.dpi": 110, "font.size": 8, "axes.titlesize": 9}):
-        fig, axes = plt.subplots(max(len(labels), 1), len(UNITS), figsize=(10, 1.5 * max(len(labels), 1)), squeeze=False)
-        for line, (title, frame) in zip(axes, labels.items(), strict=False):  # one empty line where nothing is present
+        fig, axes = plt.subplots(
+            max(len(labels), 1), len(UNITS), figsize=(10, 1.5 * max(len(labels), 1)), squeeze=False
+        )
+        for line, (title, frame) in zip(
+            axes, labels.items(), strict=False
+        ):  # one empty line where nothing is present
             known = demographics(frame)
             for ax, name in zip(line, UNITS, strict=True):
                 _distribution(ax, known.get(name))
@@ -208,7 +293,7 @@ HASH_SIDE = 32  # pixels per side that the hash is taken from
 
 
 def dct_coefficients(images: np.ndarray) -> np.ndarray:
-    "The 8 x 8 lowest frequencies without the constant row and column, float32 [N, 64], of grey uint8 [N, 32, 32, 3]."
+    """The 8 x 8 lowest frequencies without the constant row and column, float32 [N, 64], of grey uint8 [N, 32, 32, 3]."""
     from scipy.fft import dctn
 
     grey = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -216,12 +301,12 @@ def dct_coefficients(images: np.ndarray) -> np.ndarray:
 
 
 def hash_bits(coefficients: np.ndarray, median: np.ndarray) -> np.ndarray:
-    "Whether each coefficient [N, 64] exceeds its median, as uint64 [N]."
+    """Whether each coefficient [N, 64] exceeds its median, as uint64 [N]."""
     return np.packbits(coefficients > median, axis=1).view(np.uint64)[:, 0]
 
 # %% ../nbs/61_datasheets.ipynb #85a9a670
 def set_coefficients(folder, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    "(keys, coefficients float16 [N, 64]) of all crops in a folder, read as a stream: 128 bytes stay of each picture."
+    """(keys, coefficients float16 [N, 64]) of all crops in a folder, read as a stream: 128 bytes stay of each picture."""
     keys, found, images = [], [], []
     for key, jpeg, _ in iter_samples(folder):
         keys.append(key)
@@ -235,19 +320,19 @@ def set_coefficients(folder, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/61_datasheets.ipynb #a44da6d7
 def near_pairs(a: np.ndarray, b: np.ndarray, distance: int) -> np.ndarray:
-    "Index pairs [M, 2] of hashes uint64 in `a` and `b` that differ in at most `distance` bits, sorted."
+    """Index pairs [M, 2] of hashes uint64 in `a` and `b` that differ in at most `distance` bits, sorted."""
     edges = np.linspace(0, 64, distance + 2).astype(int)
     pairs = [_band_pairs(a, b, low, high, distance) for low, high in pairwise(edges)]
     return np.unique(np.concatenate(pairs), axis=0)
 
 
 def _band_pairs(a, b, low: int, high: int, distance: int) -> np.ndarray:
-    "Pairs within `distance` bits that agree in bits low..high-1."
+    """Pairs within `distance` bits that agree in bits low..high-1."""
     mask = np.uint64((1 << int(high)) - (1 << int(low)))
     order = np.argsort(b & mask, kind="stable")
     bands, found = (b & mask)[order], []
     for start in range(0, len(a), 1 << 16):
-        part = a[start:start + (1 << 16)]
+        part = a[start : start + (1 << 16)]
         first, last = (np.searchsorted(bands, part & mask, side) for side in ("left", "right"))
         counts = last - first
         left = np.repeat(np.arange(len(part)), counts)
@@ -264,7 +349,11 @@ def find_duplicates(faces, found: pd.DataFrame, distance: int = MAX_DISTANCE) ->
     """Near-duplicate pairs of crops: `a`, `key_a`, `b`, `key_b`, bits apart; within each set, and pretraining with evaluation.
 
     The medians that the hash compares with are those of all sets together."""
-    sets = {row.dataset: set_coefficients(Path(faces) / row.dataset) for row in found.itertuples() if row.state == "present" and row.usable}
+    sets = {
+        row.dataset: set_coefficients(Path(faces) / row.dataset)
+        for row in found.itertuples()
+        if row.state == "present" and row.usable
+    }
     columns = ["a", "key_a", "b", "key_b", "bits"]
     if not sets:
         return pd.DataFrame(columns=columns)
@@ -277,12 +366,22 @@ def find_duplicates(faces, found: pd.DataFrame, distance: int = MAX_DISTANCE) ->
                 pairs = near_pairs(hashes[one], hashes[two], distance)
                 pairs = pairs[pairs[:, 0] < pairs[:, 1]] if one == two else pairs
                 bits = np.bitwise_count(hashes[one][pairs[:, 0]] ^ hashes[two][pairs[:, 1]])
-                parts.append(pd.DataFrame({"a": one, "key_a": sets[one][0][pairs[:, 0]], "b": two, "key_b": sets[two][0][pairs[:, 1]], "bits": bits}))
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "a": one,
+                            "key_a": sets[one][0][pairs[:, 0]],
+                            "b": two,
+                            "key_b": sets[two][0][pairs[:, 1]],
+                            "bits": bits,
+                        }
+                    )
+                )
     return pd.concat(parts, ignore_index=True)[columns]
 
 # %% ../nbs/61_datasheets.ipynb #686f28f9
 def write_leaks(pairs: pd.DataFrame, faces, distance: int = MAX_DISTANCE) -> dict:
-    "Write data/faces/leaks.json: the keys of each pretraining set that are in an evaluation set too; returns it."
+    """Write data/faces/leaks.json: the keys of each pretraining set that are in an evaluation set too; returns it."""
     between = pairs[pairs.a != pairs.b]
     keys = {name: sorted(set(part.key_a)) for name, part in between.groupby("a")}
     leaks = {"distance": distance, "bits": 64, "leaked": keys}
@@ -291,11 +390,21 @@ def write_leaks(pairs: pd.DataFrame, faces, distance: int = MAX_DISTANCE) -> dic
 
 
 def duplicates_table(pairs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    "Near-duplicates as text: for each set its own, and for each pretraining set its photographs in each evaluation set."
+    """Near-duplicates as text: for each set its own, and for each pretraining set its photographs in each evaluation set."""
     titles = found[found.state == "present"].set_index("dataset").title
     evaluation = [name for name in titles.index if found.set_index("dataset").role[name] == "evaluation"]
-    def photographs(a, b): return pairs[(pairs.a == a) & (pairs.b == b)].key_a.nunique()
-    rows = [[title, _count(photographs(name, name)),
-             *(_count(photographs(name, other)) if name not in evaluation else "" for other in evaluation)]
-            for name, title in titles.items()]
-    return pd.DataFrame(rows, columns=["Near-duplicates of", "in itself", *(f"in {titles[other]}" for other in evaluation)])
+
+    def photographs(a, b):
+        return pairs[(pairs.a == a) & (pairs.b == b)].key_a.nunique()
+
+    rows = [
+        [
+            title,
+            _count(photographs(name, name)),
+            *(_count(photographs(name, other)) if name not in evaluation else "" for other in evaluation),
+        ]
+        for name, title in titles.items()
+    ]
+    return pd.DataFrame(
+        rows, columns=["Near-duplicates of", "in itself", *(f"in {titles[other]}" for other in evaluation)]
+    )

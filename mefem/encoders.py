@@ -37,8 +37,19 @@ class FrozenEncoder:
     Attributes: `name`, `dim` (D), `tokens` (K, CLS included), `has_cls`, `heads` (attention heads or None),
     `image_size`, `mean`, `std`, `device`, `dropped` (keys of the file that no encoder needs, e.g. a classifier's)."""
 
-    def __init__(self, name: str, model: nn.Module, image_size: int, mean, std, has_cls: bool, heads: int | None = None,
-                 device=None, precision: str = "fp32", dropped=()):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        image_size: int,
+        mean,
+        std,
+        has_cls: bool,
+        heads: int | None = None,
+        device=None,
+        precision: str = "fp32",
+        dropped=(),
+    ):
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is 'fp32' or 'bf16', not {precision!r}")
         self.name, self.image_size, self.has_cls, self.heads = name, image_size, has_cls, heads
@@ -122,12 +133,16 @@ class TimmTokens(nn.Module):
         out = self.model.forward_features(torch.zeros(1, 3, size, size))
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-            raise ValueError(f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is not supported")
+            raise ValueError(
+                f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is not supported"
+            )
         self.has_cls = not self._has_tokens(out) or self.class_token
         patches = self._tokens(out).shape[1] - self.has_cls
         if round(patches**0.5) ** 2 != patches:
-            raise ValueError(f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be patches: these "
-                             f"are no square; such a model is not supported")
+            raise ValueError(
+                f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be patches: these "
+                f"are no square; such a model is not supported"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self._tokens(self.model.forward_features(x))
@@ -138,7 +153,11 @@ class TimmTokens(nn.Module):
     def _tokens(self, out: Tensor) -> Tensor:
         if not self._has_tokens(out):
             return self._with_pooled(out)
-        return torch.cat([out[:, :int(self.has_cls)], out[:, self.prefix:]], 1) if self.prefix > self.has_cls else out
+        return (
+            torch.cat([out[:, : int(self.has_cls)], out[:, self.prefix :]], 1)
+            if self.prefix > self.has_cls
+            else out
+        )
 
     def _with_pooled(self, out: Tensor) -> Tensor:
         pooled = self.model.forward_head(out, pre_logits=True)
@@ -178,13 +197,17 @@ class WeightsMismatch(ValueError):
 def read_checkpoint(path) -> dict:
     """A PyTorch file as it is, tensors only (nothing in it is executed); the error names the file."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a file that is no checkpoint, torch says much that leads nowhere
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of a file that is no checkpoint, torch says much that leads nowhere
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
-        raise WeightsMismatch(f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else could run a "
-                              f"program and is not loaded") from error
+        raise WeightsMismatch(
+            f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else could run a "
+            f"program and is not loaded"
+        ) from error
     if not isinstance(found, dict):
         raise WeightsMismatch(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
     return found
@@ -198,12 +221,16 @@ def fit_state_dict(model: nn.Module, state: dict, source, may_drop: str = r"(hea
     dropped = sorted(k for k in state if k not in wanted and re.match(may_drop, k))
     faults = [f"missing: {k}" for k in wanted if k not in state]
     faults += [f"without a place: {k}" for k in state if k not in wanted and k not in dropped]
-    faults += [f"{k}: shape {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in wanted.items()
-               if k in state and state[k].shape != v.shape]
+    faults += [
+        f"{k}: shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise WeightsMismatch(
-            f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(faults[:20]) + more, faults)
+            f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(faults[:20]) + more, faults
+        )
     model.load_state_dict({k: state[k].to(v.dtype) for k, v in wanted.items()}, strict=True)
     return dropped
 
@@ -211,6 +238,7 @@ def fit_state_dict(model: nn.Module, state: dict, source, may_drop: str = r"(hea
 @dataclass(frozen=True)
 class WeightFile:
     """A publisher's weight file: what it is, its name, its licence and how to get it into data/weights."""
+
     title: str
     file: str
     licence: str
@@ -219,19 +247,42 @@ class WeightFile:
 # %% ../nbs/50_encoders.ipynb #d0a8e001
 _FETCH = "curl -L -o data/weights/{0} {1}/{0}"
 WEIGHTS = {
-    "mefem-s": WeightFile("MeFEm, ViT-S/16, as released", "MeFEm-S.pth.tar", "see the model card of boretsyury/MeFEm",
-                          "hf download boretsyury/MeFEm MeFEm-S.pth.tar --local-dir data/weights"),
-    "mefem-b": WeightFile("MeFEm, ViT-B/16, as released", "MeFEm-B.pth.tar", "see the model card of boretsyury/MeFEm",
-                          "hf download boretsyury/MeFEm MeFEm-B.pth.tar --local-dir data/weights"),
-    "farl": WeightFile("FaRL, ViT-B/16, 16 epochs", "FaRL-Base-Patch16-LAIONFace20M-ep16.pth", "MIT",
-                       _FETCH.format("FaRL-Base-Patch16-LAIONFace20M-ep16.pth",
-                                     "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights")),
-    "franca": WeightFile("Franca, ViT-L/14", "franca_vitl14_Laion600M.pth", "research only (RAIL)",
-                         _FETCH.format("franca_vitl14_Laion600M.pth",
-                                       "https://github.com/valeoai/Franca/releases/download/v1.0.0")),
-    "buffalo": WeightFile("Buffalo-L's recogniser, ArcFace ResNet50", "w600k_r50.onnx", "research only, not commercial",
-                          _FETCH.format("buffalo_l.zip", "https://github.com/deepinsight/insightface/releases/download/v0.7")
-                          + " && unzip -j data/weights/buffalo_l.zip '*w600k_r50.onnx' -d data/weights"),
+    "mefem-s": WeightFile(
+        "MeFEm, ViT-S/16, as released",
+        "MeFEm-S.pth.tar",
+        "see the model card of boretsyury/MeFEm",
+        "hf download boretsyury/MeFEm MeFEm-S.pth.tar --local-dir data/weights",
+    ),
+    "mefem-b": WeightFile(
+        "MeFEm, ViT-B/16, as released",
+        "MeFEm-B.pth.tar",
+        "see the model card of boretsyury/MeFEm",
+        "hf download boretsyury/MeFEm MeFEm-B.pth.tar --local-dir data/weights",
+    ),
+    "farl": WeightFile(
+        "FaRL, ViT-B/16, 16 epochs",
+        "FaRL-Base-Patch16-LAIONFace20M-ep16.pth",
+        "MIT",
+        _FETCH.format(
+            "FaRL-Base-Patch16-LAIONFace20M-ep16.pth",
+            "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights",
+        ),
+    ),
+    "franca": WeightFile(
+        "Franca, ViT-L/14",
+        "franca_vitl14_Laion600M.pth",
+        "research only (RAIL)",
+        _FETCH.format(
+            "franca_vitl14_Laion600M.pth", "https://github.com/valeoai/Franca/releases/download/v1.0.0"
+        ),
+    ),
+    "buffalo": WeightFile(
+        "Buffalo-L's recogniser, ArcFace ResNet50",
+        "w600k_r50.onnx",
+        "research only, not commercial",
+        _FETCH.format("buffalo_l.zip", "https://github.com/deepinsight/insightface/releases/download/v0.7")
+        + " && unzip -j data/weights/buffalo_l.zip '*w600k_r50.onnx' -d data/weights",
+    ),
 }
 
 # %% ../nbs/50_encoders.ipynb #37cbe348
@@ -258,8 +309,13 @@ def weights_at_hand(folder=None) -> dict[str, dict]:
 
     Looked for in `folder` (default: wherever `find_weights` looks)."""
     folders = [Path(folder)] if folder else weight_folders()
-    return {name: {"state": "present" if any((f / known.file).is_file() for f in folders) else "absent", **vars(known)}
-            for name, known in WEIGHTS.items()}
+    return {
+        name: {
+            "state": "present" if any((f / known.file).is_file() for f in folders) else "absent",
+            **vars(known),
+        }
+        for name, known in WEIGHTS.items()
+    }
 
 # %% ../nbs/50_encoders.ipynb #b0894539
 def load_mefem(name: str, path, **options) -> FrozenEncoder:
@@ -286,7 +342,9 @@ def load_released(name: str, path, **options) -> FrozenEncoder:
     state = state.get("state_dict", state)
     shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
     if "patch_embed.proj.weight" not in shapes or "pos_embed" not in shapes:
-        raise WeightsMismatch(f"{path}: expected a flat timm state dict, found keys such as {list(state)[:3]}")
+        raise WeightsMismatch(
+            f"{path}: expected a flat timm state dict, found keys such as {list(state)[:3]}"
+        )
     model = create_encoder("vit_small_patch16_224", **_plain_vit(shapes))
     dropped = fit_state_dict(model, state, path)
     return freeze(name, model, IMAGENET_MEAN, IMAGENET_STD, dropped=dropped, **options)
@@ -297,8 +355,14 @@ def _plain_vit(shapes: dict) -> dict:
     dim, _, patch, _ = shapes["patch_embed.proj.weight"]
     cls = "cls_token" in shapes
     grid = round((shapes["pos_embed"][1] - cls) ** 0.5)
-    return dict(embed_dim=dim, num_heads=max(1, dim // 64), depth=_depth(shapes, r"blocks\.(\d+)\."), patch_size=patch,
-                img_size=grid * patch, class_token=cls)
+    return dict(
+        embed_dim=dim,
+        num_heads=max(1, dim // 64),
+        depth=_depth(shapes, r"blocks\.(\d+)\."),
+        patch_size=patch,
+        img_size=grid * patch,
+        class_token=cls,
+    )
 
 # %% ../nbs/50_encoders.ipynb #1d1c5249
 def _depth(keys, pattern: str) -> int:
@@ -341,12 +405,22 @@ def timm_weights(timm_name: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(timm_name)
-    places = [folder / f"{timm_name}{end}" for folder in weight_folders() for end in (".safetensors", ".pth", ".bin")]
+    places = [
+        folder / f"{timm_name}{end}"
+        for folder in weight_folders()
+        for end in (".safetensors", ".pth", ".bin")
+    ]
     if config and config.url:
         places.append(Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2])
-    for file in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin") if config and config.hf_hub_id else ():
+    for file in (
+        (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+        if config and config.hf_hub_id
+        else ()
+    ):
         cached = try_to_load_from_cache(config.hf_hub_id, file) if file else None
-        places += [Path(cached)] if isinstance(cached, str) else []        # neither never asked for nor known to be absent
+        places += (
+            [Path(cached)] if isinstance(cached, str) else []
+        )  # neither never asked for nor known to be absent
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise WeightsAbsent(
@@ -391,11 +465,22 @@ def load_farl(name: str, file: str = "", **options) -> FrozenEncoder:
     state = {k: v for k, v in whole.items() if k.startswith("visual.") and k != "visual.proj"}
     if "visual.class_embedding" not in state:
         raise WeightsMismatch(f"{path}: no image tower (keys visual.*) in it")
-    dim, depth = state["visual.class_embedding"].numel(), _depth(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-    model = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=0, embed_dim=dim, depth=depth,
-                              num_heads=dim // 64)
+    dim, depth = (
+        state["visual.class_embedding"].numel(),
+        _depth(state, r"visual\.transformer\.resblocks\.(\d+)\."),
+    )
+    model = timm.create_model(
+        "vit_base_patch16_clip_quickgelu_224", num_classes=0, embed_dim=dim, depth=depth, num_heads=dim // 64
+    )
     dropped = fit_state_dict(model, checkpoint_filter_fn(state, model), path)
-    return freeze(name, model, CLIP_MEAN, CLIP_STD, dropped=sorted({*dropped, *(whole.keys() - state.keys())}), **options)
+    return freeze(
+        name,
+        model,
+        CLIP_MEAN,
+        CLIP_STD,
+        dropped=sorted({*dropped, *(whole.keys() - state.keys())}),
+        **options,
+    )
 
 # %% ../nbs/50_encoders.ipynb #d3732229
 def franca_positions(table: Tensor, grid: int, offset: float = 0.1) -> Tensor:
@@ -412,8 +497,12 @@ def franca_names(teacher: dict) -> tuple[dict, list[str]]:
     """The teacher's backbone under timm's names, and the keys left out: heads and the mask token."""
     state = {k.replace("module.", "").replace("backbone.", ""): v for k, v in teacher.items()}
     left_out = [k for k in state if k.startswith(("dino_head.", "ibot_head.", "rasa_head.", "mask_token"))]
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items() if k not in left_out}
-    return {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in state.items()}, left_out
+    state = {
+        re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items() if k not in left_out
+    }
+    return {
+        k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in state.items()
+    }, left_out
 
 # %% ../nbs/50_encoders.ipynb #38a61012
 def load_franca(name: str, file: str = "", image_size: int = 224, **options) -> FrozenEncoder:
@@ -473,11 +562,15 @@ def similarity(points, onto) -> np.ndarray:
 def align_face(rgb: np.ndarray, points) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [112, 112, 3] with `points` [4, 2] brought onto ArcFace's template."""
     from PIL import Image
-    backwards = similarity(arcface_points(), points)      # Pillow asks where each pixel of the result comes from
+
+    backwards = similarity(arcface_points(), points)  # Pillow asks where each pixel of the result comes from
     # Pillow samples at pixel centres, (x + 0.5, y + 0.5); the template counts from the centre of the first pixel
     backwards[:, 2] += 0.5 - backwards[:, :2] @ [0.5, 0.5]
-    return np.asarray(Image.fromarray(rgb).transform((ALIGNED_SIZE,) * 2, Image.Transform.AFFINE, backwards.ravel(),
-                                                     Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(rgb).transform(
+            (ALIGNED_SIZE,) * 2, Image.Transform.AFFINE, backwards.ravel(), Image.Resampling.BILINEAR
+        )
+    )
 
 # %% ../nbs/50_encoders.ipynb #424cc876
 def nominal_points(side: int) -> np.ndarray:
@@ -496,7 +589,10 @@ class BuffaloEncoder(FrozenEncoder):
 
         self.name, self.has_cls, self.heads, self.image_size, self.precision = name, True, None, 224, "fp32"
         self.mean, self.std, self.device, self.dropped = (0.5,) * 3, (0.5,) * 3, torch.device("cpu"), ()
-        cuda = choose_device(str(device or "auto")).type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        cuda = (
+            choose_device(str(device or "auto")).type == "cuda"
+            and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        )
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(str(path), providers=providers)
         self.input, self.file, self.asked = self.session.get_inputs()[0].name, Path(path), device
@@ -504,7 +600,9 @@ class BuffaloEncoder(FrozenEncoder):
         _, self.tokens, self.dim = self.tokens_of(np.zeros((1, 224, 224, 3), np.uint8)).shape
         self.unaligned = 0
 
-    def __reduce__(self):  # neither session nor detector can be sent to another process: there they are made anew
+    def __reduce__(
+        self,
+    ):  # neither session nor detector can be sent to another process: there they are made anew
         return BuffaloEncoder, (self.name, self.file, self.asked)
 
     def parts(self) -> dict:
@@ -522,8 +620,10 @@ class BuffaloEncoder(FrozenEncoder):
         return (bgr - 127.5) / 127.5
 
     def tokens_of(self, images) -> Tensor:
-        to_tensor(images[:1])                                   # the same refusal of wrong input as everywhere
-        return torch.from_numpy(self.session.run(None, {self.input: self.prepare(images).numpy()})[0])[:, None]
+        to_tensor(images[:1])  # the same refusal of wrong input as everywhere
+        return torch.from_numpy(self.session.run(None, {self.input: self.prepare(images).numpy()})[0])[
+            :, None
+        ]
 
 # %% ../nbs/50_encoders.ipynb #801a3fb6
 def load_buffalo(name: str, file: str = "", device=None, precision: str = "fp32") -> FrozenEncoder:
@@ -554,7 +654,8 @@ class PixelEncoder(FrozenEncoder):
     def fit(self, images, seed: int = 0) -> "PixelEncoder":
         """Find the principal components of pictures uint8 [N, H, W, 3]; at most N - 1 of them."""
         from sklearn.decomposition import PCA
-        x = torch.cat([self.flat(images[i:i + 256]).cpu() for i in range(0, len(images), 256)]).numpy()
+
+        x = torch.cat([self.flat(images[i : i + 256]).cpu() for i in range(0, len(images), 256)]).numpy()
         if len(x) < 2:
             raise ValueError(f"principal components need at least two pictures, got {len(x)}")
         pca = PCA(min(self.components, len(x) - 1), svd_solver="randomized", random_state=seed).fit(x)
@@ -565,13 +666,16 @@ class PixelEncoder(FrozenEncoder):
     @torch.no_grad()
     def tokens_of(self, images) -> Tensor:
         if self.axes is None:
-            raise ValueError("the PCA of pixels has not seen any picture yet: call fit(images), or load 'pixels:FILE'")
+            raise ValueError(
+                "the PCA of pixels has not seen any picture yet: call fit(images), or load 'pixels:FILE'"
+            )
         return ((self.flat(images) - self.average) @ self.axes.T)[:, None]
 
 # %% ../nbs/50_encoders.ipynb #318015ad
 def save_pixels(path, encoder: PixelEncoder) -> Path:
     """Write a fitted PCA of pixels as safetensors, atomically."""
     from safetensors.torch import save
+
     if encoder.axes is None:
         raise ValueError("the PCA of pixels has not been fitted: there is nothing to save")
     state = {"average": encoder.average.cpu(), "axes": encoder.axes.cpu()}
@@ -583,11 +687,16 @@ def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32")
     if not file:
         return PixelEncoder(name, device=device)
     from safetensors import SafetensorError, safe_open
+
     if not Path(file).is_file():
         raise WeightsAbsent(f"{file}: no such file; save_pixels writes it after fit(images)")
     try:
         with safe_open(file, framework="pt") as f:
-            size, average, axes = int(f.metadata()["image_size"]), f.get_tensor("average"), f.get_tensor("axes")
+            size, average, axes = (
+                int(f.metadata()["image_size"]),
+                f.get_tensor("average"),
+                f.get_tensor("axes"),
+            )
     except (SafetensorError, TypeError, KeyError):
         raise WeightsMismatch(f"{file} is no PCA of pixels: expected a file of save_pixels") from None
     encoder = PixelEncoder(name, len(axes), size, device)
@@ -595,8 +704,14 @@ def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32")
     return encoder
 
 # %% ../nbs/50_encoders.ipynb #3bea5302
-_LOADERS = {"random": load_random, "timm": load_timm, "farl": load_farl, "franca": load_franca, "buffalo": load_buffalo,
-            "pixels": load_pixels}
+_LOADERS = {
+    "random": load_random,
+    "timm": load_timm,
+    "farl": load_farl,
+    "franca": load_franca,
+    "buffalo": load_buffalo,
+    "pixels": load_pixels,
+}
 
 # %% ../nbs/50_encoders.ipynb #70f7a84f
 def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEncoder:
@@ -621,5 +736,7 @@ def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEn
 
     if timm.is_model(name):
         return load_timm(name, name, **options)
-    raise ValueError(f"encoder {name!r} is unknown: expected mefem-s, mefem-b, a checkpoint's path, a model of timm, "
-                     f"{', '.join(f'{k}:...' for k in _LOADERS)}")
+    raise ValueError(
+        f"encoder {name!r} is unknown: expected mefem-s, mefem-b, a checkpoint's path, a model of timm, "
+        f"{', '.join(f'{k}:...' for k in _LOADERS)}"
+    )

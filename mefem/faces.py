@@ -37,13 +37,20 @@ from PIL import Image, UnidentifiedImageError
 from .files import cache_folders, write_atomic
 
 # %% ../nbs/10_faces.ipynb #2fa4fa5a
-IMAGE_REASONS = ("missing file", "unreadable file", "empty file", "not an image", "unsupported format",
-                 "corrupt image", "too many pixels")
+IMAGE_REASONS = (
+    "missing file",
+    "unreadable file",
+    "empty file",
+    "not an image",
+    "unsupported format",
+    "corrupt image",
+    "too many pixels",
+)
 CROP_REASONS = ("no face", "bad box", "leaves the picture", "too small", "not square")
 
 
 class Unusable(ValueError):
-    "A picture that gives no crop. `reason` is one of a few fixed phrases, `detail` says what was found."
+    """A picture that gives no crop. `reason` is one of a few fixed phrases, `detail` says what was found."""
 
     def __init__(self, reason: str, source: str = "", detail: str = ""):
         self.reason, self.source, self.detail = reason, source, detail
@@ -54,11 +61,11 @@ class Unusable(ValueError):
 
 # %% ../nbs/10_faces.ipynb #af947a4a
 class ImageError(Unusable):
-    "The file is no readable picture: `reason` is one of `IMAGE_REASONS`."
+    """The file is no readable picture: `reason` is one of `IMAGE_REASONS`."""
 
 
 class CropError(Unusable):
-    "The picture is readable but cannot be framed: `reason` is one of `CROP_REASONS`."
+    """The picture is readable but cannot be framed: `reason` is one of `CROP_REASONS`."""
 
 # %% ../nbs/10_faces.ipynb #b3b15576
 MAX_PIXELS = 80_000_000  # below the 89.5 million at which Pillow itself begins to warn
@@ -66,13 +73,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000
 
 
 def known_formats() -> tuple[str, ...]:
-    "Those of `FORMATS` that Pillow can decode here."
+    """Those of `FORMATS` that Pillow can decode here."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 # %% ../nbs/10_faces.ipynb #b1d86f34
 def _read_bytes(source) -> tuple[bytes, str]:
-    "The bytes of a path, a file object or bytes, and a name for error messages."
+    """The bytes of a path, a file object or bytes, and a name for error messages."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source), "picture in memory"
     if hasattr(source, "read"):
@@ -98,7 +105,7 @@ SIGNATURES = {  # pattern at the file's beginning -> (reason, what it is, format
 
 # %% ../nbs/10_faces.ipynb #a0bd4de9
 def _what_else(data: bytes, name: str) -> ImageError:
-    "Why a file that no decoder takes is no picture."
+    """Why a file that no decoder takes is no picture."""
     for pattern, (reason, what, decoder) in SIGNATURES.items():
         if re.match(pattern, data[:512], re.DOTALL | re.IGNORECASE):
             if decoder in known_formats():
@@ -131,21 +138,31 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _checked(image: Image.Image, name, max_pixels: int) -> Image.Image:
-    "The picture itself, under a name for error messages; `ImageError` where it has too many pixels."
+    """The picture itself, under a name for error messages; `ImageError` where it has too many pixels."""
     if image.width * image.height > max_pixels:
-        raise ImageError("too many pixels", str(name), f"{image.width} x {image.height}, at most {max_pixels} are decoded")
+        raise ImageError(
+            "too many pixels", str(name), f"{image.width} x {image.height}, at most {max_pixels} are decoded"
+        )
     image.source = str(name)
     return image
 
 # %% ../nbs/10_faces.ipynb #eecc556e
-_TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF 2.3, tag 0x0112: what brings the stored pixels upright
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.3, tag 0x0112: what brings the stored pixels upright
 _SIDEWAYS = (5, 6, 7, 8)
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow brings these upright itself while it decodes, and gives the upright size before
+    if (
+        image.format == "TIFF"
+    ):  # Pillow brings these upright itself while it decodes, and gives the upright size before
         return 1
     try:
         return int(image.getexif().get(0x0112, 1))
@@ -154,12 +171,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    "Width and height in pixels after the EXIF orientation is applied."
+    """Width and height in pixels after the EXIF orientation is applied."""
     return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
 
 # %% ../nbs/10_faces.ipynb #42e21080
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    "Greyscale of 16 bits (Pillow's modes `I;16*`, `I`) as 8 bits."
+    """Greyscale of 16 bits (Pillow's modes `I;16*`, `I`) as 8 bits."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("corrupt image", getattr(image, "source", ""), "integer pixels outside 0..65535")
@@ -167,7 +184,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    "Any of Pillow's modes as RGB of 8 bits."
+    """Any of Pillow's modes as RGB of 8 bits."""
     if image.mode.startswith("I"):
         image = _sixteen_to_eight(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -180,7 +197,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # %% ../nbs/10_faces.ipynb #e3aea41a
 def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
-    "Pixels of an opened picture, upright RGB. `reduction` 2, 4 or 8 lets the JPEG decoder shrink while it decodes."
+    """Pixels of an opened picture, upright RGB. `reduction` 2, 4 or 8 lets the JPEG decoder shrink while it decodes."""
     turn = _TURN.get(_orientation(image))
     try:
         if reduction > 1:
@@ -206,18 +223,25 @@ CROP_LIST, CROP_COLUMNS = "crops.csv", ["file", "crop", "status", "framing", "re
 
 
 def listed_crops(folder) -> dict[str, str]:
-    "Name of each crop that the `crops.csv` in `folder` lists -> its photograph; `ValueError` where that file is none of ours."
+    """Name of each crop that the `crops.csv` in `folder` lists -> its photograph; `ValueError` where that file is none of ours."""
     path = Path(folder) / CROP_LIST
     if not path.is_file():
         return {}
     try:
         with path.open(encoding="utf-8", newline="") as f:
             rows = csv.reader(f, strict=True)
-            if next(rows, None) not in (CROP_COLUMNS, CROP_COLUMNS[:3]):  # lists of version 0.1.0 end with the status
+            if next(rows, None) not in (
+                CROP_COLUMNS,
+                CROP_COLUMNS[:3],
+            ):  # lists of version 0.1.0 end with the status
                 raise ValueError(f"its columns are not {','.join(CROP_COLUMNS)}")
-            return {crop: file for file, crop, *_ in rows if crop.endswith(".jpg") and Path(crop).name == crop}
+            return {
+                crop: file for file, crop, *_ in rows if crop.endswith(".jpg") and Path(crop).name == crop
+            }
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path} is no list of crops as `mefem crop` writes it: {error}; move it, or choose another folder") from None
+        raise ValueError(
+            f"{path} is no list of crops as `mefem crop` writes it: {error}; move it, or choose another folder"
+        ) from None
 
 # %% ../nbs/10_faces.ipynb #bfe27664
 def _crops_in(folder) -> set[str]:
@@ -244,7 +268,7 @@ def visible_files(folder, leave_out=None) -> list[Path]:
 
 
 def is_photograph(path) -> bool:
-    "Whether a file calls itself a picture, by its ending."
+    """Whether a file calls itself a picture, by its ending."""
     return Path(path).suffix.lower() in PICTURES
 
 # %% ../nbs/10_faces.ipynb #64657fe5
@@ -258,11 +282,17 @@ def flat_names(paths, unwanted: str = r"[\\\0\ud800-\udfff]") -> list[str]:
     has a hash holds "~"."""
     paths = [os.fspath(path) for path in paths]
     short = [re.sub(unwanted, "_", os.path.splitext(path)[0].replace(os.sep, "__")) for path in paths]
-    alike = [name.casefold() if name.isascii() else unicodedata.normalize("NFKC", name.casefold()) for name in short]
+    alike = [
+        name.casefold() if name.isascii() else unicodedata.normalize("NFKC", name.casefold())
+        for name in short
+    ]
     often = Counter(alike)
-    return [name if often[same] == 1 and "~" not in same and len(os.fsencode(name)) <= _LONGEST else
-            f"{name[:_LONGEST // 4]}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"  # a character takes up to four bytes
-            for name, same, path in zip(short, alike, paths, strict=True)]
+    return [
+        name
+        if often[same] == 1 and "~" not in same and len(os.fsencode(name)) <= _LONGEST
+        else f"{name[: _LONGEST // 4]}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"  # a character takes up to four bytes
+        for name, same, path in zip(short, alike, paths, strict=True)
+    ]
 
 # %% ../nbs/10_faces.ipynb #7dc649be
 MODEL_NAME = "face_detection_short_range.tflite"
@@ -272,24 +302,37 @@ MODEL_WHEEL = "mediapipe==0.10.21"
 
 
 class ModelAbsent(FileNotFoundError):
-    "The detector's model file is neither here nor within reach; the text says what to put where."
+    """The detector's model file is neither here nor within reach; the text says what to put where."""
 
 
 def _from_storage() -> bytes:
-    "The model from MediaPipe's storage; `OSError` where that cannot be reached."
+    """The model from MediaPipe's storage; `OSError` where that cannot be reached."""
     with urllib.request.urlopen(MODEL_URL, timeout=10) as answer:
         return answer.read()
 
 # %% ../nbs/10_faces.ipynb #468ccabc
 def _from_wheel() -> bytes:
-    "The model out of an older MediaPipe wheel, by pip; `OSError` where pip cannot get it."
+    """The model out of an older MediaPipe wheel, by pip; `OSError` where pip cannot get it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                   "--python-version=3.12", "--platform=manylinux_2_28_x86_64", f"--dest={folder}", MODEL_WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version=3.12",
+            "--platform=manylinux_2_28_x86_64",
+            f"--dest={folder}",
+            MODEL_WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            raise OSError(f"pip download {MODEL_WHEEL}: {done.stderr.strip().splitlines()[-1:] or 'nothing came'}")
+            raise OSError(
+                f"pip download {MODEL_WHEEL}: {done.stderr.strip().splitlines()[-1:] or 'nothing came'}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             return wheel.read(f"mediapipe/modules/face_detection/{MODEL_NAME}")
 
@@ -302,7 +345,7 @@ def _check_model(data: bytes, origin) -> bytes:
 
 # %% ../nbs/10_faces.ipynb #d877bc4d
 def _kept_model(folders, tried: list[str]) -> Path | None:
-    "The model where it already lies; a file with other content is noted in `tried`, and fetched anew."
+    """The model where it already lies; a file with other content is noted in `tried`, and fetched anew."""
     for path in (folder / MODEL_NAME for folder in folders):
         if path.is_file():
             try:
@@ -313,13 +356,15 @@ def _kept_model(folders, tried: list[str]) -> Path | None:
 
 
 def _by_hand(folder: Path) -> str:
-    return (f"By hand: on a machine with a network run `pip download --no-deps --only-binary=:all: --python-version 3.12 "
-            f"--platform manylinux_2_28_x86_64 {MODEL_WHEEL}`, unzip mediapipe/modules/face_detection/{MODEL_NAME} "
-            f"from the wheel and put it into {folder} (SHA-256 {MODEL_SHA256}).")
+    return (
+        f"By hand: on a machine with a network run `pip download --no-deps --only-binary=:all: --python-version 3.12 "
+        f"--platform manylinux_2_28_x86_64 {MODEL_WHEEL}`, unzip mediapipe/modules/face_detection/{MODEL_NAME} "
+        f"from the wheel and put it into {folder} (SHA-256 {MODEL_SHA256})."
+    )
 
 # %% ../nbs/10_faces.ipynb #b7ab211e
 def detector_model() -> Path:
-    "Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` says how to get it by hand."
+    """Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` says how to get it by hand."""
     folders, tried = cache_folders("models"), []
     if path := _kept_model(folders, tried):
         return path
@@ -328,21 +373,27 @@ def detector_model() -> Path:
             return write_atomic(folders[0] / MODEL_NAME, _check_model(fetch(), origin))
         except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
             tried.append(f"{origin}: {error}")
-    raise ModelAbsent("\n  ".join([f"no face detector: {MODEL_NAME} could not be had.", *tried]) + "\n" + _by_hand(folders[0]))
+    raise ModelAbsent(
+        "\n  ".join([f"no face detector: {MODEL_NAME} could not be had.", *tried])
+        + "\n"
+        + _by_hand(folders[0])
+    )
 
 # %% ../nbs/10_faces.ipynb #181ff698
 @dataclass(frozen=True, eq=False)
 class Face:
-    "One detected face, in pixels of the picture."
+    """One detected face, in pixels of the picture."""
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
     score: float  # 0..1
-    keypoints: np.ndarray  # float32 [6, 2]: the person's right eye, left eye, nose, mouth, right ear, left ear
+    keypoints: (
+        np.ndarray
+    )  # float32 [6, 2]: the person's right eye, left eye, nose, mouth, right ear, left ear
 
 # %% ../nbs/10_faces.ipynb #958c488c
 @contextlib.contextmanager
 def _quiet_stderr():
-    "Turn away what compiled code writes to file descriptor 2."
+    """Turn away what compiled code writes to file descriptor 2."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -355,23 +406,31 @@ def _quiet_stderr():
 
 # %% ../nbs/10_faces.ipynb #a60c8ed3
 def _close(task) -> None:
-    "Free MediaPipe's detector."
+    """Free MediaPipe's detector."""
     try:
         task.close()
-    except RuntimeError:  # at the interpreter's exit its worker thread is gone already, and the process frees the rest
+    except (
+        RuntimeError
+    ):  # at the interpreter's exit its worker thread is gone already, and the process frees the rest
         task._handle = None
 
 # %% ../nbs/10_faces.ipynb #444fc15a
 def check_rgb(rgb) -> np.ndarray:
-    "`rgb` itself if it is uint8 [H, W, 3]; `ValueError` with what was found otherwise."
-    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
+    """`rgb` itself if it is uint8 [H, W, 3]; `ValueError` with what was found otherwise."""
+    if (
+        not isinstance(rgb, np.ndarray)
+        or rgb.dtype != np.uint8
+        or rgb.ndim != 3
+        or rgb.shape[2] != 3
+        or not rgb.size
+    ):
         found = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
         raise ValueError(f"expected a uint8 array [H, W, 3] of RGB pixels, found {found}")
     return rgb
 
 # %% ../nbs/10_faces.ipynb #adba76db
 class FaceDetector:
-    "BlazeFace of MediaPipe. Keep one and use it for many pictures: building it costs as much as a hundred detections."
+    """BlazeFace of MediaPipe. Keep one and use it for many pictures: building it costs as much as a hundred detections."""
 
     def __init__(self, range: str = "short", min_score: float = 0.5):
         if range != "short":
@@ -384,71 +443,83 @@ class FaceDetector:
         model = BaseOptions(model_asset_path=str(detector_model()))
         with _quiet_stderr():
             self._task = Task.create_from_options(
-                FaceDetectorOptions(base_options=model, min_detection_confidence=min_score))
+                FaceDetectorOptions(base_options=model, min_detection_confidence=min_score)
+            )
             self.detect(np.zeros((128, 128, 3), np.uint8))
-        weakref.finalize(self, _close, self._task)  # left to the interpreter's shutdown, MediaPipe prints a traceback
+        weakref.finalize(
+            self, _close, self._task
+        )  # left to the interpreter's shutdown, MediaPipe prints a traceback
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
-        "Faces in a uint8 [H, W, 3] picture, the surest first."
+        """Faces in a uint8 [H, W, 3] picture, the surest first."""
         from mediapipe.tasks.python.vision.core.image import Image as Picture, ImageFormat
 
         picture = Picture(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(check_rgb(rgb)))
-        faces = [_as_face(found, rgb.shape[1], rgb.shape[0]) for found in self._task.detect(picture).detections]
+        faces = [
+            _as_face(found, rgb.shape[1], rgb.shape[0]) for found in self._task.detect(picture).detections
+        ]
         return sorted(faces, key=lambda face: -face.score)
 
 # %% ../nbs/10_faces.ipynb #a37dace5
 def _as_face(found, width: int, height: int) -> Face:
-    "MediaPipe's answer (integer box, keypoints from 0 to 1) in pixels."
+    """MediaPipe's answer (integer box, keypoints from 0 to 1) in pixels."""
     box, points = found.bounding_box, [(point.x * width, point.y * height) for point in found.keypoints]
     corners = (box.origin_x, box.origin_y, box.origin_x + box.width, box.origin_y + box.height)
     return Face(tuple(map(float, corners)), float(found.categories[0].score), np.array(points, np.float32))
 
 # %% ../nbs/10_faces.ipynb #e01f3392
 def face_square(box, scale: float = 2.0) -> tuple[float, float, float]:
-    "Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x the longer side (paper, sec. 3)."
+    """Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x the longer side (paper, sec. 3)."""
     try:
         x0, y0, x1, y1 = map(float, () if isinstance(box, (str, bytes)) else box)
         side = scale * max(x1 - x0, y1 - y0)
         square = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2, side
     except (TypeError, ValueError, OverflowError):
         square = (math.nan,)
-    if not all(map(math.isfinite, square)) or x1 <= x0 or y1 <= y0:  # a box near the largest float overflows to nan
+    if (
+        not all(map(math.isfinite, square)) or x1 <= x0 or y1 <= y0
+    ):  # a box near the largest float overflows to nan
         raise CropError("bad box", detail=f"{box!r}, expected four finite numbers x0 < x1, y0 < y1")
     return square
 
 # %% ../nbs/10_faces.ipynb #844d9fea
 def center_square(width: int, height: int) -> tuple[float, float, float]:
-    "The largest centred square of a picture: the framing of data sets that come framed."
+    """The largest centred square of a picture: the framing of data sets that come framed."""
     side = min(width, height)
     return (width - side) / 2, (height - side) / 2, float(side)
 
 # %% ../nbs/10_faces.ipynb #7bad67ae
 def lies_inside(square, width: int, height: int) -> bool:
-    "Whether a square (x0, y0, side) lies in a picture."
+    """Whether a square (x0, y0, side) lies in a picture."""
     x0, y0, side = square
     slack = 1e-6 * max(width, height)  # rounding of (x0 + x1 - side) / 2, far below any pixel
     return x0 >= -slack and y0 >= -slack and x0 + side <= width + slack and y0 + side <= height + slack
 
 
 def check_square(square, width: int, height: int, min_side: int):
-    "`square` if it lies in the picture and has `min_side` pixels; `CropError` otherwise. The border is tested first."
+    """`square` if it lies in the picture and has `min_side` pixels; `CropError` otherwise. The border is tested first."""
     x0, y0, side = square
     if not lies_inside(square, width, height):
-        raise CropError("leaves the picture",
-                        detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
+        raise CropError(
+            "leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}"
+        )
     if side < min_side:
         raise CropError("too small", detail=f"{side:.1f} pixels, at least {min_side} are needed")
     return square
 
 # %% ../nbs/10_faces.ipynb #0e1bc52d
 def check_framed(rgb: np.ndarray) -> np.ndarray:
-    "`rgb` [H, W, 3] itself where it is square, as a face crop is; `CropError` otherwise."
+    """`rgb` [H, W, 3] itself where it is square, as a face crop is; `CropError` otherwise."""
     if rgb.shape[0] != rgb.shape[1]:
-        raise CropError("not square", detail=f"{rgb.shape[1]} x {rgb.shape[0]} pixels; expected a square face crop")
+        raise CropError(
+            "not square", detail=f"{rgb.shape[1]} x {rgb.shape[0]} pixels; expected a square face crop"
+        )
     return rgb
 
 # %% ../nbs/10_faces.ipynb #5f3a9c11
-def stray_square(square, stray: float, seed: int, width: int, height: int, min_side: int) -> tuple[float, float, float]:
+def stray_square(
+    square, stray: float, seed: int, width: int, height: int, min_side: int
+) -> tuple[float, float, float]:
     """A square that lies in the picture, as a less steady detector would have put it, and still in the picture.
 
     Log side and each coordinate of the centre move by normal deviates, of deviation `stray` and `stray` half sides: with
@@ -461,25 +532,37 @@ def stray_square(square, stray: float, seed: int, width: int, height: int, min_s
 
 # %% ../nbs/10_faces.ipynb #79219a68
 DRAFT_GAP = 2.0  # the decoder may shrink to this many times the crop's size, as Pillow's own thumbnails do
-CROP_JPEG = {"quality": 95, "subsampling": 0}  # as stored: full chroma, for the colour of skin and lips counts
+CROP_JPEG = {
+    "quality": 95,
+    "subsampling": 0,
+}  # as stored: full chroma, for the colour of skin and lips counts
 
 
 def _reduction(image: Image.Image, side: float, size: int) -> int:
-    "By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."
+    """By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."""
     if image.format not in ("JPEG", "MPO") or _orientation(image) != 1:
         return 1  # turning would bring the decoder's padding to the left or top, and the crop beside the face
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or side / factor >= DRAFT_GAP * size)
 
 # %% ../nbs/10_faces.ipynb #d59d42b5
 def resample(rgb: Image.Image, square, size: int, reduction: int = 1) -> np.ndarray:
-    "The square of a decoded picture as uint8 [size, size, 3]; `reduction` is what `decode` was given."
+    """The square of a decoded picture as uint8 [size, size, 3]; `reduction` is what `decode` was given."""
     x0, y0, side = (value / reduction for value in square)
     corners = (max(x0, 0.0), max(y0, 0.0), min(x0 + side, rgb.width), min(y0 + side, rgb.height))
     return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS, box=corners, reducing_gap=3.0))
 
 # %% ../nbs/10_faces.ipynb #ef954485
-def crop_image(image: Image.Image, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224,
-               detector=None, framing: str = "paper", stray: float = 0.0, seed: int = 0) -> np.ndarray:
+def crop_image(
+    image: Image.Image,
+    box=None,
+    scale: float = 2.0,
+    size: int = 224,
+    min_side: int = 224,
+    detector=None,
+    framing: str = "paper",
+    stray: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
     """An opened picture as its face crop, uint8 [size, size, 3].
 
     `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face of
@@ -515,30 +598,35 @@ def _default_detector() -> FaceDetector:
     return FaceDetector()
 
 # %% ../nbs/10_faces.ipynb #495868f3
-def crop_face(rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224,
-              detector=None) -> np.ndarray:
-    "The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError(reason)` where there is none to be had."
+def crop_face(
+    rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224, detector=None
+) -> np.ndarray:
+    """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError(reason)` where there is none to be had."""
     return crop_image(Image.fromarray(check_rgb(rgb)), box, scale, size, min_side, detector)
 
 # %% ../nbs/10_faces.ipynb #cdd7e823
 def encode_crop(crop: np.ndarray) -> bytes:
-    "A crop as the JPEG file that is stored."
+    """A crop as the JPEG file that is stored."""
     buffer = io.BytesIO()
     Image.fromarray(crop).save(buffer, "JPEG", **CROP_JPEG)
     return buffer.getvalue()
 
 # %% ../nbs/10_faces.ipynb #a1d2763b
 FRAMINGS = ("paper", "shift", "pad", "as-is", "auto")
-FILLS = 2 / 3  # of a square picture's side, by the longer side of the face's box: then the picture is a crop already
+FILLS = (
+    2 / 3
+)  # of a square picture's side, by the longer side of the face's box: then the picture is a crop already
 PAPER_SIDE = 224  # pixels; the paper drops smaller squares
 
 
 def least_side(framing: str, min_side: int | None = None) -> int:
-    "Least side of a square, pixels of the picture: `min_side`, or the paper's 224 for \"paper\" and 1 for all others."
+    """Least side of a square, pixels of the picture: `min_side`, or the paper\'s 224 for "paper" and 1 for all others."""
     return min_side or (PAPER_SIDE if framing == "paper" else 1)
 
 # %% ../nbs/10_faces.ipynb #778d02fe
-def frame_square(box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None):
+def frame_square(
+    box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None
+):
     """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` where that cannot be.
 
     The framing used is "paper" wherever the paper's square lies in the picture, never "auto"; "as-is" needs no box."""
@@ -550,7 +638,9 @@ def frame_square(box, width: int, height: int, framing: str = "paper", scale: fl
             square = min(max(x0, 0.0), width - side), min(max(y0, 0.0), height - side), side
     if used == "as-is":
         if width != height:
-            raise CropError("not square", detail=f"{width} x {height} pixels, where the picture is to be the crop")
+            raise CropError(
+                "not square", detail=f"{width} x {height} pixels, where the picture is to be the crop"
+            )
         square = 0.0, 0.0, float(width)
     least = least_side(framing, min_side)
     if square[2] < least:
@@ -559,7 +649,7 @@ def frame_square(box, width: int, height: int, framing: str = "paper", scale: fl
 
 
 def _applies(square, longer: float, width: int, height: int, framing: str) -> str:
-    "Which framing applies to the paper's `square` around a box with that `longer` side."
+    """Which framing applies to the paper's `square` around a box with that `longer` side."""
     if framing not in FRAMINGS:
         raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(FRAMINGS)}")
     if lies_inside(square, width, height):
@@ -571,27 +661,36 @@ def _applies(square, longer: float, width: int, height: int, framing: str) -> st
     if framing in ("pad", "auto"):
         return "pad"
     x0, y0, side = square
-    raise CropError("leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}")
+    raise CropError(
+        "leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}"
+    )
 
 # %% ../nbs/10_faces.ipynb #fd03e244
 def resample_padded(rgb: Image.Image, square, size: int) -> np.ndarray:
-    "The square of a decoded picture as uint8 [size, size, 3]; where it leaves the picture, the edge is repeated."
+    """The square of a decoded picture as uint8 [size, size, 3]; where it leaves the picture, the edge is repeated."""
     x0, y0, side = square
     step, bounds = side / size, []
     for start, length in ((x0, rgb.width), (y0, rgb.height)):
         first, end = max(math.ceil(-start / step), 0), min(math.floor((length - start) / step), size)
         if first >= end:
-            raise CropError("too small", detail=f"not one pixel of the crop lies in {rgb.width} x {rgb.height}")
+            raise CropError(
+                "too small", detail=f"not one pixel of the crop lies in {rgb.width} x {rgb.height}"
+            )
         bounds.append((first, end))
     (left, right), (top, bottom) = bounds
-    part = x0 + left * step, y0 + top * step, min(x0 + right * step, rgb.width), min(y0 + bottom * step, rgb.height)
+    part = (
+        x0 + left * step,
+        y0 + top * step,
+        min(x0 + right * step, rgb.width),
+        min(y0 + bottom * step, rgb.height),
+    )
     inner = rgb.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=part, reducing_gap=3.0)
     return np.pad(np.asarray(inner), ((top, size - bottom), (left, size - right), (0, 0)), mode="edge")
 
 # %% ../nbs/10_faces.ipynb #920c4abd
 @dataclass(frozen=True, eq=False)
 class Framed:
-    "What became of a photograph, or of one face in it."
+    """What became of a photograph, or of one face in it."""
 
     crop: np.ndarray | None = None  # uint8 [size, size, 3]; None where there is a problem
     framing: str = ""  # the one that was used
@@ -602,12 +701,12 @@ class Framed:
 
     @property
     def status(self) -> str:
-        "\"success\", or the reason of the problem in a few fixed words."
+        """ "success", or the reason of the problem in a few fixed words."""
         return self.problem.reason if self.problem else "success"
 
     @property
     def advice(self) -> str:
-        "What was found and what helps; empty without a problem."
+        """What was found and what helps; empty without a problem."""
         if not self.problem:
             return ""
         named = " or ".join(filter(None, (", ".join(self.others[:-1]), *self.others[-1:])))
@@ -616,20 +715,26 @@ class Framed:
 
 
 REMEDIES = {
-    "missing file": "it was there when the folder was read: run again", "unreadable file": "check its permissions",
-    "empty file": "copy it again from its source", "not an image": "remove it, or give it the ending of what it is",
-    "unsupported format": "save it as JPEG or PNG", "corrupt image": "copy it again from its source",
-    "too many pixels": "save it with fewer pixels", "bad box": "give a box inside the picture",
+    "missing file": "it was there when the folder was read: run again",
+    "unreadable file": "check its permissions",
+    "empty file": "copy it again from its source",
+    "not an image": "remove it, or give it the ending of what it is",
+    "unsupported format": "save it as JPEG or PNG",
+    "corrupt image": "copy it again from its source",
+    "too many pixels": "save it with fewer pixels",
+    "bad box": "give a box inside the picture",
     "no face": "cut the face out as a square by hand and use --framing as-is",
-    "leaves the picture": "use --framing auto", "too small": "use a smaller --min-side",
-    "not square": "use --framing auto, which looks for the face"}
+    "leaves the picture": "use --framing auto",
+    "too small": "use a smaller --min-side",
+    "not square": "use --framing auto, which looks for the face",
+}
 
 # %% ../nbs/10_faces.ipynb #d6b33b1f
 FACES = ("surest", "largest", "all")
 
 
 def check_framing(framing: str, face: str = "surest") -> None:
-    "`ValueError` where there is no such framing or choice of a face, or the two do not go together."
+    """`ValueError` where there is no such framing or choice of a face, or the two do not go together."""
     for name, value, known in (("framing", framing, FRAMINGS), ("face", face, FACES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
@@ -637,8 +742,15 @@ def check_framing(framing: str, face: str = "surest") -> None:
         raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture")
 
 
-def frame_faces(source, framing: str = "paper", face: str = "surest", scale: float = 2.0, size: int = 224,
-                min_side: int | None = None, detector=None) -> list[Framed]:
+def frame_faces(
+    source,
+    framing: str = "paper",
+    face: str = "surest",
+    scale: float = 2.0,
+    size: int = 224,
+    min_side: int | None = None,
+    detector=None,
+) -> list[Framed]:
     """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
 
     `source`: what `open_image` takes. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see
@@ -654,7 +766,11 @@ def frame_faces(source, framing: str = "paper", face: str = "surest", scale: flo
         return [Framed(problem=error)]
     found = (detector or _default_detector()).detect(np.asarray(rgb))
     if not found:
-        return [Framed(faces=0, problem=CropError("no face"), others=_others([], rgb.size, framing, scale, min_side))]
+        return [
+            Framed(
+                faces=0, problem=CropError("no face"), others=_others([], rgb.size, framing, scale, min_side)
+            )
+        ]
     if face == "largest":
         found = sorted(found, key=lambda one: -_area(one.box))
     framed = []
@@ -668,8 +784,10 @@ def frame_faces(source, framing: str = "paper", face: str = "surest", scale: flo
     return [replace(framed[0], others=tuple(others))]
 
 
-def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side) -> Framed:
-    "One face of a decoded picture."
+def _framed(
+    rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side
+) -> Framed:
+    """One face of a decoded picture."""
     try:
         square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
         return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
@@ -679,7 +797,7 @@ def _framed(rgb: Image.Image, one: Face, count: int, framing: str, scale: float,
 
 
 def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
-    "The picture itself as its crop."
+    """The picture itself as its crop."""
     square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
     reduction = _reduction(image, square[2], size)
     return Framed(resample(decode(image, reduction), square, size, reduction), used)
@@ -689,11 +807,15 @@ def _area(box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _others(boxes, size: tuple[int, int], framing: str, scale: float, min_side: int | None) -> tuple[str, ...]:
-    "The framings but `framing` that would use a picture of that size (width, height) with these boxes."
+def _others(
+    boxes, size: tuple[int, int], framing: str, scale: float, min_side: int | None
+) -> tuple[str, ...]:
+    """The framings but `framing` that would use a picture of that size (width, height) with these boxes."""
+
     def takes(other: str) -> bool:
         for box in [None] if other == "as-is" else boxes:
             with contextlib.suppress(CropError):
                 return bool(frame_square(box, *size, other, scale, min_side))
         return False
+
     return tuple(other for other in FRAMINGS if other != framing and takes(other))

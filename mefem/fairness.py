@@ -14,7 +14,7 @@ __all__ = ['REGIONS', 'LEAST_COLOUR', 'TONES', 'AGE_BANDS', 'ANCESTRY', 'MIN_PER
 # %% ../nbs/63_fairness.ipynb #b2b42f40
 import math
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,14 @@ from .compute import choose_device, torch_threads, usable_cores
 from .files import write_atomic
 from .encoders import FrozenEncoder
 from .features import Features, decode_ahead, extract_features, load_features
-from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled, score
+from mefem.metrics import (
+    Interval,
+    bootstrap_interval,
+    draws,
+    paired_difference,
+    person_sums,
+    resampled,
+)
 from .probing import ProbeResult, Task, get_task, probe, task_features
 from .report import STYLE, save_figure
 from .files import replacing
@@ -47,7 +54,7 @@ def _places(size: int):
 def face_regions(size: int) -> dict[str, np.ndarray]:
     """Masks bool [size, size] of the four `REGIONS` of a 2x crop; each pixel is in exactly one."""
     x, y = _places(size)
-    inner = _ellipse(x, y, (0.5, 0.5), (0.175, 0.2))            # of the box's half side of 0.25
+    inner = _ellipse(x, y, (0.5, 0.5), (0.175, 0.2))  # of the box's half side of 0.25
     face = _ellipse(x, y, (0.5, 0.5), (0.25, 0.27))
     head = _ellipse(x, y, (0.5, 0.45), (0.31, 0.42)) | ((abs(x - 0.5) < 0.17) & (y > 0.5) & (y < 0.92))
     parts = (inner, face & ~inner, head & ~face & ~inner, ~(head | face | inner))
@@ -61,7 +68,9 @@ def show_only(images: np.ndarray, mask: np.ndarray, fill) -> np.ndarray:
     return np.where(mask[..., None], images, np.asarray(fill).round().astype(np.uint8))
 
 # %% ../nbs/63_fairness.ipynb #4ee05ffa
-_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
 _D65 = np.array([0.95047, 1.0, 1.08883])
 
 # %% ../nbs/63_fairness.ipynb #9b6b123d
@@ -74,7 +83,7 @@ def to_lab(rgb) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 # %% ../nbs/63_fairness.ipynb #162430b9
-LEAST_COLOUR = 3.0      # b* below which an angle is arbitrary: grey photographs, blue light
+LEAST_COLOUR = 3.0  # b* below which an angle is arbitrary: grey photographs, blue light
 
 
 def cheeks(size: int) -> np.ndarray:
@@ -104,7 +113,9 @@ def skin_tones(faces, size: int = 112, batch: int = 256) -> pd.Series:
     samples = ((keys.append(key), (key, jpeg))[1] for key, jpeg, _ in iter_samples(faces))
     for pictures in decode_ahead(samples, size, batch):
         angles.append(typology_angle(pictures))
-    return pd.Series(np.concatenate(angles) if angles else np.empty(0), pd.Index(keys, name="key"), name="angle")
+    return pd.Series(
+        np.concatenate(angles) if angles else np.empty(0), pd.Index(keys, name="key"), name="angle"
+    )
 
 # %% ../nbs/63_fairness.ipynb #86c73a46
 AGE_BANDS = {"under 18": 0, "18 to 29": 18, "30 to 44": 30, "45 to 59": 45, "60 and over": 60}
@@ -112,12 +123,14 @@ ANCESTRY = ("ancestry", "ethnicity", "race_name")
 
 # %% ../nbs/63_fairness.ipynb #f90962af
 def _age_bands(labels: pd.DataFrame) -> pd.Series | None:
-    if "age_name" in labels:                        # FairFace's nine classes
+    if "age_name" in labels:  # FairFace's nine classes
         return labels["age_name"]
     if "age" not in labels or not labels.age.notna().any():
         return None
-    return pd.Series(pd.cut(labels.age.astype(float), [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS)),
-                     labels.index)
+    return pd.Series(
+        pd.cut(labels.age.astype(float), [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS)),
+        labels.index,
+    )
 
 # %% ../nbs/63_fairness.ipynb #901d87a4
 def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataFrame:
@@ -138,18 +151,28 @@ def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataF
     return pd.DataFrame(first).rename_axis("person")
 
 # %% ../nbs/63_fairness.ipynb #1a5ab665
-def toy_predictions(people: int = 400, biased: dict | None = None, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def toy_predictions(
+    people: int = 400, biased: dict | None = None, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(predictions, labels) of made-up people with two photographs each; `biased`: {age band: shift of the prediction}."""
     rng = np.random.default_rng(seed)
     age, bmi, fold = rng.integers(18, 80, people), rng.normal(26, 5, people), rng.integers(5, size=people)
-    labels = pd.DataFrame({"person": [f"p{i:04d}" for i in range(people)], "age": age, "bmi": bmi, "fold": fold,
-                           "sex": rng.choice(["female", "male"], people)})
+    labels = pd.DataFrame(
+        {
+            "person": [f"p{i:04d}" for i in range(people)],
+            "age": age,
+            "bmi": bmi,
+            "fold": fold,
+            "sex": rng.choice(["female", "male"], people),
+        }
+    )
     labels = labels.loc[np.repeat(labels.index, 2)].reset_index(drop=True)
     labels["key"] = [f"k{i:05d}" for i in range(len(labels))]
     band = _age_bands(labels).astype(str)
     best = 26 + 0.5 * (labels.bmi - 26) + rng.normal(0, 2.5, len(labels))
     return labels[["key", "person", "fold"]].assign(
-        seed=0, target=labels.bmi, prediction=best + band.map(biased or {}).fillna(0.0)), labels
+        seed=0, target=labels.bmi, prediction=best + band.map(biased or {}).fillna(0.0)
+    ), labels
 
 # %% ../nbs/63_fairness.ipynb #9f38b812
 def person_terms(predictions: pd.DataFrame, classification: bool = False) -> pd.DataFrame:
@@ -166,12 +189,16 @@ def _means(part: pd.DataFrame, measures, replicates: int, seed: int, confidence:
     sums = part[["n", *measures]].to_numpy(float)
     drawn = np.concatenate([counts @ sums for counts in draws(len(part), replicates, seed)])
     for i, name in enumerate(measures, 1):
-        low, high = np.quantile(drawn[:, i] / drawn[:, 0], [tail, 1 - tail]) if len(part) > 1 else (np.nan, np.nan)
+        low, high = (
+            np.quantile(drawn[:, i] / drawn[:, 0], [tail, 1 - tail]) if len(part) > 1 else (np.nan, np.nan)
+        )
         found |= {name: sums[:, i].sum() / sums[:, 0].sum(), f"{name}_low": low, f"{name}_high": high}
     return found
 
 # %% ../nbs/63_fairness.ipynb #88e9e218
-def by_group(terms: pd.DataFrame, people: pd.DataFrame, replicates: int = 2000, seed: int = 0) -> pd.DataFrame:
+def by_group(
+    terms: pd.DataFrame, people: pd.DataFrame, replicates: int = 2000, seed: int = 0
+) -> pd.DataFrame:
     """Means of `terms` (indexed by person; column n and sums of measures) with intervals, for each group of each attribute.
 
     One row a group: attribute, group, persons, photographs, and each measure with its 95 % interval. First all people."""
@@ -179,8 +206,18 @@ def by_group(terms: pd.DataFrame, people: pd.DataFrame, replicates: int = 2000, 
     joined, groups = terms.join(people), [("everybody", "everybody", terms)]
     for attribute in people.columns:
         groups += [(attribute, str(name), part) for name, part in joined.groupby(attribute, observed=True)]
-    return pd.DataFrame([{"attribute": attribute, "group": name, "persons": len(part), "photographs": int(part.n.sum()),
-                          **_means(part, measures, replicates, seed)} for attribute, name, part in groups])
+    return pd.DataFrame(
+        [
+            {
+                "attribute": attribute,
+                "group": name,
+                "persons": len(part),
+                "photographs": int(part.n.sum()),
+                **_means(part, measures, replicates, seed),
+            }
+            for attribute, name, part in groups
+        ]
+    )
 
 # %% ../nbs/63_fairness.ipynb #6b63af3c
 MIN_PERSONS = 20
@@ -200,8 +237,15 @@ def _shuffled_gaps(codes, groups, n, total, replicates, rng) -> np.ndarray:
     return np.concatenate(gaps)
 
 # %% ../nbs/63_fairness.ipynb #622f51f2
-def largest_gap(terms: pd.DataFrame, people: pd.DataFrame, attribute: str, measure: str = "error", replicates: int = 2000,
-                min_persons: int = MIN_PERSONS, seed: int = 0) -> dict | None:
+def largest_gap(
+    terms: pd.DataFrame,
+    people: pd.DataFrame,
+    attribute: str,
+    measure: str = "error",
+    replicates: int = 2000,
+    min_persons: int = MIN_PERSONS,
+    seed: int = 0,
+) -> dict | None:
     """The two groups of `attribute` that differ most in `measure`: names, gap, 95 % interval and p of a permutation test.
 
     None where fewer than two groups have `min_persons` people."""
@@ -216,10 +260,20 @@ def largest_gap(terms: pd.DataFrame, people: pd.DataFrame, attribute: str, measu
     means = _group_means(codes[None], len(names), n, total)[0]
     high, low, gap = names[means.argmax()], names[means.argmin()], float(np.ptp(means))
     chance = _shuffled_gaps(codes, len(names), n, total, replicates, rng)
-    ends = np.quantile(_difference_draws(part, attribute, measure, high, low, replicates, seed), [0.025, 0.975])
-    return {"attribute": attribute, "measure": measure, "most": str(high), "least": str(low), "gap": gap,
-            "low": float(ends[0]), "high": float(ends[1]), "persons": len(part),
-            "p": float((1 + (chance >= gap - 1e-12).sum()) / (1 + replicates))}
+    ends = np.quantile(
+        _difference_draws(part, attribute, measure, high, low, replicates, seed), [0.025, 0.975]
+    )
+    return {
+        "attribute": attribute,
+        "measure": measure,
+        "most": str(high),
+        "least": str(low),
+        "gap": gap,
+        "low": float(ends[0]),
+        "high": float(ends[1]),
+        "persons": len(part),
+        "p": float((1 + (chance >= gap - 1e-12).sum()) / (1 + replicates)),
+    }
 
 # %% ../nbs/63_fairness.ipynb #7d528a74
 def _difference_draws(part, attribute, measure, high, low, replicates, seed) -> np.ndarray:
@@ -235,6 +289,7 @@ def _difference_draws(part, attribute, measure, high, low, replicates, seed) -> 
 def adjust_gaps(gaps: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     """The gaps with `p_adjusted` (false discovery rate over all rows) and `beyond_noise`."""
     from scipy.stats import false_discovery_control
+
     adjusted = false_discovery_control(gaps.p) if len(gaps) else []
     return gaps.assign(p_adjusted=adjusted, beyond_noise=np.asarray(adjusted) < level)
 
@@ -244,19 +299,27 @@ def all_gaps(terms: pd.DataFrame, people: pd.DataFrame, **options) -> pd.DataFra
     measures = [c for c in terms if c != "n"]
     found = [largest_gap(terms, people, a, m, **options) for a in people.columns for m in measures]
     columns = ["attribute", "measure", "most", "least", "gap", "low", "high", "persons", "p"]
-    numbers = {"gap": float, "low": float, "high": float, "persons": int, "p": float}  # of a table without rows, too
+    numbers = {
+        "gap": float,
+        "low": float,
+        "high": float,
+        "persons": int,
+        "p": float,
+    }  # of a table without rows, too
     return pd.DataFrame([gap for gap in found if gap], columns=columns).astype(numbers)
 
 # %% ../nbs/63_fairness.ipynb #8a24d03c
 def calibration(predictions: pd.DataFrame, replicates: int = 2000, seed: int = 0) -> dict:
     """Slope and intercept of the least-squares line of observed on predicted, each with its 95 % interval over people."""
     p, t = (predictions[c].to_numpy(float) for c in ("prediction", "target"))
-    middle = p.mean()                                            # centred, so that no digits are lost
+    middle = p.mean()  # centred, so that no digits are lost
     terms = pd.DataFrame({"n": 1.0, "p": p - middle, "t": t, "pp": (p - middle) ** 2, "pt": (p - middle) * t})
     sums = terms.groupby(predictions.person.astype(str).to_numpy()).sum().to_numpy()
     drawn = np.concatenate([counts @ sums for counts in draws(len(sums), replicates, seed)])
     found = {}
-    for name, value, values in zip(("slope", "intercept"), _line(sums.sum(0), middle), _line(drawn, middle), strict=True):
+    for name, value, values in zip(
+        ("slope", "intercept"), _line(sums.sum(0), middle), _line(drawn, middle), strict=True
+    ):
         low, high = np.nanquantile(values, [0.025, 0.975])
         found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
@@ -270,6 +333,7 @@ def _line(sums, middle):
 # %% ../nbs/63_fairness.ipynb #045eeefa
 class _AsPredicted:
     """A fitted regressor for MAPIE whose only feature is a prediction that was made elsewhere."""
+
     n_features_in_ = 1
 
     def fit(self, X, y):
@@ -284,6 +348,7 @@ def conformal_margins(calibration: pd.DataFrame, predictions, confidence: float 
 
     `calibration`: columns target and prediction, one row a person. At least ceil((n + 1) confidence) <= n rows are needed."""
     from mapie.regression import SplitConformalRegressor
+
     n, points = len(calibration), np.asarray(predictions, float)[:, None]
     if math.ceil((n + 1) * confidence - 1e-9) > n:
         return np.full((len(points), 2), np.nan)
@@ -303,7 +368,9 @@ def conformal(predictions: pd.DataFrame, confidence: float = 0.9, seed: int = 0)
         first = fold.person.astype(str).isin(persons[: len(persons) // 2])
         for half, other in ((fold[first], fold[~first]), (fold[~first], fold[first])):
             one_each = half.sample(frac=1, random_state=seed).drop_duplicates("person")
-            found.loc[other.index, ["low", "high"]] = conformal_margins(one_each, other.prediction, confidence)
+            found.loc[other.index, ["low", "high"]] = conformal_margins(
+                one_each, other.prediction, confidence
+            )
     return found
 
 # %% ../nbs/63_fairness.ipynb #a16b61bf
@@ -335,14 +402,21 @@ class SeesOnly(FrozenEncoder):
 
         if self.mask is None:
             return self.inner.parts()
-        return self.inner.parts() | {"mask": torch.from_numpy(np.ascontiguousarray(self.mask)), "fill": torch.tensor(self.fill)}
+        return self.inner.parts() | {
+            "mask": torch.from_numpy(np.ascontiguousarray(self.mask)),
+            "fill": torch.tensor(self.fill),
+        }
 
 # %% ../nbs/63_fairness.ipynb #18d8ec67
 def mean_tokens(features: Features) -> Features:
     """The mean patch token of each picture as features of one token [N, 1, D], float32; one vector is left as it is."""
     tokens = features.tokens if features.meta["tokens"] == 1 else features.select("patches")
-    parts = [np.asarray(tokens[i:i + 512], np.float32).mean(1, keepdims=True) for i in range(0, len(tokens), 512)]
-    return Features("present", np.concatenate(parts), features.labels, features.meta | {"tokens": 1, "has_cls": True})
+    parts = [
+        np.asarray(tokens[i : i + 512], np.float32).mean(1, keepdims=True) for i in range(0, len(tokens), 512)
+    ]
+    return Features(
+        "present", np.concatenate(parts), features.labels, features.meta | {"tokens": 1, "has_cls": True}
+    )
 
 # %% ../nbs/63_fairness.ipynb #5d20c7be
 def _predict_seen(encoder: SeesOnly, faces, task, pictures: int, probing: dict) -> pd.DataFrame:
@@ -354,8 +428,16 @@ def _predict_seen(encoder: SeesOnly, faces, task, pictures: int, probing: dict) 
         return probe(seen, task, "cls", head="linear", progress=False, **probing).predictions
 
 # %% ../nbs/63_fairness.ipynb #17f3912c
-def region_predictions(encoder: FrozenEncoder, faces, task: str | Task = "bmi", regions: dict | None = None, pictures: int = 64,
-                       jobs: int | None = None, progress: bool = True, **probing) -> dict[str, pd.DataFrame]:
+def region_predictions(
+    encoder: FrozenEncoder,
+    faces,
+    task: str | Task = "bmi",
+    regions: dict | None = None,
+    pictures: int = 64,
+    jobs: int | None = None,
+    progress: bool = True,
+    **probing,
+) -> dict[str, pd.DataFrame]:
     """Predictions of a linear probe on mean patch tokens, of the whole picture and of each region alone.
 
     `faces`: a folder of crops; `regions`: {name: mask bool [S, S] at the encoder's size} (default: `face_regions`);
@@ -368,8 +450,12 @@ def region_predictions(encoder: FrozenEncoder, faces, task: str | Task = "bmi", 
     fill = load_images(faces, encoder.image_size, limit=512).mean((0, 1, 2))
     jobs = min(jobs or (usable_cores() if encoder.device.type == "cpu" else 1), len(views))
     work = joblib.Parallel(n_jobs=jobs, return_as="generator")(
-        joblib.delayed(_predict_seen)(SeesOnly(encoder, mask, fill), faces, task, pictures, probing) for mask in views.values())
-    return dict(zip(views, tqdm(work, total=len(views), desc="views", unit="view", disable=not progress), strict=True))
+        joblib.delayed(_predict_seen)(SeesOnly(encoder, mask, fill), faces, task, pictures, probing)
+        for mask in views.values()
+    )
+    return dict(
+        zip(views, tqdm(work, total=len(views), desc="views", unit="view", disable=not progress), strict=True)
+    )
 
 # %% ../nbs/63_fairness.ipynb #3400a840
 MIN_SCORE = 0.05  # r² of the whole picture below which nothing is said about its parts
@@ -385,11 +471,25 @@ def remaining(predictions: dict[str, pd.DataFrame], replicates: int = 2000, seed
     base = bootstrap_interval(whole, "r2", replicates, seed=seed)
     for name, part in predictions.items():
         found = bootstrap_interval(part, "r2", replicates, seed=seed)
-        row = {"seen": name, "r2": found.value, "r2_low": found.low, "r2_high": found.high, "share": np.nan,
-               "share_low": np.nan, "share_high": np.nan, "less": paired_difference(part, whole, "r2", replicates, seed=seed).high < 0}
+        row = {
+            "seen": name,
+            "r2": found.value,
+            "r2_low": found.low,
+            "r2_high": found.high,
+            "share": np.nan,
+            "share_low": np.nan,
+            "share_high": np.nan,
+            "less": paired_difference(part, whole, "r2", replicates, seed=seed).high < 0,
+        }
         if base.low > MIN_SCORE:
-            ratio = resampled(person_sums(part, "r2"), "r2", replicates, seed) / resampled(person_sums(whole, "r2"), "r2", replicates, seed)
-            row |= {"share": found.value / base.value, "share_low": np.quantile(ratio, 0.025), "share_high": np.quantile(ratio, 0.975)}
+            ratio = resampled(person_sums(part, "r2"), "r2", replicates, seed) / resampled(
+                person_sums(whole, "r2"), "r2", replicates, seed
+            )
+            row |= {
+                "share": found.value / base.value,
+                "share_low": np.quantile(ratio, 0.025),
+                "share_high": np.quantile(ratio, 0.975),
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -397,6 +497,7 @@ def remaining(predictions: dict[str, pd.DataFrame], replicates: int = 2000, seed
 @dataclass
 class Audit:
     """Answers about one target. Tables are empty where `state` is not "present"; `reason` then says why."""
+
     task: Task
     state: str = "present"
     reason: str = ""
@@ -409,18 +510,37 @@ class Audit:
     predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 # %% ../nbs/63_fairness.ipynb #e3b9f129
-def audit(task: str | Task, predictions: pd.DataFrame, people: pd.DataFrame, simulated: bool = True, confidence: float = 0.9,
-          replicates: int = 2000, seed: int = 0) -> Audit:
+def audit(
+    task: str | Task,
+    predictions: pd.DataFrame,
+    people: pd.DataFrame,
+    simulated: bool = True,
+    confidence: float = 0.9,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Audit:
     """Error, bias, largest gaps, calibration and coverage of one regression's `predictions` (see `ProbeResult`)."""
     task = get_task(task)
     if task.kind != "regression":
-        raise ValueError(f"task {task.name} is a classification; calibration and intervals are of regressions")
-    intervals, terms = conformal(predictions.reset_index(drop=True), confidence, seed), person_terms(predictions)
+        raise ValueError(
+            f"task {task.name} is a classification; calibration and intervals are of regressions"
+        )
+    intervals, terms = (
+        conformal(predictions.reset_index(drop=True), confidence, seed),
+        person_terms(predictions),
+    )
     covered = coverage_terms(intervals)
     coverage = by_group(covered, people, replicates, seed) if len(covered) else pd.DataFrame()
-    return Audit(task, simulated=simulated, score=bootstrap_interval(predictions, "r2", replicates, seed=seed),
-                 errors=by_group(terms, people, replicates, seed), gaps=all_gaps(terms, people, replicates=replicates, seed=seed),
-                 coverage=coverage, calibration=calibration(predictions, replicates, seed), predictions=intervals)
+    return Audit(
+        task,
+        simulated=simulated,
+        score=bootstrap_interval(predictions, "r2", replicates, seed=seed),
+        errors=by_group(terms, people, replicates, seed),
+        gaps=all_gaps(terms, people, replicates=replicates, seed=seed),
+        coverage=coverage,
+        calibration=calibration(predictions, replicates, seed),
+        predictions=intervals,
+    )
 
 # %% ../nbs/63_fairness.ipynb #3ee59ba5
 HAEMOGLOBIN = Task("bmi-haemoglobin", "bmi", "haemoglobin", "regression", unit="mmol/l")
@@ -433,26 +553,38 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
 
     An empty result says why where the features or the label are absent."""
     loaded = task_features(features, task)
-    about = {"task": task.name, "state": loaded.state, "reason": loaded.meta.get("reason", ""), "features": loaded.meta}
+    about = {
+        "task": task.name,
+        "state": loaded.state,
+        "reason": loaded.meta.get("reason", ""),
+        "features": loaded.meta,
+    }
     if loaded.state != "present":
         return ProbeResult(pd.DataFrame(), about)
     if task.target not in loaded.labels or not loaded.labels[task.target].notna().any():
-        return ProbeResult(pd.DataFrame(), about | {"state": "label absent", "reason": f"no column {task.target} in {task.dataset}"})
+        return ProbeResult(
+            pd.DataFrame(),
+            about | {"state": "label absent", "reason": f"no column {task.target} in {task.dataset}"},
+        )
     kept = Path(results) / f"{task.name}.{feature_set}.parquet"
     if kept.is_file():
         return ProbeResult(_matching(pd.read_parquet(kept), loaded.labels, kept), about)
-    with torch_threads(1):                          # beside other processes two threads wait for each other more than they compute
+    with torch_threads(1):  # beside other processes two threads wait for each other more than they compute
         return probe(loaded, task, feature_set, **probing)
 
 # %% ../nbs/63_fairness.ipynb #bfb9519a
 def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataFrame:
     """The predictions, once it is sure that they are of these photographs."""
     if strange := sorted(set(predictions.key) - set(labels.key)):
-        raise ValueError(f"{path}: photograph {strange[0]!r} is not among the features' labels; run the probe stage again")
+        raise ValueError(
+            f"{path}: photograph {strange[0]!r} is not among the features' labels; run the probe stage again"
+        )
     return predictions
 
 # %% ../nbs/63_fairness.ipynb #4d96d083
-def _all_predictions(features, results, targets, feature_set: str, jobs: int | None = None, **probing) -> list[ProbeResult]:
+def _all_predictions(
+    features, results, targets, feature_set: str, jobs: int | None = None, **probing
+) -> list[ProbeResult]:
     """`predictions_of` each target, in `jobs` processes where more than one probe is still to be fitted."""
     import joblib
 
@@ -460,11 +592,23 @@ def _all_predictions(features, results, targets, feature_set: str, jobs: int | N
     on_cpu = choose_device(str(probing.get("device", "cpu"))).type == "cpu"
     jobs = min(jobs or (usable_cores() if on_cpu else 1), max(1, to_fit))
     return joblib.Parallel(n_jobs=jobs)(
-        joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets)
+        joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets
+    )
 
 
-def audit_encoder(features, results, faces, out, feature_set: str = "patches", targets=TARGETS, confidence: float = 0.9,
-                  bootstrap: int = 2000, seed: int = 0, jobs: int | None = None, **probing) -> list[Audit]:
+def audit_encoder(
+    features,
+    results,
+    faces,
+    out,
+    feature_set: str = "patches",
+    targets=TARGETS,
+    confidence: float = 0.9,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    jobs: int | None = None,
+    **probing,
+) -> list[Audit]:
     """Audit of each of `targets` for the encoder whose `features` and `results` are in these folders.
 
     `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with their
@@ -490,7 +634,11 @@ def audit_encoder(features, results, faces, out, feature_set: str = "patches", t
 def _people_of(features, task: Task, faces, out, tones: dict) -> pd.DataFrame:
     """`attributes` of the people that a task is probed on; `tones` keeps the skin tones of each data set once they are measured."""
     loaded = task_features(features, task)
-    there = [name for name, part in loaded.meta.get("parts", {task.dataset: loaded.meta}).items() if part["state"] == "present"]
+    there = [
+        name
+        for name, part in loaded.meta.get("parts", {task.dataset: loaded.meta}).items()
+        if part["state"] == "present"
+    ]
     for name in there:
         if name not in tones:
             tones[name] = skin_tones(Path(faces) / name)
@@ -524,7 +672,11 @@ def _group_lines(one: Audit) -> list[str]:
     coverage = one.coverage.set_index(["attribute", "group"]) if len(one.coverage) else None
     for _, row in one.errors.iterrows():
         key = (row.attribute, row.group)
-        holds = _ci(coverage.loc[key], "coverage") if coverage is not None and key in coverage.index else "too few people"
+        holds = (
+            _ci(coverage.loc[key], "coverage")
+            if coverage is not None and key in coverage.index
+            else "too few people"
+        )
         name = "**everybody**" if row.attribute == "everybody" else f"{row.attribute}: {row.group}"
         lines.append(f"| {name} | {row.persons:,} | {_ci(row, 'error')} | {_ci(row, 'bias')} | {holds} |")
     return lines
@@ -532,18 +684,24 @@ def _group_lines(one: Audit) -> list[str]:
 # %% ../nbs/63_fairness.ipynb #93638975
 def gap_sentence(gap, unit: str) -> str:
     """One gap in words."""
-    what = "error is larger" if gap.measure == "error" else "predictions, against what was observed, are higher"
+    what = (
+        "error is larger" if gap.measure == "error" else "predictions, against what was observed, are higher"
+    )
     verdict = "more than noise" if gap.beyond_noise else "within noise"
-    return (f"by {gap.attribute}, the {what} for *{gap.most}* than for *{gap.least}* by {gap.gap:.2f} {unit} "
-            f"[{gap.low:.2f}, {gap.high:.2f}]: {verdict} (p = {gap.p_adjusted:.3f})")
+    return (
+        f"by {gap.attribute}, the {what} for *{gap.most}* than for *{gap.least}* by {gap.gap:.2f} {unit} "
+        f"[{gap.low:.2f}, {gap.high:.2f}]: {verdict} (p = {gap.p_adjusted:.3f})"
+    )
 
 # %% ../nbs/63_fairness.ipynb #9e16a3d9
 def _verdict(one: Audit) -> str:
     """What the probe is worth, in one sentence."""
     name, r2 = NAMES.get(one.task.target, one.task.target), one.score
     if r2.low <= 0:
-        return (f"**It does not read {name} here**: r² {r2}, not above 0 beyond noise. It answers about the same for everybody, "
-                "and the errors below are those of such an answer.")
+        return (
+            f"**It does not read {name} here**: r² {r2}, not above 0 beyond noise. It answers about the same for everybody, "
+            "and the errors below are those of such an answer."
+        )
     return f"It explains {r2.value:.0%} of the variance of {name} (r² {r2})."
 
 # %% ../nbs/63_fairness.ipynb #94cdb815
@@ -551,24 +709,56 @@ def _target_lines(one: Audit) -> list[str]:
     """The section of one target."""
     title = f"## {NAMES.get(one.task.target, one.task.target).capitalize()} ({one.task.unit})"
     if one.state != "present":
-        return [title, "", f"Not run: {one.state}. {one.reason.splitlines()[0] if one.reason else ''}".strip(), ""]
+        return [
+            title,
+            "",
+            f"Not run: {one.state}. {one.reason.splitlines()[0] if one.reason else ''}".strip(),
+            "",
+        ]
     line, everybody = one.calibration, one.errors.iloc[0]
-    width = f" The interval that should hold nine in ten is {one.coverage.width[0]:.1f} {one.task.unit} wide." if len(one.coverage) else ""
-    lines = [title, "", f"{_verdict(one)} Tested on {one.score.n:,} photographs of {one.score.persons:,} people. On average "
-             f"it is off by {everybody.error:.2f} {one.task.unit}. Calibration: observed = {_ci(line, 'intercept')} + {_ci(line, 'slope')} x predicted "
-             f"(ideal: 0 and 1).{width}", "", *_group_lines(one), ""]
-    gaps = [f"- {gap_sentence(gap, one.task.unit)}" for gap in one.gaps.sort_values("p_adjusted").itertuples()]
-    return [*lines, "Largest gaps:", "", *(gaps or ["- none could be tested: no two groups are large enough"]), ""]
+    width = (
+        f" The interval that should hold nine in ten is {one.coverage.width[0]:.1f} {one.task.unit} wide."
+        if len(one.coverage)
+        else ""
+    )
+    lines = [
+        title,
+        "",
+        f"{_verdict(one)} Tested on {one.score.n:,} photographs of {one.score.persons:,} people. On average "
+        f"it is off by {everybody.error:.2f} {one.task.unit}. Calibration: observed = {_ci(line, 'intercept')} + {_ci(line, 'slope')} x predicted "
+        f"(ideal: 0 and 1).{width}",
+        "",
+        *_group_lines(one),
+        "",
+    ]
+    gaps = [
+        f"- {gap_sentence(gap, one.task.unit)}" for gap in one.gaps.sort_values("p_adjusted").itertuples()
+    ]
+    return [
+        *lines,
+        "Largest gaps:",
+        "",
+        *(gaps or ["- none could be tested: no two groups are large enough"]),
+        "",
+    ]
 
 # %% ../nbs/63_fairness.ipynb #2b949950
 def headline(audits: list[Audit]) -> str:
     """The most certain gap of all, named; or that there is none."""
-    found = [(gap, one) for one in audits if one.state == "present" for gap in one.gaps.itertuples() if gap.beyond_noise]
+    found = [
+        (gap, one)
+        for one in audits
+        if one.state == "present"
+        for gap in one.gaps.itertuples()
+        if gap.beyond_noise
+    ]
     if not any(one.state == "present" for one in audits):
         return "Nothing has been run."
     if not found:
         return "**No gap between groups is more than noise.** That is no proof of fairness: with these numbers of people small gaps stay unseen."
-    gap, one = min(found, key=lambda pair: (pair[0].p_adjusted, -pair[0].gap / max(pair[1].errors.error[0], 1e-12)))
+    gap, one = min(
+        found, key=lambda pair: (pair[0].p_adjusted, -pair[0].gap / max(pair[1].errors.error[0], 1e-12))
+    )
     more = f" Gaps beyond noise in all: {len(found)}; see below." if len(found) > 1 else ""
     return f"**Largest gap, in {NAMES.get(one.task.target, one.task.target)}:** {gap_sentence(gap, one.task.unit)}.{more}"
 
@@ -578,9 +768,13 @@ def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
     lines = ["## What it reads: the shortcut check", ""]
     if left is None:
         return [*lines, f"Not run: {reason}", ""]
-    lines += ["Body mass index by a linear probe on the mean patch token, when all but one part of the picture is painted over; "
-              "photographs of the data set `bmi` alone.", "",
-              "| seen | r² | share of the whole picture's |", "|---|---|---|"]
+    lines += [
+        "Body mass index by a linear probe on the mean patch token, when all but one part of the picture is painted over; "
+        "photographs of the data set `bmi` alone.",
+        "",
+        "| seen | r² | share of the whole picture's |",
+        "|---|---|---|",
+    ]
     for _, row in left.iterrows():
         share = "nothing to share" if pd.isna(row.share) else _ci(row, "share")
         lines.append(f"| {row.seen} | {_ci(row, 'r2')} | {share} |")
@@ -600,7 +794,9 @@ def shortcut_sentence(left: pd.DataFrame) -> str:
 # %% ../nbs/63_fairness.ipynb #1ed29a3d
 def adjust_all(audits: list[Audit]) -> list[Audit]:
     """The p values of all audits' gaps adjusted together, in place."""
-    together = adjust_gaps(pd.concat([one.gaps.assign(audit=i) for i, one in enumerate(audits)], ignore_index=True))
+    together = adjust_gaps(
+        pd.concat([one.gaps.assign(audit=i) for i, one in enumerate(audits)], ignore_index=True)
+    )
     for i, one in enumerate(audits):
         one.gaps = together[together.audit == i].drop(columns="audit").reset_index(drop=True)
     return audits
@@ -610,15 +806,39 @@ def page(audits: list[Audit], left: pd.DataFrame | None = None, model: str = "",
     """The page in Markdown. `left`: as of `remaining`, or None with the `reason` why it was not run."""
     run = [one for one in audits if one.state == "present"]
     on = "simulated people" if any(one.simulated for one in run) else "real people"
-    warning = ("**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows which questions are asked of the "
-               "model and that the answers can be computed.") if on == "simulated people" else (
-               "Tested on the real people of the data sets named in the README, who are no sample of any population.")
-    lines = ["# Who it works for", "", f"Model: {model}." if model else "", "", warning if run else "", "", headline(audits), "",
-             "![Errors by group, calibration, coverage, and what remains of the score](who_it_works_for.png)", ""]
+    warning = (
+        (
+            "**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows which questions are asked of the "
+            "model and that the answers can be computed."
+        )
+        if on == "simulated people"
+        else (
+            "Tested on the real people of the data sets named in the README, who are no sample of any population."
+        )
+    )
+    lines = [
+        "# Who it works for",
+        "",
+        f"Model: {model}." if model else "",
+        "",
+        warning if run else "",
+        "",
+        headline(audits),
+        "",
+        "![Errors by group, calibration, coverage, and what remains of the score](who_it_works_for.png)",
+        "",
+    ]
     for one in audits:
         lines += _target_lines(one)
-    lines += _shortcut_lines(left, reason) + ["## What it must not be used for", "", MUST_NOT, "", "## How to read this", "",
-                                              CAUTIONS.format(min_persons=MIN_PERSONS)]
+    lines += _shortcut_lines(left, reason) + [
+        "## What it must not be used for",
+        "",
+        MUST_NOT,
+        "",
+        "## How to read this",
+        "",
+        CAUTIONS.format(min_persons=MIN_PERSONS),
+    ]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 # %% ../nbs/63_fairness.ipynb #3da7610b
@@ -632,7 +852,10 @@ def _dots(ax, table: pd.DataFrame, name: str, reference: float, title: str) -> N
             ax.plot([row[f"{name}_low"], row[f"{name}_high"]], [i, i], color=paint, lw=1.6)
             ax.plot(row[name], i, "o", color=paint, ms=5)
     ax.axvline(reference, color="0.5", lw=1, ls="--")
-    ax.set(yticks=range(len(groups)), yticklabels=[f"{g} ({n})" for g, n in zip(groups.group, groups.persons, strict=True)])
+    ax.set(
+        yticks=range(len(groups)),
+        yticklabels=[f"{g} ({n})" for g, n in zip(groups.group, groups.persons, strict=True)],
+    )
     ax.set_title(title, loc="left", fontsize=10)
     ax.tick_params(labelsize=8)
     ax.invert_yaxis()
@@ -642,10 +865,14 @@ def _draw_calibration(ax, one: Audit) -> None:
     shown = one.predictions.drop_duplicates("person")
     ax.plot(shown.prediction, shown.target, ".", ms=2.5, alpha=0.5, color="C0")
     ends = np.quantile(shown.prediction, [0.01, 0.99])
-    ax.plot(ends, one.calibration["intercept"] + one.calibration["slope"] * ends, color="C1", lw=2, label="fitted")
+    ax.plot(
+        ends, one.calibration["intercept"] + one.calibration["slope"] * ends, color="C1", lw=2, label="fitted"
+    )
     ax.plot(ends, ends, color="0.3", lw=1, ls="--", label="ideal")
     ax.set(xlabel=f"predicted, {one.task.unit}", ylabel="observed")
-    ax.set_title(f"{NAMES.get(one.task.target, one.task.target)}: observed on predicted", loc="left", fontsize=10)
+    ax.set_title(
+        f"{NAMES.get(one.task.target, one.task.target)}: observed on predicted", loc="left", fontsize=10
+    )
     ax.legend(frameon=False, fontsize=8)
     ax.tick_params(labelsize=8)
 
@@ -679,11 +906,14 @@ def figure_who(path, audits: list[Audit], left: pd.DataFrame | None = None) -> P
                 _dots(ax, one.errors, "error", one.errors.error[0], f"{name}: error (MAE), {one.task.unit}")
             else:
                 _nothing(ax, f"{name}\nnot run: {one.state}")
-        for ax in axes[0, len(audits):]:
+        for ax in axes[0, len(audits) :]:
             ax.set_axis_off()
         _draw_second_row(axes[1], audits[0], left)
         who = {True: "simulated", False: "real"}[audits[0].simulated]
-        fig.suptitle(f"Who it works for (tested on {who} people; number of people in brackets; 95 % intervals)", fontsize=11)
+        fig.suptitle(
+            f"Who it works for (tested on {who} people; number of people in brackets; 95 % intervals)",
+            fontsize=11,
+        )
         return save_figure(fig, path)
 
 # %% ../nbs/63_fairness.ipynb #6840d939
@@ -693,13 +923,23 @@ def _draw_second_row(axes, one: Audit, left) -> None:
     else:
         _nothing(axes[0], f"not run: {one.state}")
     if len(one.coverage):
-        _dots(axes[1], one.coverage, "coverage", 0.9, f"{NAMES.get(one.task.target, one.task.target)}: share inside the 90 % interval")
+        _dots(
+            axes[1],
+            one.coverage,
+            "coverage",
+            0.9,
+            f"{NAMES.get(one.task.target, one.task.target)}: share inside the 90 % interval",
+        )
     else:
-        _nothing(axes[1], "no intervals: too few people" if one.state == "present" else f"not run: {one.state}")
+        _nothing(
+            axes[1], "no intervals: too few people" if one.state == "present" else f"not run: {one.state}"
+        )
     _draw_shortcut(axes[2], left)
 
 # %% ../nbs/63_fairness.ipynb #5b6c1075
-def write_page(out, audits: list[Audit], left: pd.DataFrame | None = None, model: str = "", reason: str = "") -> str:
+def write_page(
+    out, audits: list[Audit], left: pd.DataFrame | None = None, model: str = "", reason: str = ""
+) -> str:
     """Write who_it_works_for.md and .png to `out` (p values adjusted over all audits); returns the Markdown."""
     audits = adjust_all(audits)
     text = page(audits, left, model, reason)

@@ -9,7 +9,6 @@ __all__ = ['FEATURE_SETS', 'EMBEDDINGS', 'HALF_MAX', 'select_tokens', 'pool_toke
 
 # %% ../nbs/51_features.ipynb #a79495e1
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -34,11 +33,36 @@ from .compute import usable_cores
 from .files import write_atomic, write_json
 from .made_from import MadeFrom, code_hash, settings_hash
 from .encoders import FrozenEncoder, PixelEncoder, WeightsAbsent, load_encoder, save_pixels
-from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, PICTURES, Framed, Unusable, check_framed, check_framing
-from .faces import detector_model, encode_crop, flat_names, frame_faces, is_photograph, listed_crops, read_image
+from mefem.faces import (
+    CROP_COLUMNS,
+    CROP_LIST,
+    FRAMINGS,
+    PICTURES,
+    Framed,
+    Unusable,
+    check_framed,
+    check_framing,
+)
+from mefem.faces import (
+    detector_model,
+    encode_crop,
+    flat_names,
+    frame_faces,
+    is_photograph,
+    listed_crops,
+    read_image,
+)
 from .faces import visible_files
 from .files import replacing
-from .shards import crops_hash, DataAbsent, decode_square, iter_samples, load_images, read_labels, read_manifest
+from mefem.shards import (
+    crops_hash,
+    DataAbsent,
+    decode_square,
+    iter_samples,
+    load_images,
+    read_labels,
+    read_manifest,
+)
 
 # %% ../nbs/51_features.ipynb #e81a44f6
 FEATURE_SETS = ("cls", "patches", "patches+cls")
@@ -49,7 +73,9 @@ def select_tokens(tokens, feature_set: str, has_cls: bool):
     if feature_set not in FEATURE_SETS:
         raise ValueError(f"feature set {feature_set!r} is unknown, expected one of {', '.join(FEATURE_SETS)}")
     if feature_set != "patches" and not has_cls:
-        raise ValueError(f"the encoder has no CLS token, so there is no feature set {feature_set!r}: take 'patches'")
+        raise ValueError(
+            f"the encoder has no CLS token, so there is no feature set {feature_set!r}: take 'patches'"
+        )
     if feature_set == "cls":
         return tokens[:, 0]
     if has_cls and tokens.shape[1] == 1:
@@ -91,7 +117,9 @@ def _stack(pictures, size: int) -> np.ndarray:
         return np.stack(pictures)
     if odd := next((p.shape for p in pictures if p.shape[0] != p.shape[1]), None):
         raise ValueError(f"expected square face crops, found {odd[1]} x {odd[0]} pixels")
-    return np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pictures])
+    return np.stack(
+        [np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pictures]
+    )
 
 # %% ../nbs/51_features.ipynb #7ff24bc7
 def _square(picture, number: int) -> np.ndarray:
@@ -106,7 +134,11 @@ def _named(error: ValueError, picture, number: int) -> ValueError:
     """The error with the name of the picture that it is about."""
     file = picture if isinstance(picture, (str, Path)) else getattr(picture, "filename", "")
     name = str(file or f"picture {number} (the first is 0)")
-    return type(error)(error.reason, name, error.detail) if isinstance(error, Unusable) else ValueError(f"{name}: {error}")
+    return (
+        type(error)(error.reason, name, error.detail)
+        if isinstance(error, Unusable)
+        else ValueError(f"{name}: {error}")
+    )
 
 # %% ../nbs/51_features.ipynb #25524c6d
 def embed(images, encoder, features: str = "cls", batch: int = 64, device=None) -> np.ndarray:
@@ -118,7 +150,7 @@ def embed(images, encoder, features: str = "cls", batch: int = 64, device=None) 
     encoder = as_encoder(encoder, device)
     parts = []
     for start in range(0, len(images), batch):
-        chunk = images[start:start + batch]
+        chunk = images[start : start + batch]
         if not isinstance(chunk, np.ndarray):
             squares = [_square(picture, number) for number, picture in enumerate(chunk, start)]
             chunk = _stack(squares, encoder.image_size)
@@ -128,14 +160,15 @@ def embed(images, encoder, features: str = "cls", batch: int = 64, device=None) 
     return np.concatenate(parts)
 
 # %% ../nbs/51_features.ipynb #e817876d
-def face_crop(picture, framing: str = "auto", size: int = 224, on_error: str = "raise",
-              number: int = 0) -> np.ndarray | None:
+def face_crop(
+    picture, framing: str = "auto", size: int = 224, on_error: str = "raise", number: int = 0
+) -> np.ndarray | None:
     """The face crop uint8 [size, size, 3] of a path, Pillow picture or uint8 [H, W, 3], by one of `FRAMINGS`.
 
     Without a usable face an error that names file or `number` of the picture, or None where `on_error` is "nan"."""
     try:
         array = isinstance(picture, np.ndarray)
-        framed, = frame_faces(Image.fromarray(as_rgb(picture)) if array else picture, framing, size=size)
+        (framed,) = frame_faces(Image.fromarray(as_rgb(picture)) if array else picture, framing, size=size)
         if framed.problem:
             raise type(framed.problem)(framed.problem.reason, detail=framed.advice)
         return framed.crop
@@ -162,8 +195,16 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
     the face, as `framing` says (one of `FRAMINGS`); without, the pictures are crops already, as with framing="as-is";
     `on_error`: "raise" or "nan" for pictures without a usable face."""
 
-    def __init__(self, encoder="mefem-s", features: str = "mean", detect: bool = True, batch: int = 64, device=None,
-                 on_error: str = "raise", framing: str = "auto"):
+    def __init__(
+        self,
+        encoder="mefem-s",
+        features: str = "mean",
+        detect: bool = True,
+        batch: int = 64,
+        device=None,
+        on_error: str = "raise",
+        framing: str = "auto",
+    ):
         self.encoder, self.features, self.detect, self.framing = encoder, features, detect, framing
         self.batch, self.device, self.on_error = batch, device, on_error
 
@@ -180,20 +221,28 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
     def transform(self, X) -> np.ndarray:
         """Embeddings of the pictures X (paths, Pillow pictures or uint8 arrays), in their order."""
         check_is_fitted(self, "encoder_")
-        return np.concatenate([embed_usable(self._crops(X[i:i + self.batch], i), self.encoder_, self.features)
-                               for i in range(0, len(X), self.batch)])
+        return np.concatenate(
+            [
+                embed_usable(self._crops(X[i : i + self.batch], i), self.encoder_, self.features)
+                for i in range(0, len(X), self.batch)
+            ]
+        )
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray:
         """Names of the columns, "mean0", "mean1" ...; `ValueError` where a picture has several vectors."""
         check_is_fitted(self, "encoder_")
         if self.features not in ("mean", "cls"):
-            raise ValueError(f"features={self.features!r} gives several vectors per picture: take 'mean' or 'cls'")
+            raise ValueError(
+                f"features={self.features!r} gives several vectors per picture: take 'mean' or 'cls'"
+            )
         return np.array([f"{self.features}{i}" for i in range(self.encoder_.dim)], dtype=object)
 
     def _crops(self, pictures, first: int) -> list:
         framing = self.framing if self.detect else "as-is"
-        return [face_crop(picture, framing, self.encoder_.image_size, self.on_error, number)
-                for number, picture in enumerate(pictures, first)]
+        return [
+            face_crop(picture, framing, self.encoder_.image_size, self.on_error, number)
+            for number, picture in enumerate(pictures, first)
+        ]
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "encoder_")
@@ -202,6 +251,7 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
 @dataclass
 class Features:
     """Tokens float16 [N, K, D] (a memory map), labels in the same order, and the account of how they were made."""
+
     state: str
     tokens: np.ndarray | None
     labels: pd.DataFrame | None
@@ -239,6 +289,7 @@ def decode_ahead(
     """Yield uint8 [<= batch, size, size, 3] from (key, JPEG bytes, ...) samples, in order, decoded by threads ahead."""
     samples, waiting = iter(samples), deque()
     with ThreadPoolExecutor(threads) as pool:
+
         def start():
             if part := list(islice(samples, batch)):
                 waiting.append([pool.submit(decode_square, jpeg, size, str(key)) for key, jpeg, *_ in part])
@@ -276,8 +327,9 @@ def _finished(out, dataset: str, key: str) -> dict | None:
     return found if found.get("key") == key else None
 
 # %% ../nbs/51_features.ipynb #d51ae71d
-def extract_features(encoder, faces, out, batch: int = 64, device=None, threads: int = 2, progress: bool = True,
-                     **about) -> dict:
+def extract_features(
+    encoder, faces, out, batch: int = 64, device=None, threads: int = 2, progress: bool = True, **about
+) -> dict:
     """Tokens of all crops of one data set: `out`/<dataset>.npy (float16 [N, K, D]), .parquet (labels), .json (account).
 
     `faces` is a folder of crops; where its data set is absent, only the account is written. Features that are there and
@@ -290,17 +342,28 @@ def extract_features(encoder, faces, out, batch: int = 64, device=None, threads:
     made_of = _features_key(encoder, faces, **about)
     if found := _finished(out, dataset, made_of["key"]):
         if progress:
-            print(f"{encoder.name} on {dataset}: nothing to do, the features of these crops, encoder and code are there", flush=True)
+            print(
+                f"{encoder.name} on {dataset}: nothing to do, the features of these crops, encoder and code are there",
+                flush=True,
+            )
         return found
     labels = read_labels(faces)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{dataset}.json").unlink(missing_ok=True)      # what is about to change may not call itself finished
+    (out / f"{dataset}.json").unlink(missing_ok=True)  # what is about to change may not call itself finished
     with replacing(out / f"{dataset}.npy") as temporary:
-        _write_tokens(temporary, encoder, faces, len(labels), batch, threads, progress, f"{encoder.name} on {dataset}")
+        _write_tokens(
+            temporary, encoder, faces, len(labels), batch, threads, progress, f"{encoder.name} on {dataset}"
+        )
     with replacing(out / f"{dataset}.parquet") as temporary:
         labels.to_parquet(temporary)
-    meta = {"state": "present", "dataset": dataset, "n": len(labels), "simulated": manifest["simulated"],
-            "original": manifest["original"], **made_of}
+    meta = {
+        "state": "present",
+        "dataset": dataset,
+        "n": len(labels),
+        "simulated": manifest["simulated"],
+        "original": manifest["original"],
+        **made_of,
+    }
     write_json(out / f"{dataset}.json", meta)
     return meta
 
@@ -323,7 +386,7 @@ def _write_tokens(path, encoder, faces, n, batch, threads, progress, name) -> No
     done = 0
     with tqdm(total=n, desc=name, unit="pictures", mininterval=10, disable=not progress) as bar:
         for pictures in decode_ahead(iter_samples(faces), encoder.image_size, batch, threads):
-            tokens[done:done + len(pictures)] = to_half(encoder.tokens_of(pictures))
+            tokens[done : done + len(pictures)] = to_half(encoder.tokens_of(pictures))
             done += len(pictures)
             bar.update(len(pictures))
     if done != n:
@@ -331,14 +394,27 @@ def _write_tokens(path, encoder, faces, n, batch, threads, progress, name) -> No
     tokens.flush()
 
 # %% ../nbs/51_features.ipynb #de65c8d7
-def features_of(source: str, faces: list, out, fit_on: list = (), fit_limit: int = 4096, batch: int = 64, device=None,
-                root=None, progress: bool = True) -> dict[str, dict]:
+def features_of(
+    source: str,
+    faces: list,
+    out,
+    fit_on: list = (),
+    fit_limit: int = 4096,
+    batch: int = 64,
+    device=None,
+    root=None,
+    progress: bool = True,
+) -> dict[str, dict]:
     """Features of the encoder `source` (see `load_encoder`; paths relative to `root`) for each folder of crops.
 
     Returns {dataset: account}. "pixels" is fitted on the first `fit_limit` crops of the folders `fit_on`."""
     about, missing = {"source": source}, [f for f in faces if not (Path(f) / "manifest.json").is_file()]
-    states = {Path(f).name: _absent(out, Path(f).name, f"no crops in {Path(f).name}: not among `datasets`, or never cropped",
-                                    **about) for f in missing}
+    states = {
+        Path(f).name: _absent(
+            out, Path(f).name, f"no crops in {Path(f).name}: not among `datasets`, or never cropped", **about
+        )
+        for f in missing
+    }
     faces = {read_manifest(f)["dataset"]: f for f in faces if f not in missing}
     try:
         encoder = load_encoder(_from_root(source, root), device=device)
@@ -350,12 +426,17 @@ def features_of(source: str, faces: list, out, fit_on: list = (), fit_limit: int
     except DataAbsent as error:
         return states | {name: _absent(out, name, str(error), **about) for name in faces}
     encoder.name = source
-    return states | {name: extract_features(encoder, f, out, batch, progress=progress, **about) for name, f in faces.items()}
+    return states | {
+        name: extract_features(encoder, f, out, batch, progress=progress, **about)
+        for name, f in faces.items()
+    }
 
 # %% ../nbs/51_features.ipynb #0736b3cf
 def _fit_pixels(encoder: PixelEncoder, folders, limit: int) -> None:
     """Fit the PCA on the first `limit` crops of the folders, an equal share of each."""
-    folders = [f for f in folders if (Path(f) / "manifest.json").is_file() and read_manifest(f)["state"] == "present"]
+    folders = [
+        f for f in folders if (Path(f) / "manifest.json").is_file() and read_manifest(f)["state"] == "present"
+    ]
     if not folders:
         raise DataAbsent("no unlabelled faces to fit the PCA on")
     share = -(-limit // len(folders))
@@ -381,7 +462,9 @@ def photographs_in(source, leave_out=None) -> list[Path]:
     files = visible_files(source, leave_out)
     photographs = [path for path in files if is_photograph(path)]
     if not photographs:
-        raise FileNotFoundError(f"{source} holds no photograph: expected files ending in {', '.join(sorted(PICTURES))}")
+        raise FileNotFoundError(
+            f"{source} holds no photograph: expected files ending in {', '.join(sorted(PICTURES))}"
+        )
     if passed := len(files) - len(photographs):
         print(f"{source}: {passed} files that are no pictures by their ending are passed over", flush=True)
     return photographs
@@ -389,9 +472,9 @@ def photographs_in(source, leave_out=None) -> list[Path]:
 # %% ../nbs/51_features.ipynb #9eb48926
 def _crop_file(path: Path, target: Path, **framing) -> dict:
     """Write the crop of a photograph, or remove an earlier one; its row of crops.csv, but for the names."""
-    framed, = frame_faces(path, **framing)
+    (framed,) = frame_faces(path, **framing)
     if framed.problem:
-        target.unlink(missing_ok=True)                    # the crop of an earlier run, or of another photograph
+        target.unlink(missing_ok=True)  # the crop of an earlier run, or of another photograph
     else:
         write_atomic(target, encode_crop(framed.crop))
     return _told(framed)
@@ -399,8 +482,12 @@ def _crop_file(path: Path, target: Path, **framing) -> dict:
 
 def _told(framed: Framed) -> dict:
     """The columns of a table that say how a photograph was framed, or why it was not."""
-    return {"status": framed.status, "framing": framed.framing, "reason": framed.advice,
-            "other_framings": " ".join(framed.others)}
+    return {
+        "status": framed.status,
+        "framing": framed.framing,
+        "reason": framed.advice,
+        "other_framings": " ".join(framed.others),
+    }
 
 # %% ../nbs/51_features.ipynb #a939db72
 def _home(source) -> Path:
@@ -423,9 +510,13 @@ def _make_room(source, out: Path, names: list[str]) -> None:
     earlier, top, real = listed_crops(out), Path(source).resolve(), cache(Path.resolve)
     for file in map(Path, earlier.values()):
         if not (real(file.parent) / file.name).is_relative_to(top) and file.is_file():
-            raise ValueError(f"{out} holds crops of other photographs, such as {file}: choose another folder for those of {source}")
+            raise ValueError(
+                f"{out} holds crops of other photographs, such as {file}: choose another folder for those of {source}"
+            )
     if strange := next((out / name for name in names if name not in earlier and (out / name).exists()), None):
-        raise ValueError(f"{strange} is in the way of a crop, and no crop of ours: choose another folder, or move it")
+        raise ValueError(
+            f"{strange} is in the way of a crop, and no crop of ours: choose another folder, or move it"
+        )
     gone = [out / name for name in earlier.keys() - set(names) if (out / name).is_file()]
     for crop in gone:
         crop.unlink()
@@ -433,9 +524,17 @@ def _make_room(source, out: Path, names: list[str]) -> None:
         print(f"{out}: {len(gone)} crops of photographs that are gone were removed", flush=True)
 
 # %% ../nbs/51_features.ipynb #0917bd4f
-def crop_photographs(source, out, size: int = 224, min_side: int | None = None, scale: float = 2.0,
-                     framing: str = "paper", face: str = "surest", jobs: int | None = None,
-                     progress: bool = True) -> dict:
+def crop_photographs(
+    source,
+    out,
+    size: int = 224,
+    min_side: int | None = None,
+    scale: float = 2.0,
+    framing: str = "paper",
+    face: str = "surest",
+    jobs: int | None = None,
+    progress: bool = True,
+) -> dict:
     """Crop a face of each photograph in `source` to `out`/*.jpg, and list all in `out`/crops.csv; counts by reason.
 
     `face`: the "surest" or the "largest" that fits the framing, one of `FRAMINGS`. `min_side`: see `least_side`.
@@ -443,46 +542,74 @@ def crop_photographs(source, out, size: int = 224, min_side: int | None = None, 
     used), reason (what was found and what helps), other_framings (that would use it). Crops that an earlier crops.csv
     lists are ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched."""
     from joblib import Parallel, delayed
+
     home, out = _home(source), Path(out)
     check_framing(framing, face)
     if face == "all":
-        raise ValueError("crops are one per photograph: face is 'surest' or 'largest' (embed has a row per face)")
+        raise ValueError(
+            "crops are one per photograph: face is 'surest' or 'largest' (embed has a row per face)"
+        )
     if out.resolve() == home.resolve():
-        raise ValueError(f"{out} is the folder of the photographs: choose another one for the crops, for instance {out / 'crops'}")
+        raise ValueError(
+            f"{out} is the folder of the photographs: choose another one for the crops, for instance {out / 'crops'}"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder for the crops")
     files = photographs_in(source, leave_out=out)
     names = [f"{name}.jpg" for name in flat_names([path.relative_to(home) for path in files])]
     if framing != "as-is":
-        detector_model()                                  # fetched once, before several processes would
+        detector_model()  # fetched once, before several processes would
     _make_room(source, out, names)
-    _write_crop_list(out, files, names, [{"status": "unfinished"}] * len(files))  # a stopped run has listed its crops
+    _write_crop_list(
+        out, files, names, [{"status": "unfinished"}] * len(files)
+    )  # a stopped run has listed its crops
     work = Parallel(n_jobs=jobs or usable_cores(), return_as="generator")(
         delayed(_crop_file)(f, out / n, framing=framing, face=face, size=size, min_side=min_side, scale=scale)
-        for f, n in zip(files, names, strict=True))
+        for f, n in zip(files, names, strict=True)
+    )
     rows = list(tqdm(work, total=len(files), unit="photo", mininterval=1, disable=not progress))
     status = [row["status"] for row in rows]
-    _write_crop_list(out, files, [n if s == "success" else "" for n, s in zip(names, status, strict=True)], rows)
+    _write_crop_list(
+        out, files, [n if s == "success" else "" for n, s in zip(names, status, strict=True)], rows
+    )
     counts = pd.Series(status).value_counts()
-    return {"usable": int(counts.get("success", 0)), **{k: int(v) for k, v in counts.items() if k != "success"}}
+    return {
+        "usable": int(counts.get("success", 0)),
+        **{k: int(v) for k, v in counts.items() if k != "success"},
+    }
 
 # %% ../nbs/51_features.ipynb #58311bbe
 def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
     """The error of a run that used no photograph: how many of those in `table` each other framing would use."""
     if framing == "as-is":
-        return (f"no photograph of {source} could be used with --framing as-is; the other framings look for a face, "
-                f"which was not done: try --framing auto")
+        return (
+            f"no photograph of {source} could be used with --framing as-is; the other framings look for a face, "
+            f"which was not done: try --framing auto"
+        )
     would = table.drop_duplicates("file").other_framings.fillna("").str.split()
-    counts = ", ".join(f"{other} {sum(other in found for found in would):,}" for other in FRAMINGS if other != framing)
-    return (f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the others "
-            f"would use: {counts}")
+    counts = ", ".join(
+        f"{other} {sum(other in found for found in would):,}" for other in FRAMINGS if other != framing
+    )
+    return (
+        f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the others "
+        f"would use: {counts}"
+    )
 
 # %% ../nbs/51_features.ipynb #cf388a22
-_TYPES = {**dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
-          **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
-          **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"), "dim": "int64"}
+_TYPES = {
+    **dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
+    **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
+    **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"),
+    "dim": "int64",
+}
 _TABLE = [*_TYPES]
-_KNOWN_BY = {"file", "status", "encoder", "features", "dim"}  # a table with these is ours, whatever version wrote it
+_KNOWN_BY = {
+    "file",
+    "status",
+    "encoder",
+    "features",
+    "dim",
+}  # a table with these is ours, whatever version wrote it
 
 
 def _is_embeddings(path: Path) -> bool:
@@ -493,7 +620,11 @@ def _is_embeddings(path: Path) -> bool:
         if path.suffix.lower() == ".csv":
             with path.open("rb") as f:
                 return {name.encode() for name in _KNOWN_BY} <= set(f.readline().strip().split(b","))
-        names = pq.read_schema(path).names if path.suffix.lower() == ".parquet" else [n[:-4] for n in zipfile.ZipFile(path).namelist()]
+        names = (
+            pq.read_schema(path).names
+            if path.suffix.lower() == ".parquet"
+            else [n[:-4] for n in zipfile.ZipFile(path).namelist()]
+        )
     except (OSError, ValueError, zipfile.BadZipFile):
         return False
     return {*_KNOWN_BY, "embedding"} <= set(names)
@@ -505,7 +636,9 @@ def check_target(out) -> Path:
     if out.suffix.lower() not in _WRITERS:
         raise ValueError(f"{out}: expected a file ending in {', '.join(_WRITERS)}")
     if out.exists() and not (out.is_file() and _is_embeddings(out)):
-        raise ValueError(f"{out} is there and is no table of embeddings: it is not replaced; choose another name")
+        raise ValueError(
+            f"{out} is there and is no table of embeddings: it is not replaced; choose another name"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
@@ -516,7 +649,9 @@ def check_target(out) -> Path:
 # %% ../nbs/51_features.ipynb #9ac33a9e
 def _matrix(table: pd.DataFrame, width: int) -> np.ndarray:
     """The embeddings float32 [N, width]; NaN for a photograph without one."""
-    return np.stack([np.full(width, np.nan, np.float32) if vector is None else vector for vector in table.embedding])
+    return np.stack(
+        [np.full(width, np.nan, np.float32) if vector is None else vector for vector in table.embedding]
+    )
 
 
 def _schema():
@@ -530,7 +665,7 @@ def _write_parquet(parts: list[Path], path, width: int) -> None:
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(path, _schema()) as writer:
-        for part in parts:                                # each becomes a row group
+        for part in parts:  # each becomes a row group
             writer.write_table(pq.read_table(part))
 
 
@@ -544,8 +679,9 @@ def _write_csv(parts: list[Path], path, width: int) -> None:
 
 def _write_npz(parts: list[Path], path, width: int) -> None:
     table = _without_embeddings(parts)
-    with zipfile.ZipFile(path, "w") as archive:           # NumPy's own `savez` takes no array named "file"
-        def entry(name):                                  # with a fixed date: equal content gives equal bytes
+    with zipfile.ZipFile(path, "w") as archive:  # NumPy's own `savez` takes no array named "file"
+
+        def entry(name):  # with a fixed date: equal content gives equal bytes
             return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
         for name, kind in _TYPES.items():
@@ -566,21 +702,34 @@ def _without_embeddings(parts: list[Path]) -> pd.DataFrame:
 _WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".npz": _write_npz}
 
 # %% ../nbs/51_features.ipynb #bbc17f01
-def _embedded(part: list[Path], home: Path, frozen: FrozenEncoder, features: str, batch: int, how: dict) -> list[dict]:
+def _embedded(
+    part: list[Path], home: Path, frozen: FrozenEncoder, features: str, batch: int, how: dict
+) -> list[dict]:
     """Rows of the table for some photographs, a row per face; `how`: the options of `frame_faces`."""
     framed = [(path, one) for path in part for one in frame_faces(path, size=frozen.image_size, **how)]
     crops = [one.crop for _, one in framed if not one.problem]
     vectors = iter(embed(np.stack(crops), frozen, features, batch) if crops else ())
     about = {"encoder": frozen.name, "features": features, "dim": frozen.dim}
-    return [{"file": _shown(path.relative_to(home)), **_told(one), **_seen(one), **about,
-             "embedding": None if one.problem else next(vectors).ravel()} for path, one in framed]
+    return [
+        {
+            "file": _shown(path.relative_to(home)),
+            **_told(one),
+            **_seen(one),
+            **about,
+            "embedding": None if one.problem else next(vectors).ravel(),
+        }
+        for path, one in framed
+    ]
 
 
 def _seen(framed: Framed) -> dict:
     """The columns of a table that say what the detector saw."""
     box = framed.face.box if framed.face else (None,) * 4
-    return {"faces": framed.faces, "score": framed.face and framed.face.score,
-            **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))}
+    return {
+        "faces": framed.faces,
+        "score": framed.face and framed.face.score,
+        **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)),
+    }
 
 
 _PART_ROWS, _PART_BYTES = 256, 1 << 26  # photographs in a part; fewer where their embeddings would be larger
@@ -612,17 +761,32 @@ def _take_up(out: Path, folder: Path, parts: list[Path], progress: bool) -> None
     folder.mkdir(exist_ok=True)
     done = sum(part.is_file() for part in parts)
     if progress and done:
-        print(f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on",
-              flush=True)
+        print(
+            f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on",
+            flush=True,
+        )
     for other in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         if progress and other != folder:
-            print(f"{other} has parts of a run with other settings, photographs or code: they are left alone; that "
-                  f"run's command goes on with them, or remove the folder", flush=True)
+            print(
+                f"{other} has parts of a run with other settings, photographs or code: they are left alone; that "
+                f"run's command goes on with them, or remove the folder",
+                flush=True,
+            )
 
 
-def embed_photographs(source, encoder, out, features: str = "mean", framing: str = "auto", face: str = "surest",
-                      scale: float = 2.0, min_side: int | None = None, batch: int = 32, device=None,
-                      progress: bool = True) -> pd.DataFrame:
+def embed_photographs(
+    source,
+    encoder,
+    out,
+    features: str = "mean",
+    framing: str = "auto",
+    face: str = "surest",
+    scale: float = 2.0,
+    min_side: int | None = None,
+    batch: int = 32,
+    device=None,
+    progress: bool = True,
+) -> pd.DataFrame:
     """Embed each photograph in `source`, framed as by `crop_photographs`, to the table `out`; it, without embeddings.
 
     Its columns are told above. `out` ends in .parquet, .csv or .npz. `face`: the "surest" or the "largest" that fits
@@ -636,8 +800,13 @@ def embed_photographs(source, encoder, out, features: str = "mean", framing: str
     how = {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
-    folder = out.parent / f".{out.name}.{_parts_key(files, home, frozen, features=features, batch=batch, **how)}.parts"
-    parts = {folder / f"{start:09d}.parquet": files[start:start + size] for start in range(0, len(files), size)}
+    folder = (
+        out.parent
+        / f".{out.name}.{_parts_key(files, home, frozen, features=features, batch=batch, **how)}.parts"
+    )
+    parts = {
+        folder / f"{start:09d}.parquet": files[start : start + size] for start in range(0, len(files), size)
+    }
     _take_up(out, folder, list(parts), progress)
     with tqdm(total=len(files), unit="photo", mininterval=1, disable=not progress) as bar:
         for path, part in parts.items():
@@ -646,8 +815,8 @@ def embed_photographs(source, encoder, out, features: str = "mean", framing: str
                 continue
             rows = []
             for start in range(0, len(part), batch):
-                rows += _embedded(part[start:start + batch], home, frozen, features, batch, how)
-                bar.update(len(part[start:start + batch]))
+                rows += _embedded(part[start : start + batch], home, frozen, features, batch, how)
+                bar.update(len(part[start : start + batch]))
             _write_part(path, rows)
     with replacing(folder / out.name) as temporary:
         _WRITERS[out.suffix.lower()](list(parts), temporary, width)

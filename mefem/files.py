@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../nbs/02_files.ipynb #e9f5df3c
 class DiskFull(OSError):
-    "There is no room for a file; the text names it, and neither it nor its predecessor is half written."
+    """There is no room for a file; the text names it, and neither it nor its predecessor is half written."""
 
 # %% ../nbs/02_files.ipynb #7d77f724
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the process's limit
@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quo
 
 @contextlib.contextmanager
 def replacing(path):
-    "A temporary path beside `path`, synced and renamed to it when the block ends well, removed when it does not."
+    """A temporary path beside `path`, synced and renamed to it when the block ends well, removed when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -43,24 +43,28 @@ def replacing(path):
 
 # %% ../nbs/02_files.ipynb #a4a640bd
 def write_atomic(path, data: bytes | str) -> Path:
-    "Write `data` to `path` through `replacing`."
+    """Write `data` to `path` through `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 
 def write_json(path, obj) -> Path:
-    "Write `obj` as JSON with sorted keys, atomically: equal content gives equal bytes."
-    return write_atomic(path, json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `obj` as JSON with sorted keys, atomically: equal content gives equal bytes."""
+    return write_atomic(
+        path, json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 # %% ../nbs/02_files.ipynb #c4b0d4bb
 def find_root(start=None) -> Path:
-    "The nearest folder at or above `start` (default: the working folder) that holds `params.yaml`."
+    """The nearest folder at or above `start` (default: the working folder) that holds `params.yaml`."""
     start = Path(start or Path.cwd()).resolve()
     for folder in [start, *start.parents]:
         if (folder / "params.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"no params.yaml in {start} or any folder above it: run this inside a MeFEm checkout")
+    raise FileNotFoundError(
+        f"no params.yaml in {start} or any folder above it: run this inside a MeFEm checkout"
+    )
 
 
 def cache_folders(kind: str | None = None) -> list[Path]:

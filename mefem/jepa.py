@@ -18,13 +18,15 @@ from .weighting import token_weights
 
 # %% ../nbs/43_jepa.ipynb #9b3e8a2b
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    "Half precisions become float32; float64 stays, so that a test can follow the equations to rounding."
+    """Half precisions become float32; float64 stays, so that a test can follow the equations to rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def jepa_loss(predicted: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    "Eq. 5 with smooth L1: `predicted`, `target` [B, |T|, D], `weights` [B, |T|]; scalar, float32 or better, mean over the batch."
-    per_token = F.smooth_l1_loss(at_least_float32(predicted), at_least_float32(target), reduction="none").mean(-1)  # [B, |T|]
+    """Eq. 5 with smooth L1: `predicted`, `target` [B, |T|, D], `weights` [B, |T|]; scalar, float32 or better, mean over the batch."""
+    per_token = F.smooth_l1_loss(
+        at_least_float32(predicted), at_least_float32(target), reduction="none"
+    ).mean(-1)  # [B, |T|]
     return (weights * per_token).mean()
 
 # %% ../nbs/43_jepa.ipynb #9fec5883
@@ -39,8 +41,9 @@ def whiten(z: torch.Tensor, mean=lambda x: x, floor: float = 1e-3) -> torch.Tens
         return z @ ((vectors * scale) @ vectors.T)
 
 
-def normalise_targets(tokens: torch.Tensor, index: torch.Tensor, kind: str = "layer", eps: float = 1e-5,
-                      mean=lambda x: x) -> torch.Tensor:
+def normalise_targets(
+    tokens: torch.Tensor, index: torch.Tensor, kind: str = "layer", eps: float = 1e-5, mean=lambda x: x
+) -> torch.Tensor:
     """The targets [B, |T|, D] among `tokens` [B, N, D] (all tokens, or the targets alone), float32 or better.
 
     `index` None: the tokens are the targets already. "layer": zero mean and unit variance over D, each token for itself.
@@ -56,18 +59,26 @@ def normalise_targets(tokens: torch.Tensor, index: torch.Tensor, kind: str = "la
 
 # %% ../nbs/43_jepa.ipynb #aa977942
 def inclusion_probabilities(weights: torch.Tensor, count: int) -> torch.Tensor:
-    "pi [B, T], float64, each row summing to `count` <= T: min(1, c w) for positive `weights` [B, T], c chosen by row."
+    """pi [B, T], float64, each row summing to `count` <= T: min(1, c w) for positive `weights` [B, T], c chosen by row."""
     w = weights.double()
     if not 1 <= count <= w.shape[-1]:
         raise ValueError(f"cannot draw {count} of {w.shape[-1]} targets")
     largest = w.sort(-1, descending=True).values
-    left = largest.flip(-1).cumsum(-1).flip(-1)[..., :count]  # [B, K]: the sum without the m heaviest, m = 0 .. K - 1
-    c = (count - torch.arange(count, device=w.device)) / left  # [B, K]: what c is if m of them are taken for certain
-    m = (c * largest[..., :count] <= 1).int().argmax(-1, keepdim=True)  # the smallest m that leaves nobody above 1
+    left = (
+        largest.flip(-1).cumsum(-1).flip(-1)[..., :count]
+    )  # [B, K]: the sum without the m heaviest, m = 0 .. K - 1
+    c = (
+        count - torch.arange(count, device=w.device)
+    ) / left  # [B, K]: what c is if m of them are taken for certain
+    m = (
+        (c * largest[..., :count] <= 1).int().argmax(-1, keepdim=True)
+    )  # the smallest m that leaves nobody above 1
     return (c.gather(-1, m) * w).clamp(max=1.0)
 
 # %% ../nbs/43_jepa.ipynb #ee179173
-def draw_targets(weights: torch.Tensor, count: int, generator=None, u=None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_targets(
+    weights: torch.Tensor, count: int, generator=None, u=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` targets a sample: their places int64 [B, K] among `weights` [B, T], ascending, and their factors [B, K].
 
     The mean over K of factor * loss is an unbiased estimate of the mean over T of weight * loss. `u` [B, 1] in [0, 1)
@@ -80,7 +91,9 @@ def draw_targets(weights: torch.Tensor, count: int, generator=None, u=None) -> t
     return place, factor.to(weights.dtype)
 
 # %% ../nbs/43_jepa.ipynb #03ea36bc
-def epps_pulley(x: torch.Tensor, points: int = 17, reach: float = 5.0, mean=lambda x: x, processes: int = 1) -> torch.Tensor:
+def epps_pulley(
+    x: torch.Tensor, points: int = 17, reach: float = 5.0, mean=lambda x: x, processes: int = 1
+) -> torch.Tensor:
     """The Epps-Pulley statistic against N(0, 1) of `x` [n, ...] over its first axis: [...]; differentiable.
 
     `mean` averages a tensor over `processes`, which have n values each."""
@@ -94,7 +107,9 @@ def epps_pulley(x: torch.Tensor, points: int = 17, reach: float = 5.0, mean=lamb
 SLICES, PLACES = 64, 16  # of `sigreg`, counted by `mefem.monitoring.step_operations` too
 
 
-def sigreg(tokens: torch.Tensor, slices: int = SLICES, places: int = PLACES, generator=None, **over) -> torch.Tensor:
+def sigreg(
+    tokens: torch.Tensor, slices: int = SLICES, places: int = PLACES, generator=None, **over
+) -> torch.Tensor:
     """SIGReg of `tokens` [B, N, D]: the mean Epps-Pulley statistic over `slices` random directions and `places` random tokens.
 
     Each token is compared with the same place in the other pictures, or else "every picture alike" would pass the test.
@@ -115,22 +130,41 @@ class JEPA(nn.Module):
     Beyond the paper: `target_share` < 1 predicts that share of the targets (see `draw_targets`); `sigreg` = lambda > 0 takes
     (1 - lambda) * loss + lambda * SIGReg with the student's own representations of the picture, as they are, for targets."""
 
-    def __init__(self, encoder, predictor, masking, weights, teacher_input: str = "image", target_norm: str = "layer",
-                 target_share: float = 1.0, sigreg: float = 0.0):
+    def __init__(
+        self,
+        encoder,
+        predictor,
+        masking,
+        weights,
+        teacher_input: str = "image",
+        target_norm: str = "layer",
+        target_share: float = 1.0,
+        sigreg: float = 0.0,
+    ):
         super().__init__()
         cls = masking.cls_in_source is not None
         if teacher_input not in ("image", "targets"):
             raise ValueError(f"teacher_input is 'image' or 'targets'; found {teacher_input!r}")
-        if target_norm not in ("layer", "batch", "whiten") or (target_norm != "layer" and teacher_input == "targets"):
-            raise ValueError(f"target_norm is 'layer', or 'batch' or 'whiten' with teacher_input 'image'; found {target_norm!r}, {teacher_input!r}")
+        if target_norm not in ("layer", "batch", "whiten") or (
+            target_norm != "layer" and teacher_input == "targets"
+        ):
+            raise ValueError(
+                f"target_norm is 'layer', or 'batch' or 'whiten' with teacher_input 'image'; found {target_norm!r}, {teacher_input!r}"
+            )
         if not 0 < target_share <= 1 or not 0 <= sigreg < 1:
-            raise ValueError(f"expected 0 < target_share <= 1 and 0 <= sigreg < 1; found {target_share}, {sigreg}")
+            raise ValueError(
+                f"expected 0 < target_share <= 1 and 0 <= sigreg < 1; found {target_share}, {sigreg}"
+            )
         if sigreg and teacher_input == "targets":
             raise ValueError("sigreg > 0 has no teacher: it goes with teacher_input 'image'")
         if encoder.has_class_token != cls:
-            raise ValueError("masking and encoder disagree on CLS: cls_in_source=None goes with class_token=False")
+            raise ValueError(
+                "masking and encoder disagree on CLS: cls_in_source=None goes with class_token=False"
+            )
         if encoder.patch_embed.grid_size[0] != masking.grid:
-            raise ValueError(f"the encoder's grid is {encoder.patch_embed.grid_size[0]}, the masking's {masking.grid}")
+            raise ValueError(
+                f"the encoder's grid is {encoder.patch_embed.grid_size[0]}, the masking's {masking.grid}"
+            )
         self.student, self.predictor, self.masking = encoder, predictor, masking
         self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.teacher_input, self.target_norm = teacher_input, target_norm
@@ -138,14 +172,16 @@ class JEPA(nn.Module):
         self.register_buffer("weights", token_weights(weights, cls), persistent=False)
 
     def train(self, mode: bool = True):
-        "As usual, but the teacher stays in evaluation mode."
+        """As usual, but the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     @torch.no_grad()
-    def targets(self, images: torch.Tensor, index: torch.Tensor, everything: torch.Tensor | None = None) -> torch.Tensor:
-        "The teacher's representations [B, K, D] of the tokens `index` [B, K], normalised; `everything`: all its tokens, if at hand."
+    def targets(
+        self, images: torch.Tensor, index: torch.Tensor, everything: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The teacher's representations [B, K, D] of the tokens `index` [B, K], normalised; `everything`: all its tokens, if at hand."""
         if self.teacher_input == "targets":
             return normalise_targets(encode_tokens(self.teacher, images, index), None)
         everything = everything if everything is not None else encode_tokens(self.teacher, images)
@@ -160,7 +196,9 @@ class JEPA(nn.Module):
         losses, spreads = [], []
         for split in splits:
             index, weights = self.asked(split.target, generator)
-            target = gather_tokens(everything, index) if self.sigreg else self.targets(images, index, everything)
+            target = (
+                gather_tokens(everything, index) if self.sigreg else self.targets(images, index, everything)
+            )
             source = encode_tokens(self.student, images, split.source)  # [B, |S|, D]
             predicted = self.predictor(source, split.source, index)  # [B, K, D]
             losses.append(jepa_loss(predicted, target, weights))
@@ -172,7 +210,7 @@ class JEPA(nn.Module):
         return {"loss": loss, "target_spread": target_spread, "prediction_spread": prediction_spread}
 
     def encode_picture(self, images: torch.Tensor) -> torch.Tensor | None:
-        "All tokens [B, N, D] of the whole picture: by the teacher, by the student with SIGReg; None where targets are seen alone."
+        """All tokens [B, N, D] of the whole picture: by the teacher, by the student with SIGReg; None where targets are seen alone."""
         if self.sigreg:
             return encode_tokens(self.student, images)
         if self.teacher_input == "targets":
@@ -181,34 +219,38 @@ class JEPA(nn.Module):
             return encode_tokens(self.teacher, images)
 
     def asked(self, target: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-        "The targets to predict, int64 [B, K], and the weights of their losses [B, K]: all |T|, or a drawn share of them."
+        """The targets to predict, int64 [B, K], and the weights of their losses [B, K]: all |T|, or a drawn share of them."""
         weights = self.weights[target]
         if self.target_share == 1:
             return target, weights
-        place, factor = draw_targets(weights, self.asked_count(target.shape[1]), u=self.chance(len(weights), generator, weights.device))
+        place, factor = draw_targets(
+            weights, self.asked_count(target.shape[1]), u=self.chance(len(weights), generator, weights.device)
+        )
         return target.gather(1, place), factor
 
     def asked_count(self, targets: int) -> int:
-        "How many of `targets` tokens are predicted."
+        """How many of `targets` tokens are predicted."""
         return max(1, round(self.target_share * targets))
 
     # What is drawn for, or taken over, the whole batch: `mefem.training` overrides these where processes share one.
 
     def chance(self, samples: int, generator, device) -> torch.Tensor:
-        "The numbers that decide which targets are asked, float64 [samples, 1] in [0, 1)."
+        """The numbers that decide which targets are asked, float64 [samples, 1] in [0, 1)."""
         return torch.rand(samples, 1, generator=generator, device=device, dtype=torch.float64)
 
     def regulariser(self, everything: torch.Tensor, generator) -> torch.Tensor:
-        "SIGReg of the student's tokens of the whole picture, a scalar."
+        """SIGReg of the student's tokens of the whole picture, a scalar."""
         return sigreg(everything, generator=generator)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        "teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one call; with SIGReg a plain copy."
+        """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one call; with SIGReg a plain copy."""
         momentum = 0.0 if self.sigreg else momentum
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
 
 # %% ../nbs/43_jepa.ipynb #be35bb81
 def spread(representations: torch.Tensor) -> torch.Tensor:
-    "Standard deviation over the pictures of the mean token, averaged over channels: [B, K, D] to a scalar; 0 is collapse."
-    return representations.mean(1).std(0).mean() if len(representations) > 1 else representations.new_zeros(())
+    """Standard deviation over the pictures of the mean token, averaged over channels: [B, K, D] to a scalar; 0 is collapse."""
+    return (
+        representations.mean(1).std(0).mean() if len(representations) > 1 else representations.new_zeros(())
+    )

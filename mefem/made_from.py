@@ -21,7 +21,9 @@ def settings_hash(section) -> str:
     """12 hexadecimal digits of the SHA-256 of a section (or any JSON object), independent of the order of keys.
 
     The `runtime` of a `Pretrain` section is left out: it does not change what a run computes."""
-    plain = section.model_dump(mode="json", exclude={"runtime"}) if hasattr(section, "model_dump") else section
+    plain = (
+        section.model_dump(mode="json", exclude={"runtime"}) if hasattr(section, "model_dump") else section
+    )
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/04_made_from.ipynb #a68ca084
@@ -37,7 +39,7 @@ def _file_digest(path: str, size: int, changed: int) -> bytes:
 
 # %% ../nbs/04_made_from.ipynb #61b0d491
 def files_hash(files, root=None) -> str:
-    "16 hexadecimal digits over names (below `root`, if given), sizes and ends of files; a missing file counts as such."
+    """16 hexadecimal digits over names (below `root`, if given), sizes and ends of files; a missing file counts as such."""
     total = hashlib.sha256()
     for path in map(Path, files):
         name = path.relative_to(root).as_posix() if root else path.name
@@ -49,18 +51,30 @@ def files_hash(files, root=None) -> str:
 
 # %% ../nbs/04_made_from.ipynb #97e1c1e5
 def syntax(text: str) -> str:
-    "The syntax tree of Python source as text, without comments, docstrings, line numbers and nbdev's `__all__`."
+    """The syntax tree of Python source as text, without comments, docstrings, line numbers and nbdev's `__all__`."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body and _is_text(body[0]):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and body
+            and _is_text(body[0])
+        ):
             node.body = body[1:]
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")]
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+    ]
     return ast.dump(tree)
 
 
 def _is_text(node) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 # %% ../nbs/04_made_from.ipynb #6d36a04b
 PACKAGE = Path(mefem.__file__).parent
@@ -73,7 +87,7 @@ def _path(module: str, package: Path) -> Path | None:
 
 @lru_cache(maxsize=1024)
 def _read(path: Path, size: int, changed: int) -> tuple[str, tuple]:
-    "(hash of the syntax tree, names that are imported: (level, module, name))."
+    """(hash of the syntax tree, names that are imported: (level, module, name))."""
     text = path.read_text(encoding="utf-8")
     names = []
     for node in ast.walk(ast.parse(text)):
@@ -93,7 +107,7 @@ def _module(module: str, package: Path) -> tuple[str, tuple]:
 
 # %% ../nbs/04_made_from.ipynb #9d12ea8d
 def _targets(names, home: tuple, package: Path) -> set[str]:
-    "Modules of the package among imported names; `home`: the parts of the importing module's package below mefem."
+    """Modules of the package among imported names; `home`: the parts of the importing module's package below mefem."""
     found = set()
     for level, module, name in names:
         if level:
@@ -109,31 +123,35 @@ def _targets(names, home: tuple, package: Path) -> set[str]:
 
 
 def closure(*modules: str, package: Path = PACKAGE) -> tuple[str, ...]:
-    "`modules` and all modules of the package that they import, directly or not, sorted."
+    """`modules` and all modules of the package that they import, directly or not, sorted."""
     found, waiting = set(), list(modules)
     while waiting:
         if (module := waiting.pop()) not in found:
             found.add(module)
             path = _path(module, package)
             parts = tuple(module.split("."))
-            waiting += _targets(_module(module, package)[1], parts if path.name == "__init__.py" else parts[:-1], package)
-            waiting += [".".join(parts[:i]) for i in range(1, len(parts))]  # the packages it is in are run too
+            waiting += _targets(
+                _module(module, package)[1], parts if path.name == "__init__.py" else parts[:-1], package
+            )
+            waiting += [
+                ".".join(parts[:i]) for i in range(1, len(parts))
+            ]  # the packages it is in are run too
     return tuple(sorted(found))
 
 # %% ../nbs/04_made_from.ipynb #bd60235e
 def code_hashes(*modules: str, package: Path = PACKAGE) -> dict[str, str]:
-    "Hash of the syntax tree of each module in the closure of `modules`."
+    """Hash of the syntax tree of each module in the closure of `modules`."""
     return {module: _module(module, package)[0] for module in closure(*modules, package=package)}
 
 
 def code_hash(*modules: str, package: Path = PACKAGE) -> str:
-    "12 hexadecimal digits over the syntax trees of `modules` and of all that they import from this package."
+    """12 hexadecimal digits over the syntax trees of `modules` and of all that they import from this package."""
     return settings_hash(code_hashes(*modules, package=package))
 
 # %% ../nbs/04_made_from.ipynb #59f6c410
 @dataclass(frozen=True)
 class MadeFrom:
-    "Hashes of the settings, the input data and the code that something was made from."
+    """Hashes of the settings, the input data and the code that something was made from."""
 
     settings: str
     data: str
@@ -141,11 +159,11 @@ class MadeFrom:
 
     @property
     def key(self) -> str:
-        "12 hexadecimal digits over all three."
+        """12 hexadecimal digits over all three."""
         return settings_hash(asdict(self))
 
     def differs(self, other: dict) -> list[str]:
-        "Which of settings, data and code are not those of `other`, a `MadeFrom` as a dictionary."
+        """Which of settings, data and code are not those of `other`, a `MadeFrom` as a dictionary."""
         return [name for name, mine in asdict(self).items() if mine != other.get(name)]
 
     def __str__(self):
@@ -153,25 +171,35 @@ class MadeFrom:
 
 # %% ../nbs/04_made_from.ipynb #b795ffd3
 def notebook_code(path) -> str:
-    "The code cells of a notebook as one Python text; lines that only Jupyter understands are left out."
+    """The code cells of a notebook as one Python text; lines that only Jupyter understands are left out."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
 
 
 def stage_code(path, package: Path = PACKAGE) -> dict:
-    "{'notebook': hash of a stage notebook's code, 'modules': hash of each module in the closure of what it imports}."
+    """{'notebook': hash of a stage notebook's code, 'modules': hash of each module in the closure of what it imports}."""
     text = notebook_code(path)
-    names = [(node.level, node.module, alias.name) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)
-             for alias in node.names]
+    names = [
+        (node.level, node.module, alias.name)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
     modules = _targets(names, (), package)
     if "datasets.core" in closure(*modules, package=package):
         modules |= {f"datasets.{reader.stem}" for reader in (package / "datasets").glob("[!_]*.py")}
-    return {"notebook": hashlib.sha256(syntax(text).encode()).hexdigest()[:12], "modules": code_hashes(*modules, package=package)}
+    return {
+        "notebook": hashlib.sha256(syntax(text).encode()).hexdigest()[:12],
+        "modules": code_hashes(*modules, package=package),
+    }
 
 # %% ../nbs/04_made_from.ipynb #a38d2356
 def write_stage_code(notebooks, out, package: Path = PACKAGE) -> list[Path]:
-    "`stage_code` of each notebook in the folder `notebooks` as `out`/<stage>.json; one whose content stays is not touched."
+    """`stage_code` of each notebook in the folder `notebooks` as `out`/<stage>.json; one whose content stays is not touched."""
     from mefem.files import write_json
 
-    return [write_json(Path(out) / f"{path.stem}.json", stage_code(path, package)) for path in sorted(Path(notebooks).glob("*.ipynb"))]
+    return [
+        write_json(Path(out) / f"{path.stem}.json", stage_code(path, package))
+        for path in sorted(Path(notebooks).glob("*.ipynb"))
+    ]

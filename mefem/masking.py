@@ -14,7 +14,7 @@ import torch
 
 # %% ../nbs/40_masking.ipynb #f6fd23ca
 class TokenSplit(NamedTuple):
-    "Tokens of a batch: `source` int64 [B, |S|] and `target` int64 [B, |T|], ascending in each row, disjoint."
+    """Tokens of a batch: `source` int64 [B, |S|] and `target` int64 [B, |T|], ascending in each row, disjoint."""
 
     source: torch.Tensor
     target: torch.Tensor
@@ -26,9 +26,18 @@ class Masking:
     `patches` bool [M, L * L]: the source patches of each of M cuts; `spare` int [M]: the patch of each cut that makes room
     for CLS; `probabilities` [M]; `cls_in_source`: P of eq. 2, or None for an encoder without CLS."""
 
-    def __init__(self, patches: torch.Tensor, spare: torch.Tensor, probabilities: torch.Tensor, grid: int, cls_in_source):
+    def __init__(
+        self,
+        patches: torch.Tensor,
+        spare: torch.Tensor,
+        probabilities: torch.Tensor,
+        grid: int,
+        cls_in_source,
+    ):
         if cls_in_source is not None and not 0 <= cls_in_source <= 1:
-            raise ValueError(f"cls_in_source is a probability in [0, 1], or None without CLS; found {cls_in_source!r}")
+            raise ValueError(
+                f"cls_in_source is a probability in [0, 1], or None without CLS; found {cls_in_source!r}"
+            )
         self.grid, self.cls_in_source = grid, cls_in_source
         self.tokens = grid * grid + (cls_in_source is not None)
         self.cumulative = probabilities.double().cumsum(0) / probabilities.double().sum()
@@ -37,25 +46,32 @@ class Masking:
         else:
             without, with_cls = patches.clone(), patches.clone()
             with_cls[torch.arange(len(patches)), spare] = False
-            members = torch.stack([torch.cat([torch.zeros(len(patches), 1, dtype=torch.bool), without], 1),
-                                   torch.cat([torch.ones(len(patches), 1, dtype=torch.bool), with_cls], 1)], dim=1)
+            members = torch.stack(
+                [
+                    torch.cat([torch.zeros(len(patches), 1, dtype=torch.bool), without], 1),
+                    torch.cat([torch.ones(len(patches), 1, dtype=torch.bool), with_cls], 1),
+                ],
+                dim=1,
+            )
         self.source_table = _positions_of(members)  # [M, 2 or 1, |S|]
         self.target_table = _positions_of(~members)  # [M, 2 or 1, |T|]
         self._moved: dict = {}
 
     @property
     def sizes(self) -> tuple[int, int]:
-        "(|S|, |T|), the same for every sample."
+        """(|S|, |T|), the same for every sample."""
         return self.source_table.shape[-1], self.target_table.shape[-1]
 
     def _on(self, device):
         # The tables move to a device once, not once a step.
         if device not in self._moved:
-            self._moved[device] = tuple(t.to(device) for t in (self.cumulative.float(), self.source_table, self.target_table))
+            self._moved[device] = tuple(
+                t.to(device) for t in (self.cumulative.float(), self.source_table, self.target_table)
+            )
         return self._moved[device]
 
     def sample(self, batch: int, generator: torch.Generator | None = None, device=None) -> TokenSplit:
-        "One cut a sample, independently, and CLS's side by an independent coin (eq. 2)."
+        """One cut a sample, independently, and CLS's side by an independent coin (eq. 2)."""
         device = torch.device(device or (generator.device if generator is not None else "cpu"))
         cumulative, sources, targets = self._on(device)
         draw = torch.rand(2, batch, generator=generator, device=device)
@@ -64,20 +80,22 @@ class Masking:
         return TokenSplit(sources[cut, side], targets[cut, side])
 
     def sample_all(self, batch: int, generator=None, device=None) -> list[TokenSplit]:
-        "The splits of one training step: one, but for maskings that use several at once."
+        """The splits of one training step: one, but for maskings that use several at once."""
         return [self.sample(batch, generator, device)]
 
 # %% ../nbs/40_masking.ipynb #8c6b1eed
 def _positions_of(members: torch.Tensor) -> torch.Tensor:
-    "The positions of True along the last axis, ascending: bool [..., N] to int64 [..., K]; every row has the same K."
+    """The positions of True along the last axis, ascending: bool [..., N] to int64 [..., K]; every row has the same K."""
     count = members.sum(-1)
     if (count != count.flatten()[0]).any():
-        raise ValueError(f"cuts of different sizes, {sorted(set(count.flatten().tolist()))}: shapes must be static")
+        raise ValueError(
+            f"cuts of different sizes, {sorted(set(count.flatten().tolist()))}: shapes must be static"
+        )
     return members.nonzero()[:, -1].reshape(*members.shape[:-1], int(count.flatten()[0]))
 
 # %% ../nbs/40_masking.ipynb #033e1383
 def stripe_probabilities(grid: int = 14, k: float = 0.175) -> torch.Tensor:
-    "P(i_c = i) of eq. 4 for i = 0 .. grid - 1, float64: the truncated normal integrated over the rounding cells."
+    """P(i_c = i) of eq. 4 for i = 0 .. grid - 1, float64: the truncated normal integrated over the rounding cells."""
     if grid < 2 or k <= 0:
         raise ValueError(f"expected a grid of 2 or more patches and k > 0, found grid={grid}, k={k}")
     edges = torch.arange(grid + 1, dtype=torch.float64) - 0.5
@@ -93,7 +111,9 @@ class StripeMasking(Masking):
 
     def __init__(self, grid: int = 14, width: int = 3, k: float = 0.175, cls_in_source: float | None = 0.5):
         if not 1 <= width < grid:
-            raise ValueError(f"a stripe's width is 1 to {grid - 1} patches on a grid of {grid}; found {width}")
+            raise ValueError(
+                f"a stripe's width is 1 to {grid - 1} patches on a grid of {grid}; found {width}"
+            )
         start = (torch.arange(grid) - width // 2).clamp(0, grid - width)  # [L]
         row = torch.arange(grid)
         inside = (row >= start[:, None]) & (row < start[:, None] + width)  # [L positions, L]
@@ -105,15 +125,17 @@ class StripeMasking(Masking):
 
 # %% ../nbs/40_masking.ipynb #75608d93
 def split_picture(split: TokenSplit, row: int, grid: int, cls: bool = True):
-    "Sample `row` of a split as a picture, float [grid, grid]: 1 source, 0 target, 0.5 neither; and CLS's side (or None)."
+    """Sample `row` of a split as a picture, float [grid, grid]: 1 source, 0 target, 0.5 neither; and CLS's side (or None)."""
     state = torch.full((grid * grid + int(cls),), 0.5)
     state[split.source[row].cpu()] = 1.0
     state[split.target[row].cpu()] = 0.0
-    return state[int(cls):].reshape(grid, grid), (None if not cls else "source" if state[0] == 1 else "target")
+    return state[int(cls) :].reshape(grid, grid), (
+        None if not cls else "source" if state[0] == 1 else "target"
+    )
 
 # %% ../nbs/40_masking.ipynb #d675ef7f
 class QuadrantMasking(Masking):
-    "The source is one quadrant, drawn uniformly (fig. 2b): (grid / 2)^2 patches."
+    """The source is one quadrant, drawn uniformly (fig. 2b): (grid / 2)^2 patches."""
 
     def __init__(self, grid: int = 14, cls_in_source: float | None = 0.5):
         if grid % 2:
@@ -132,27 +154,35 @@ class MultiblockMasking:
     scale: a block's share of the picture's area; `aspect`: range of height / width. |S| and |T| of a mode are what 95 % of
     draws can give (estimated once, at construction); the rare sample with fewer takes tokens from the other side."""
 
-    def __init__(self, grid: int = 14, modes=((8, 0.15), (2, 0.7)), aspect=(0.75, 1.5), cls_in_source: float | None = None):
+    def __init__(
+        self,
+        grid: int = 14,
+        modes=((8, 0.15), (2, 0.7)),
+        aspect=(0.75, 1.5),
+        cls_in_source: float | None = None,
+    ):
         self.grid, self.modes, self.aspect, self.cls_in_source = grid, tuple(modes), aspect, cls_in_source
         self.tokens = grid * grid + (cls_in_source is not None)
         generator = torch.Generator().manual_seed(0)
         self.mode_sizes = []
         for blocks, scale in self.modes:
-            covered = self._cover(4096, blocks, scale, generator, torch.device("cpu")).flatten(1).sum(1).float()
+            covered = (
+                self._cover(4096, blocks, scale, generator, torch.device("cpu")).flatten(1).sum(1).float()
+            )
             few, many = covered.quantile(0.05).item(), covered.quantile(0.95).item()
             self.mode_sizes.append((max(1, grid * grid - math.ceil(many)), max(1, math.floor(few))))
 
     @property
     def sizes(self) -> tuple[int, int]:
-        "(|S|, |T|) of the first mode, CLS not counted."
+        """(|S|, |T|) of the first mode, CLS not counted."""
         return self.mode_sizes[0]
 
     def _cover(self, batch, blocks, scale, generator, device) -> torch.Tensor:
-        "bool [B, L, L]: inside at least one of `blocks` rectangles, anywhere in the picture with equal chance."
+        """bool [B, L, L]: inside at least one of `blocks` rectangles, anywhere in the picture with equal chance."""
         low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
         draw = torch.rand(3, batch, blocks, generator=generator, device=device)
         aspect = (low + (high - low) * draw[0]).exp()
-        area = scale * self.grid ** 2
+        area = scale * self.grid**2
         height = (area * aspect).sqrt().round().clamp(1, self.grid)
         width = (area / aspect).sqrt().round().clamp(1, self.grid)
         # floor(u (L - h + 1)): every place that keeps the block inside is equally likely, the last row and column too.
@@ -164,7 +194,7 @@ class MultiblockMasking:
         return (rows[..., :, None] & columns[..., None, :]).any(1)
 
     def sample(self, batch: int, generator=None, device=None, mode: int = 0) -> TokenSplit:
-        "One split of `mode`; with CLS, the coin of eq. 2 puts it on one side in place of a random token of that side."
+        """One split of `mode`; with CLS, the coin of eq. 2 puts it on one side in place of a random token of that side."""
         device = torch.device(device or (generator.device if generator is not None else "cpu"))
         covered = self._cover(batch, *self.modes[mode], generator, device).flatten(1)
         noise = torch.rand(batch, self.tokens, generator=generator, device=device)
@@ -177,12 +207,14 @@ class MultiblockMasking:
         return TokenSplit(order[:, :n_source].sort(1).values, order[:, -n_target:].sort(1).values)
 
     def sample_all(self, batch: int, generator=None, device=None) -> list[TokenSplit]:
-        "Both modes at once, as V-JEPA trains: one teacher pass serves them all."
+        """Both modes at once, as V-JEPA trains: one teacher pass serves them all."""
         return [self.sample(batch, generator, device, mode) for mode in range(len(self.modes))]
 
 # %% ../nbs/40_masking.ipynb #47821905
-def create_masking(kind: str = "stripes", grid: int = 14, width: int = 3, k: float = 0.175, cls_in_source=0.5):
-    "The masking of a run's settings."
+def create_masking(
+    kind: str = "stripes", grid: int = 14, width: int = 3, k: float = 0.175, cls_in_source=0.5
+):
+    """The masking of a run's settings."""
     if kind == "stripes":
         return StripeMasking(grid, width, k, cls_in_source)
     if kind == "quadrant":

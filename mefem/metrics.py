@@ -30,6 +30,7 @@ from .files import replacing
 @dataclass(frozen=True)
 class Metric:
     """A metric as a function of per-photograph terms: `terms(target, prediction)` [N, k], `value(sums [..., k])`."""
+
     name: str
     terms: Callable[[np.ndarray, np.ndarray], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]
@@ -68,7 +69,7 @@ def _recall_terms(target, prediction):
 # %% ../nbs/53_metrics.ipynb #00355e50
 def _recall_value(sums):
     count, found = sums[..., ::2], sums[..., 1::2]
-    there = count > 0                                          # a draw may miss a class: its recall is not known
+    there = count > 0  # a draw may miss a class: its recall is not known
     return (found / np.where(there, count, 1)).sum(-1) / np.maximum(there.sum(-1), 1)
 
 # %% ../nbs/53_metrics.ipynb #a982a6b9
@@ -147,9 +148,11 @@ def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, str
 
     `sums` may be [labels, seeds, persons, k]: then the mean over the labels, all on the same drawn people."""
     *labels, seeds, persons, k = sums.shape
-    values = [METRICS[metric].value(np.stack([counts @ s for s in sums.reshape(-1, persons, k)], axis=1))
-              for counts in draws(persons, replicates, seed)]
-    values = np.concatenate(values).reshape(replicates, -1, seeds).mean(1)         # [replicates, seeds]
+    values = [
+        METRICS[metric].value(np.stack([counts @ s for s in sums.reshape(-1, persons, k)], axis=1))
+        for counts in draws(persons, replicates, seed)
+    ]
+    values = np.concatenate(values).reshape(replicates, -1, seeds).mean(1)  # [replicates, seeds]
     if seeds == 1:
         return values[:, 0]
     chosen = np.random.default_rng([seed, persons, 1 + stream]).integers(seeds, size=values.shape)
@@ -159,6 +162,7 @@ def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, str
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its percentile interval, the number of photographs `n` and of people behind it."""
+
     value: float
     low: float
     high: float
@@ -193,8 +197,9 @@ def _point(sums, metric):
     return float(METRICS[metric].value(sums.sum(-2)).mean())
 
 # %% ../nbs/53_metrics.ipynb #df90d085
-def bootstrap_interval(predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95,
-                       seed: int = 0) -> Interval:
+def bootstrap_interval(
+    predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
     """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed, label]).
 
     With labels, the metric is the mean over the labels."""
@@ -206,6 +211,7 @@ def bootstrap_interval(predictions: pd.DataFrame, metric: str, replicates: int =
 @dataclass(frozen=True)
 class Difference(Interval):
     """First minus second with its paired interval; `better` where the first beats the second beyond noise."""
+
     metric: str = "r2"
 
     @property
@@ -233,14 +239,27 @@ def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
         )
 
 # %% ../nbs/53_metrics.ipynb #6aeb0d8c
-def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, replicates: int = 2000,
-                      confidence: float = 0.95, seed: int = 0) -> Difference:
+def paired_difference(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    metric: str,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
     """Bootstrap of metric(first) - metric(second) in which both see the same drawn people."""
-    return next(paired_differences({"first": first, "second": second}, metric, replicates, confidence, seed))[2]
+    return next(paired_differences({"first": first, "second": second}, metric, replicates, confidence, seed))[
+        2
+    ]
 
 # %% ../nbs/53_metrics.ipynb #a493c5f4
-def paired_differences(predictions: dict[str, pd.DataFrame], metric: str, replicates: int = 2000, confidence: float = 0.95,
-             seed: int = 0) -> Iterator[tuple[str, str, Difference]]:
+def paired_differences(
+    predictions: dict[str, pd.DataFrame],
+    metric: str,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Iterator[tuple[str, str, Difference]]:
     """(first, second, difference) for each pair of named predictions, each resampled once.
 
     The generator of `draws` depends on the seed and the number of people alone, so all see the same drawn people."""
@@ -250,7 +269,10 @@ def paired_differences(predictions: dict[str, pd.DataFrame], metric: str, replic
         _same_photographs(reference, frame)
         sums[name] = label_sums(frame, metric)
     # seeds, in contrast to people, are drawn for each side on its own: those of two encoders have nothing in common
-    values = {name: resampled(part, metric, replicates, seed, stream) for stream, (name, part) in enumerate(sums.items())}
+    values = {
+        name: resampled(part, metric, replicates, seed, stream)
+        for stream, (name, part) in enumerate(sums.items())
+    }
     n = int(reference.key.nunique())
     for a, b in combinations(predictions, 2):
         low, high = _percentiles(values[a] - values[b], confidence)
@@ -263,7 +285,9 @@ def _groups(predictions: pd.DataFrame, task: Task) -> Iterator[tuple[str, pd.Dat
     yield "", predictions
     if "source" in predictions and predictions.source.nunique() > 1:
         for name, part in predictions.groupby("source"):
-            if part.person.nunique() > 1 and part.target.nunique() > 1:  # where all targets are alike no r2 is defined
+            if (
+                part.person.nunique() > 1 and part.target.nunique() > 1
+            ):  # where all targets are alike no r2 is defined
                 yield f"/{name}", part
     by = "label" if task.kind == "multilabel" else "group"
     if by in predictions:
@@ -296,8 +320,13 @@ def _numbers(part: pd.DataFrame, task: Task, **bootstrap) -> dict[str, dict]:
     return numbers
 
 # %% ../nbs/53_metrics.ipynb #6f8e9a6e
-def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 2000, confidence: float = 0.95,
-              seed: int = 0) -> dict:
+def summarise(
+    predictions: pd.DataFrame,
+    task: str | Task,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict:
     """Numbers of one probe: {"values": {"r2", "accuracy/White" ...: value, low, high, n, persons}, counts, folds}."""
     task = get_task(task)
     predictions = _check_predictions(predictions)
@@ -305,11 +334,23 @@ def summarise(predictions: pd.DataFrame, task: str | Task, replicates: int = 200
     for suffix, part in _groups(predictions, task):
         found = _numbers(part, task, replicates=replicates, confidence=confidence, seed=seed)
         values |= {metric + suffix: number for metric, number in found.items()}
-    folds = {str(fold): {m: score(m, part.target, part.prediction) for m in task.metrics}
-             for fold, part in predictions.groupby("fold")} if "fold" in predictions else {}
-    return {"task": task.name, "n": int(predictions.key.nunique()), "persons": int(predictions.person.nunique()),
-            "seeds": [int(s) for s in sorted(predictions.seed.unique())], "values": values, "folds": folds,
-            "bootstrap": {"replicates": replicates, "confidence": confidence, "seed": seed, "unit": "person"}}
+    folds = (
+        {
+            str(fold): {m: score(m, part.target, part.prediction) for m in task.metrics}
+            for fold, part in predictions.groupby("fold")
+        }
+        if "fold" in predictions
+        else {}
+    )
+    return {
+        "task": task.name,
+        "n": int(predictions.key.nunique()),
+        "persons": int(predictions.person.nunique()),
+        "seeds": [int(s) for s in sorted(predictions.seed.unique())],
+        "values": values,
+        "folds": folds,
+        "bootstrap": {"replicates": replicates, "confidence": confidence, "seed": seed, "unit": "person"},
+    }
 
 # %% ../nbs/53_metrics.ipynb #61a2725d
 def feature_sets_of(meta: dict) -> tuple[str, ...]:
@@ -329,8 +370,12 @@ def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> d
     """Write a probe's numbers (and predictions) as `out`/<task>.<feature set>.json (.parquet); returns the numbers."""
     info = result.info
     stem = result_stem(info["task"], info["feature_set"], info.get("head"))
-    found, table, path = {**info, **about, "values": {}}, Path(out) / f"{stem}.parquet", Path(out) / f"{stem}.json"
-    for old in (path, table):                  # what is about to change may not call itself finished
+    found, table, path = (
+        {**info, **about, "values": {}},
+        Path(out) / f"{stem}.parquet",
+        Path(out) / f"{stem}.json",
+    )
+    for old in (path, table):  # what is about to change may not call itself finished
         old.unlink(missing_ok=True)
     if result.state == "present":
         with replacing(table) as temporary:
@@ -342,8 +387,13 @@ def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> d
 # %% ../nbs/53_metrics.ipynb #3cfcc38c
 def _result_key(features, task: Task, loaded_meta: dict, **settings) -> MadeFrom:
     labels = [path for name in task.datasets if (path := Path(features) / f"{name}.parquet").is_file()]
-    data = {"features": loaded_meta, "labels": [hashlib.sha256(path.read_bytes()).hexdigest() for path in labels]}
-    return MadeFrom(settings_hash({"task": asdict(task), **settings}), settings_hash(data), code_hash("metrics"))
+    data = {
+        "features": loaded_meta,
+        "labels": [hashlib.sha256(path.read_bytes()).hexdigest() for path in labels],
+    }
+    return MadeFrom(
+        settings_hash({"task": asdict(task), **settings}), settings_hash(data), code_hash("metrics")
+    )
 
 # %% ../nbs/53_metrics.ipynb #b3178f88
 def _finished(out, stem: str, key: str) -> dict | None:
@@ -356,18 +406,39 @@ def _finished(out, stem: str, key: str) -> dict | None:
     return found if whole and found.get("key") == key else None
 
 # %% ../nbs/53_metrics.ipynb #009871bf
-def probe_cell(features, out, task: str | Task, feature_set: str, head: str | None = None, bootstrap: int = 2000,
-               device: str = "cpu", memory: int = 4 << 30, progress: bool = False, **probing) -> dict:
+def probe_cell(
+    features,
+    out,
+    task: str | Task,
+    feature_set: str,
+    head: str | None = None,
+    bootstrap: int = 2000,
+    device: str = "cpu",
+    memory: int = 4 << 30,
+    progress: bool = False,
+    **probing,
+) -> dict:
     """One probe of the features in a folder, from features to the file in `out`; taken as it is where it is finished."""
     task = get_task(task)
     loaded = task_features(features, task)
-    made = _result_key(features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing)
+    made = _result_key(
+        features, task, loaded.meta, feature_set=feature_set, head=head, bootstrap=bootstrap, probing=probing
+    )
     if found := _finished(out, result_stem(task.name, feature_set, head), made.key):
         return found | {"kept": True}
     about = {"task": task.name, "dataset": task.dataset, "feature_set": feature_set, "head": head}
     with torch_threads(1):  # cells run side by side instead, and numbers do not depend on the number of cores
         try:
-            result = probe(loaded, task, feature_set, head=head, device=device, memory=memory, progress=progress, **probing)
+            result = probe(
+                loaded,
+                task,
+                feature_set,
+                head=head,
+                device=device,
+                memory=memory,
+                progress=progress,
+                **probing,
+            )
         except TooFewLabels as error:
             result = ProbeResult(pd.DataFrame(), {**about, "state": "too few labels", "reason": str(error)})
         return write_result(out, result, bootstrap, key=made.key, made_from=asdict(made))
@@ -378,7 +449,9 @@ def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) 
     feature set) in `skip`; cost counts tokens."""
     cells, skip = [], {(get_task(task).name, feature_set) for task, feature_set in skip}
     if unknown := {feature_set for _, feature_set in skip} - set(FEATURE_SETS):
-        raise ValueError(f"skip: feature set {min(unknown)!r} is unknown, expected one of {', '.join(FEATURE_SETS)}")
+        raise ValueError(
+            f"skip: feature set {min(unknown)!r} is unknown, expected one of {', '.join(FEATURE_SETS)}"
+        )
     for task in map(get_task, tasks):
         meta = task_features(features, task).meta
         for feature_set in feature_sets or feature_sets_of(meta):
@@ -386,14 +459,27 @@ def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) 
                 continue
             size = meta.get("n", 0) * (1 if feature_set == "cls" else meta.get("tokens", 1))
             cells.append((size * (5 if task.split == "folds" else 1), task, feature_set, None))
-            if linear and feature_set != "patches+cls":        # the mean of all tokens is that of the patches, nearly
+            if (
+                linear and feature_set != "patches+cls"
+            ):  # the mean of all tokens is that of the patches, nearly
                 cells.append((meta.get("n", 0), task, feature_set, "linear"))
     return cells
 
 # %% ../nbs/53_metrics.ipynb #90ae0e0a
-def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = True,
-             jobs: int | None = None, device: str = "auto", seed: int = 0, seeds: int = 1, memory: int = 4 << 30,
-             progress: bool = True, skip=(), **probing) -> pd.DataFrame:
+def evaluate(
+    folders: dict[str, tuple],
+    tasks=("bmi", "fairface-age"),
+    feature_sets=None,
+    linear: bool = True,
+    jobs: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    seeds: int = 1,
+    memory: int = 4 << 30,
+    progress: bool = True,
+    skip=(),
+    **probing,
+) -> pd.DataFrame:
     """Probe {encoder: (folder of features, folder for results)}; one row per encoder, task, feature set, head, metric.
 
     `skip`: pairs (task, feature set) to leave out. `jobs` processes (None: one a core; one on a GPU) share `memory` bytes;
@@ -405,26 +491,55 @@ def evaluate(folders: dict[str, tuple], tasks=("bmi", "fairface-age"), feature_s
 
     device = str(choose_device(device))
     jobs = jobs or (usable_cores() if device == "cpu" else 1)
-    plan = [(*cell, name) for name, (features, _) in folders.items() for cell in cells_of(features, tasks, feature_sets, linear, skip)]
+    plan = [
+        (*cell, name)
+        for name, (features, _) in folders.items()
+        for cell in cells_of(features, tasks, feature_sets, linear, skip)
+    ]
     plan.sort(key=lambda cell: -cell[0])
-    options = {"device": device, "memory": memory // jobs, "seeds": tuple(range(seed, seed + seeds)), **probing}
+    options = {
+        "device": device,
+        "memory": memory // jobs,
+        "seeds": tuple(range(seed, seed + seeds)),
+        **probing,
+    }
     work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(
         joblib.delayed(probe_cell)(*folders[name], task, feature_set, head, **options)
-        for _, task, feature_set, head, name in plan)
+        for _, task, feature_set, head, name in plan
+    )
     rows, kept = [], 0
-    for (_, task, feature_set, head, name), found in zip(plan, tqdm(work, total=len(plan), desc="probes", mininterval=10,
-                                                                    disable=not progress), strict=True):
-        cell = {"encoder": name, "task": task.name, "features": feature_set, "head": found.get("head") or head}
+    for (_, task, feature_set, head, name), found in zip(
+        plan, tqdm(work, total=len(plan), desc="probes", mininterval=10, disable=not progress), strict=True
+    ):
+        cell = {
+            "encoder": name,
+            "task": task.name,
+            "features": feature_set,
+            "head": found.get("head") or head,
+        }
         kept += found.get("kept", False)
         rows += [cell | {"metric": metric, **value} for metric, value in found["values"].items()] or [
-            cell | {"metric": "", "state": found["state"]}]
+            cell | {"metric": "", "state": found["state"]}
+        ]
     if kept and progress:
-        print(f"{kept} of {len(plan)} probes were there, made from the same features, settings and code", flush=True)
-    return pd.DataFrame(rows).sort_values(["encoder", "task", "features", "head"], kind="stable", ignore_index=True)
+        print(
+            f"{kept} of {len(plan)} probes were there, made from the same features, settings and code",
+            flush=True,
+        )
+    return pd.DataFrame(rows).sort_values(
+        ["encoder", "task", "features", "head"], kind="stable", ignore_index=True
+    )
 
 # %% ../nbs/53_metrics.ipynb #3679852c
-def evaluate_encoder(features, out, tasks=("bmi", "fairface-age"), feature_sets=None, linear: bool = False, jobs: int = 1,
-                     **settings) -> pd.DataFrame:
+def evaluate_encoder(
+    features,
+    out,
+    tasks=("bmi", "fairface-age"),
+    feature_sets=None,
+    linear: bool = False,
+    jobs: int = 1,
+    **settings,
+) -> pd.DataFrame:
     """`evaluate` for the features of one encoder in a folder; one row per task, feature set and metric."""
     found = evaluate({Path(features).name: (features, out)}, tasks, feature_sets, linear, jobs, **settings)
     return found.drop(columns="encoder")

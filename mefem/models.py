@@ -16,7 +16,7 @@ from torch import nn
 
 # %% ../nbs/42_models.ipynb #976d66f0
 def sincos_positions(grid: int, dim: int, cls: bool = False) -> torch.Tensor:
-    "2-D sine-cosine positions, float32 [grid * grid (+ 1), dim]: rows in the first half of the channels, CLS (zeros) first."
+    """2-D sine-cosine positions, float32 [grid * grid (+ 1), dim]: rows in the first half of the channels, CLS (zeros) first."""
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
     omega = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -47,7 +47,7 @@ def create_encoder(name: str = "vit_small_patch16_224", **timm_kwargs) -> nn.Mod
 
 
 def check_encoder(encoder: nn.Module, name: str = "encoder") -> None:
-    "Refuse, by name, what `encode_tokens` cannot run token by token."
+    """Refuse, by name, what `encode_tokens` cannot run token by token."""
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(encoder, VisionTransformer):
@@ -59,13 +59,15 @@ def check_encoder(encoder: nn.Module, name: str = "encoder") -> None:
 
 # %% ../nbs/42_models.ipynb #9027f627
 def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    "Rows `index` [B, K] (or [K], the same for all) of `tokens` [B, N, D], as [B, K, D]."
+    """Rows `index` [B, K] (or [K], the same for all) of `tokens` [B, N, D], as [B, K, D]."""
     if index.ndim == 1:
         return tokens[:, index]
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def encode_tokens(encoder: nn.Module, images: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+def encode_tokens(
+    encoder: nn.Module, images: torch.Tensor, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """Representations [B, K, D] of the tokens `index` (int64 [B, K] or [K]; None: all N), final norm applied.
 
     `images` is float [B, 3, H, W], normalised. Only the tokens in `index` are computed, and they attend to each other alone."""
@@ -84,7 +86,9 @@ class Predictor(nn.Module):
 
     `dim`, `depth`, `heads` are the predictor's own width, blocks and heads; `tokens` counts all tokens, CLS included."""
 
-    def __init__(self, encoder_dim: int, grid: int, cls: bool = True, dim: int = 384, depth: int = 6, heads: int = 6):
+    def __init__(
+        self, encoder_dim: int, grid: int, cls: bool = True, dim: int = 384, depth: int = 6, heads: int = 6
+    ):
         from timm.models.vision_transformer import Block
 
         super().__init__()
@@ -93,11 +97,15 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(sincos_positions(grid, dim, cls)[None], requires_grad=False)
         self.cls_position = nn.Parameter(torch.zeros(1, 1, dim)) if cls else None
-        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
+        self.blocks = nn.Sequential(
+            *[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
+        )
         self.norm = norm(dim)
         self.project = nn.Linear(dim, encoder_dim)
         self.apply(self._initialise)
-        for number, block in enumerate(self.blocks, 1):  # keeps the residual stream's variance flat over depth
+        for number, block in enumerate(
+            self.blocks, 1
+        ):  # keeps the residual stream's variance flat over depth
             block.attn.proj.weight.data.div_((2 * number) ** 0.5)
             block.mlp.fc2.weight.data.div_((2 * number) ** 0.5)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -110,7 +118,9 @@ class Predictor(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
-    def forward(self, source: torch.Tensor, source_index: torch.Tensor, target_index: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, source: torch.Tensor, source_index: torch.Tensor, target_index: torch.Tensor
+    ) -> torch.Tensor:
         positions = self.positions
         if self.cls_position is not None:
             positions = torch.cat([self.cls_position, positions[:, 1:]], dim=1)
@@ -118,8 +128,7 @@ class Predictor(nn.Module):
         known = self.embed(source) + gather_tokens(positions, source_index)  # [B, |S|, d]
         asked = self.mask_token + gather_tokens(positions, target_index)  # [B, |T|, d]
         x = self.blocks(torch.cat([known, asked.to(known.dtype)], dim=1))
-        return self.project(self.norm(x[:, source.shape[1]:]))  # [B, |T|, D]
-
+        return self.project(self.norm(x[:, source.shape[1] :]))  # [B, |T|, D]
 
 
 def fuse_attention(module: nn.Module, fused: bool) -> None:
@@ -135,36 +144,43 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # %% ../nbs/42_models.ipynb #11562d47
 def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    "uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless told otherwise."
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless told otherwise."""
     scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
     return (images * scale + shift).permute(0, 3, 1, 2)
 
 # %% ../nbs/42_models.ipynb #b9e8cf86
 def save_encoder(path, encoder: nn.Module, name: str, kwargs: dict, **about) -> Path:
-    "Write the encoder's timm state dict as safetensors, atomically, with what is needed to rebuild it in the header."
+    """Write the encoder's timm state dict as safetensors, atomically, with what is needed to rebuild it in the header."""
     from safetensors.torch import save
 
     from mefem.files import write_atomic
 
-    header = {"architecture": name, "kwargs": json.dumps(kwargs, sort_keys=True), "format": "pt",
-              "mean": json.dumps(IMAGENET_MEAN), "std": json.dumps(IMAGENET_STD)}
+    header = {
+        "architecture": name,
+        "kwargs": json.dumps(kwargs, sort_keys=True),
+        "format": "pt",
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
+    }
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    return write_atomic(path, _in_order(save(state, metadata=header | {key: str(value) for key, value in about.items()})))
+    return write_atomic(
+        path, _in_order(save(state, metadata=header | {key: str(value) for key, value in about.items()}))
+    )
 
 
 def _in_order(data: bytes) -> bytes:
-    "A safetensors file with its metadata sorted: the library writes them in a random order, and the same weights are to give the same bytes."
+    """A safetensors file with its metadata sorted: the library writes them in a random order, and the same weights are to give the same bytes."""
     size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + size])
+    header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the weights aligned to 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + size:]
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_encoder_file(path) -> tuple[nn.Module, dict]:
-    "The encoder in a file of `save_encoder`, in evaluation mode and without gradients, and the file's header."
+    """The encoder in a file of `save_encoder`, in evaluation mode and without gradients, and the file's header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -173,7 +189,9 @@ def load_encoder_file(path) -> tuple[nn.Module, dict]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if "architecture" not in about:
-        raise ValueError(f"{path}: the header names no architecture; expected a file written by mefem.models.save_encoder")
+        raise ValueError(
+            f"{path}: the header names no architecture; expected a file written by mefem.models.save_encoder"
+        )
     encoder = create_encoder(about["architecture"], **json.loads(about["kwargs"]))
     encoder.load_state_dict(state, strict=True)
     return encoder.eval().requires_grad_(False), about

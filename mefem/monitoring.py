@@ -24,7 +24,7 @@ def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def rankme(embeddings: torch.Tensor) -> float:
-    "Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1 to min(N, D)."
+    """Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1 to min(N, D)."""
     singular = _singular_values(embeddings)
     p = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
     return torch.exp(torch.special.entr(p).sum()).item()
@@ -44,7 +44,7 @@ def alpha_req(embeddings: torch.Tensor, floor: float = 1e-6) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #c2211aa3
 def relative_spread(tokens: torch.Tensor) -> float:
-    "Deviation over the pictures of tokens [B, K, D], relative to their root mean square: 0 is collapse, 1 is no common part."
+    """Deviation over the pictures of tokens [B, K, D], relative to their root mean square: 0 is collapse, 1 is no common part."""
     tokens = tokens.double()
     variance = (tokens - tokens.mean(0)).square().mean()
     return (variance / tokens.square().mean().clamp_min(torch.finfo(tokens.dtype).tiny)).sqrt().item()
@@ -61,20 +61,27 @@ def linear_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    labels, embeddings = pd.Series(labels).reset_index(drop=True), torch.as_tensor(embeddings).double().numpy()
+    labels, embeddings = (
+        pd.Series(labels).reset_index(drop=True),
+        torch.as_tensor(embeddings).double().numpy(),
+    )
     if labels.isna().any() or len(labels) != len(embeddings):
-        raise ValueError(f"expected {len(embeddings)} labels, one for each embedding; found {labels.notna().sum()}")
+        raise ValueError(
+            f"expected {len(embeddings)} labels, one for each embedding; found {labels.notna().sum()}"
+        )
     numbers = labels.dtype.kind == "f"
     head, score = (RidgeCV, r2_score) if numbers else (RidgeClassifierCV, balanced_accuracy_score)
     labels = labels if numbers else labels.astype("category").cat.codes
     model = make_pipeline(StandardScaler(), head(alphas=10.0 ** torch.arange(-1, 5).numpy()))
     groups = range(len(labels)) if groups is None else groups
-    return float(score(labels, cross_val_predict(model, embeddings, labels, groups=groups, cv=GroupKFold(folds))))
+    return float(
+        score(labels, cross_val_predict(model, embeddings, labels, groups=groups, cv=GroupKFold(folds)))
+    )
 
 # %% ../nbs/44_monitoring.ipynb #c9c57bb5
 def block_operations(dim: int, hidden: int, tokens: int) -> int:
-    "Multiply-adds of one Transformer block: four projections, the perceptron, and the two products of attention."
-    return tokens * (4 * dim ** 2 + 2 * dim * hidden) + 2 * tokens ** 2 * dim
+    """Multiply-adds of one Transformer block: four projections, the perceptron, and the two products of attention."""
+    return tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
 
 
 def _vit_operations(blocks, dim: int, tokens: int) -> int:
@@ -82,18 +89,24 @@ def _vit_operations(blocks, dim: int, tokens: int) -> int:
 
 
 def step_operations(jepa) -> dict[str, int]:
-    "Multiply-adds of a training step (forward and backward) for one picture: {'teacher', 'student', 'predictor'}."
+    """Multiply-adds of a training step (forward and backward) for one picture: {'teacher', 'student', 'predictor'}."""
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
     splits = jepa.masking.sample_all(1, torch.Generator())
-    for source, target in ((split.source.shape[1], jepa.asked_count(split.target.shape[1])) for split in splits):
-        if jepa.target_norm == "whiten" and not jepa.sigreg:  # second moments, and the product with the whitening matrix
-            count["teacher"] += 2 * jepa.masking.tokens * dim ** 2
+    for source, target in (
+        (split.source.shape[1], jepa.asked_count(split.target.shape[1])) for split in splits
+    ):
+        if (
+            jepa.target_norm == "whiten" and not jepa.sigreg
+        ):  # second moments, and the product with the whitening matrix
+            count["teacher"] += 2 * jepa.masking.tokens * dim**2
         if jepa.teacher_input == "targets":
             count["teacher"] += patches + _vit_operations(encoder.blocks, dim, target)
         count["student"] += 2 * patches + 3 * _vit_operations(encoder.blocks, dim, source)
-        count["predictor"] += 3 * (_vit_operations(predictor.blocks, narrow, source + target) + (source + target) * dim * narrow)
+        count["predictor"] += 3 * (
+            _vit_operations(predictor.blocks, narrow, source + target) + (source + target) * dim * narrow
+        )
     whole = _vit_operations(encoder.blocks, dim, jepa.masking.tokens)
     if jepa.sigreg:  # the student sees the whole picture too, and its tokens go along random directions
         count["student"] += 2 * patches + 3 * whole + 2 * min(PLACES, jepa.masking.tokens) * dim * SLICES
@@ -104,7 +117,7 @@ def step_operations(jepa) -> dict[str, int]:
 # %% ../nbs/44_monitoring.ipynb #1697b8c7
 @torch.no_grad()
 def peak_operations(device, dtype=torch.float32, size: int | None = None, seconds: float = 0.3) -> float:
-    "Multiply-adds per second of the fastest of several products of two [size, size] matrices on `device`."
+    """Multiply-adds per second of the fastest of several products of two [size, size] matrices on `device`."""
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -115,11 +128,17 @@ def peak_operations(device, dtype=torch.float32, size: int | None = None, second
         a @ a
         wait()
         fastest = min(fastest, time.perf_counter() - start)
-    return size ** 3 / fastest
+    return size**3 / fastest
 
 # %% ../nbs/44_monitoring.ipynb #6d378e7e
-def health(loss: float, target_spread: float, rank: float | None = None, min_spread: float = 0.02,
-           teacher_spread: float | None = None, waiting: float | None = None) -> list[str]:
+def health(
+    loss: float,
+    target_spread: float,
+    rank: float | None = None,
+    min_spread: float = 0.02,
+    teacher_spread: float | None = None,
+    waiting: float | None = None,
+) -> list[str]:
     """What is wrong with a run, as sentences; empty when nothing is.
 
     `target_spread`: standard deviation over pictures of the normalised targets' mean token (`mefem.jepa.spread`); `rank`: RankMe of
@@ -129,13 +148,21 @@ def health(loss: float, target_spread: float, rank: float | None = None, min_spr
     if not math.isfinite(loss):
         found.append(f"the loss is {loss}: lower the learning rate or clip gradients")
     elif loss > 1:
-        found.append(f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the learning rate")
+        found.append(
+            f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the learning rate"
+        )
     if target_spread < min_spread:
-        found.append(f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher collapsed")
+        found.append(
+            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher collapsed"
+        )
     if teacher_spread is not None and not teacher_spread >= 2.5 * min_spread:  # NaN counts as ill
-        found.append(f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): it collapsed")
+        found.append(
+            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): it collapsed"
+        )
     if rank is not None and rank < 2:
         found.append(f"embeddings use {rank:.2f} directions: dimensional collapse")
     if waiting is not None and waiting > 0.2:
-        found.append(f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller crops")
+        found.append(
+            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller crops"
+        )
     return found

@@ -28,7 +28,7 @@ import pandas as pd
 
 from .datasets.core import DatasetError, as_number, read_csv
 from .faces import PICTURES
-from .files import replacing, write_atomic
+from .files import write_atomic
 from .metrics import Difference, Interval, bootstrap_interval, majority, paired_difference
 
 # %% ../nbs/54_own_labels.ipynb #08ad947d
@@ -47,19 +47,23 @@ class Embeddings:
 
     def __post_init__(self):
         if np.ndim(self.vectors) != 2 or len(self.vectors) != len(self.files):
-            raise ValueError(f"{self.name}: expected {len(self.files)} rows of embeddings [N, D], one for each photograph; found "
-                             f"an array of shape {np.shape(self.vectors)}")
+            raise ValueError(
+                f"{self.name}: expected {len(self.files)} rows of embeddings [N, D], one for each photograph; found "
+                f"an array of shape {np.shape(self.vectors)}"
+            )
         if twice := sorted(name for name, count in Counter(self.files).items() if count > 1):
-            raise ValueError(f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph (embed with --face "
-                             "surest or largest)")
+            raise ValueError(
+                f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph (embed with --face "
+                "surest or largest)"
+            )
 
     @cached_property
     def usable(self) -> np.ndarray:
-        "Which photographs have an embedding, bool [N]."
+        """Which photographs have an embedding, bool [N]."""
         return np.isfinite(self.vectors).all(1) & (self.vectors.shape[1] > 0)
 
     def reason(self, row: int) -> str:
-        "Why a photograph has none."
+        """Why a photograph has none."""
         return self.status[row] if self.status else "no embedding"
 
 # %% ../nbs/54_own_labels.ipynb #58b9dc7a
@@ -69,12 +73,20 @@ _NEEDED, _KNOWN = ("file", "status"), ("encoder", "features")
 def _read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=[*_NEEDED, "embedding", *(n for n in pq.read_schema(path).names if n in _KNOWN)]).to_pandas()
+    return pq.read_table(
+        path, columns=[*_NEEDED, "embedding", *(n for n in pq.read_schema(path).names if n in _KNOWN)]
+    ).to_pandas()
 
 
 def _read_npz(path: Path) -> pd.DataFrame:
     with np.load(path, allow_pickle=False) as arrays:
-        table = pd.DataFrame({name: arrays[name].astype(str) for name in (*_NEEDED, *_KNOWN) if name in (*_NEEDED, *arrays.files)})
+        table = pd.DataFrame(
+            {
+                name: arrays[name].astype(str)
+                for name in (*_NEEDED, *_KNOWN)
+                if name in (*_NEEDED, *arrays.files)
+            }
+        )
         return table.assign(embedding=list(arrays["embedding"]))
 
 
@@ -82,16 +94,24 @@ def _read_csv(path: Path) -> pd.DataFrame:
     names = pd.read_csv(path, nrows=0).columns
     numbers = sorted((n for n in names if re.fullmatch("e[0-9]+", n)), key=lambda name: int(name[1:]))
     text = [n for n in names if n in (*_NEEDED, *_KNOWN)]
-    table = pd.read_csv(path, usecols=[*text, *numbers], dtype={n: np.float32 if n in numbers else str for n in names},
-                        keep_default_na=False, na_values={n: [""] for n in numbers}, float_precision="round_trip")
-    return table[[*_NEEDED, *(n for n in text if n in _KNOWN)]].assign(embedding=list(table[numbers].to_numpy()))
+    table = pd.read_csv(
+        path,
+        usecols=[*text, *numbers],
+        dtype={n: np.float32 if n in numbers else str for n in names},
+        keep_default_na=False,
+        na_values={n: [""] for n in numbers},
+        float_precision="round_trip",
+    )
+    return table[[*_NEEDED, *(n for n in text if n in _KNOWN)]].assign(
+        embedding=list(table[numbers].to_numpy())
+    )
 
 
 _READERS = {".parquet": _read_parquet, ".npz": _read_npz, ".csv": _read_csv}
 
 # %% ../nbs/54_own_labels.ipynb #07def5be
 def _only(table: pd.DataFrame, column: str, path) -> str:
-    "The one value of a column; \"\" where there is no such column."
+    """The one value of a column; "" where there is no such column."""
     found = sorted({str(value) for value in table[column]}) if column in table else []
     if len(found) > 1:
         raise ValueError(f"{path}: expected one {column} for all rows, found {', '.join(found)}")
@@ -99,21 +119,25 @@ def _only(table: pd.DataFrame, column: str, path) -> str:
 
 
 def _vectors(table: pd.DataFrame, path) -> np.ndarray:
-    "Embeddings float64 [N, D]; rows of NaN where the status is not success."
+    """Embeddings float64 [N, D]; rows of NaN where the status is not success."""
     success = table.status == "success"
     widths = Counter(len(vector) if vector is not None else 0 for vector in table.embedding[success])
     if len(widths) > 1 or 0 in widths:
-        raise ValueError(f"{path}: expected embeddings of one length, found {', '.join(map(str, sorted(widths)))} numbers")
+        raise ValueError(
+            f"{path}: expected embeddings of one length, found {', '.join(map(str, sorted(widths)))} numbers"
+        )
     vectors = np.full((len(table), max(widths, default=0)), np.nan)
     if widths:
         vectors[success] = np.stack(table.embedding[success].tolist())
     if (odd := success.to_numpy() & ~np.isfinite(vectors).all(1)).any():
-        raise ValueError(f"{path}: the embedding of {table.file[odd].iloc[0]} holds values that are not finite")
+        raise ValueError(
+            f"{path}: the embedding of {table.file[odd].iloc[0]} holds values that are not finite"
+        )
     return vectors
 
 
 def read_embeddings(path) -> Embeddings:
-    "The table that `mefem embed` wrote to a .parquet, .csv or .npz file; `ValueError` names what is wrong with it."
+    """The table that `mefem embed` wrote to a .parquet, .csv or .npz file; `ValueError` names what is wrong with it."""
     path, expected = Path(path), "expected a table that `mefem embed photos/ -o embeddings.parquet` writes"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: {expected}")
@@ -124,7 +148,9 @@ def read_embeddings(path) -> Embeddings:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {expected} ({error})") from None
     encoder, features = (_only(table, column, path) for column in _KNOWN)
-    return Embeddings(tuple(table.file), _vectors(table, path), tuple(table.status), str(path), encoder, features)
+    return Embeddings(
+        tuple(table.file), _vectors(table, path), tuple(table.status), str(path), encoder, features
+    )
 
 # %% ../nbs/54_own_labels.ipynb #c0e42265
 MISSING = ("", "na", "n/a", "nan")  # in any case; a cell that says one of these says nothing
@@ -134,7 +160,7 @@ KINDS = ("numbers", "classes")
 
 @dataclass(frozen=True)
 class Question:
-    "What is asked of a table of labels: names of its columns, and how people are dealt to `folds`."
+    """What is asked of a table of labels: names of its columns, and how people are dealt to `folds`."""
 
     target: str
     kind: str | None = None  # "numbers" or "classes"; None: told from the column
@@ -153,28 +179,30 @@ class Question:
 
 @dataclass(frozen=True)
 class Labels:
-    "A table of text cells, indexed by the line on which each row begins; `picture` is the column that names photographs."
+    """A table of text cells, indexed by the line on which each row begins; `picture` is the column that names photographs."""
 
     name: str
     cells: pd.DataFrame
     picture: str
 
     def place(self, line: int, column: str) -> str:
-        "Where a cell stands."
+        """Where a cell stands."""
         return f"{self.name}, line {line}, column {column}"
 
 # %% ../nbs/54_own_labels.ipynb #31a366c6
 def is_missing(text: str) -> bool:
-    "Whether a cell says nothing: empty, NA, n/a, nan, in any case."
+    """Whether a cell says nothing: empty, NA, n/a, nan, in any case."""
     return text.strip().lower() in MISSING
 
 
 def _as_cells(frame: pd.DataFrame, columns) -> pd.DataFrame:
-    "A table from Python as `read_csv` has one: text cells, the header on line 1."
+    """A table from Python as `read_csv` has one: text cells, the header on line 1."""
     if missing := [name for name in columns if name not in frame]:
         raise DatasetError(f"labels: no column {missing[0]!r} among {', '.join(map(str, frame.columns))}")
     text = [["" if pd.isna(value) else str(value) for value in row] for row in frame.itertuples(index=False)]
-    return pd.DataFrame(text, columns=list(map(str, frame.columns)), index=range(2, len(frame) + 2), dtype=object)
+    return pd.DataFrame(
+        text, columns=list(map(str, frame.columns)), index=range(2, len(frame) + 2), dtype=object
+    )
 
 
 def _picture_column(name: str, columns, question: Question) -> str:
@@ -185,13 +213,15 @@ def _picture_column(name: str, columns, question: Question) -> str:
     if len(found) > 1:  # beside a column with files, names are people's
         found = [column for column in found if column.lower() != "name"]
     if len(found) != 1:
-        raise DatasetError(f"{name}: which column names the photographs? expected one of {', '.join(PICTURE_COLUMNS)}, found "
-                           f"{' and '.join(found) or 'none'} among {', '.join(columns)}; say it with --image COLUMN")
+        raise DatasetError(
+            f"{name}: which column names the photographs? expected one of {', '.join(PICTURE_COLUMNS)}, found "
+            f"{' and '.join(found) or 'none'} among {', '.join(columns)}; say it with --image COLUMN"
+        )
     return found[0]
 
 
 def read_labels(labels, question: Question) -> Labels:
-    "The table in a CSV file (any of the usual separators, UTF-8), or a data frame; `DatasetError` where a column is missing."
+    """The table in a CSV file (any of the usual separators, UTF-8), or a data frame; `DatasetError` where a column is missing."""
     columns = [name for name in (question.target, question.person, question.group, question.image) if name]
     if isinstance(labels, pd.DataFrame):
         name, cells = "labels", _as_cells(labels, columns)
@@ -205,7 +235,7 @@ def _path(name: str) -> str:
 
 
 def _key(name: str) -> tuple[tuple[str, ...], str]:
-    "Folders and name without case and ending, and the ending; accents as one character, as macOS writes two."
+    """Folders and name without case and ending, and the ending; accents as one character, as macOS writes two."""
     path = unicodedata.normalize("NFC", _path(name)).casefold()
     stem, ending = posixpath.splitext(path)
     if ending not in PICTURES:  # as in portrait.001
@@ -220,12 +250,14 @@ def _fit(first, second) -> bool:
 
 
 def _choose(name: str, place: str, found: list[str], table: str) -> str | None:
-    "The photograph that `name` means among those that it fits."
+    """The photograph that `name` means among those that it fits."""
     if exact := [photograph for photograph in found if _path(photograph) == _path(name)]:
         found = exact
     if len(found) > 1:
-        raise DatasetError(f"{place}: {name!r} fits two photographs of {table}: {found[0]!r} and {found[1]!r}; write the one that is "
-                           "meant as it stands there")
+        raise DatasetError(
+            f"{place}: {name!r} fits two photographs of {table}: {found[0]!r} and {found[1]!r}; write the one that is "
+            "meant as it stands there"
+        )
     return found[0] if found else None
 
 
@@ -239,11 +271,15 @@ def match_names(names: list[str], places: list[str], files, table: str) -> list[
         index.setdefault(key[0][-1:], []).append((key, photograph))
     for name, place in zip(names, places, strict=True):
         key = _key(name)
-        found = _choose(name, place, [p for other, p in index.get(key[0][-1:], ()) if _fit(key, other)], table)
+        found = _choose(
+            name, place, [p for other, p in index.get(key[0][-1:], ()) if _fit(key, other)], table
+        )
         if found in taken:
             other, where = taken[found]
-            raise DatasetError(f"{place}: {name!r} is {found!r} of {table}, and so is {other!r} ({where}); expected one row for each "
-                               "photograph")
+            raise DatasetError(
+                f"{place}: {name!r} is {found!r} of {table}, and so is {other!r} ({where}); expected one row for each "
+                "photograph"
+            )
         if found is not None:
             taken[found] = name, place
         matched.append(found)
@@ -257,12 +293,14 @@ _COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
 def _no_number(labels: Labels, question: Question, odd: pd.Series, numbers: int) -> DatasetError:
     line, text = odd.index[0], odd.iloc[0]
     hint = "a decimal comma? it has to be a point" if _COMMA.fullmatch(text) else "correct it, or write NA"
-    return DatasetError(f"{labels.place(line, question.target)}: {text!r} is no number, {numbers:,} others are; {hint}, or treat all "
-                        "as classes with --kind classes")
+    return DatasetError(
+        f"{labels.place(line, question.target)}: {text!r} is no number, {numbers:,} others are; {hint}, or treat all "
+        "as classes with --kind classes"
+    )
 
 
 def target_kind(labels: Labels, question: Question) -> str:
-    "\"numbers\" or \"classes\", from what the target's column holds; `DatasetError` where that cannot be told."
+    """ "numbers" or "classes", from what the target\'s column holds; `DatasetError` where that cannot be told."""
     column = labels.cells[question.target]
     said = column[[not is_missing(text) for text in column]]
     values = [as_number(text) for text in said]
@@ -271,12 +309,21 @@ def target_kind(labels: Labels, question: Question) -> str:
         raise DatasetError(f"{labels.name}, column {question.target}: no cell says anything")
     if question.kind == "classes":
         return "classes"
-    if len(odd) and (question.kind == "numbers" or 2 * len(odd) < len(said) or any(map(_COMMA.fullmatch, odd))):
+    if len(odd) and (
+        question.kind == "numbers" or 2 * len(odd) < len(said) or any(map(_COMMA.fullmatch, odd))
+    ):
         raise _no_number(labels, question, odd, len(said) - len(odd))
-    if question.kind is None and not len(odd) and len(numbers) <= FEW and all(value.is_integer() for value in numbers):
-        raise DatasetError(f"{labels.name}, column {question.target}: {len(numbers)} different whole numbers "
-                           f"({', '.join(f'{value:g}' for value in sorted(numbers))}) may be amounts or names of classes: say "
-                           "--kind numbers or --kind classes")
+    if (
+        question.kind is None
+        and not len(odd)
+        and len(numbers) <= FEW
+        and all(value.is_integer() for value in numbers)
+    ):
+        raise DatasetError(
+            f"{labels.name}, column {question.target}: {len(numbers)} different whole numbers "
+            f"({', '.join(f'{value:g}' for value in sorted(numbers))}) may be amounts or names of classes: say "
+            "--kind numbers or --kind classes"
+        )
     return "classes" if len(odd) else "numbers"
 
 # %% ../nbs/54_own_labels.ipynb #b3a19ef3
@@ -293,10 +340,12 @@ class Joined:
     left_out: dict[str, list[str]]
 
     def only(self, kept: np.ndarray, reason: str) -> "Joined":
-        "Those where `kept` [N] is true; the others are left out for this reason."
+        """Those where `kept` [N] is true; the others are left out for this reason."""
         gone = self.rows.file[~kept].tolist()
         left_out = self.left_out | ({reason: gone} if gone else {})
-        return Joined(self.rows[kept].reset_index(drop=True), self.vectors[kept], self.kind, self.classes, left_out)
+        return Joined(
+            self.rows[kept].reset_index(drop=True), self.vectors[kept], self.kind, self.classes, left_out
+        )
 
 # %% ../nbs/54_own_labels.ipynb #ee179304
 def _people(labels: Labels, question: Question, used: pd.DataFrame, files: list[str]) -> list[str]:
@@ -304,13 +353,17 @@ def _people(labels: Labels, question: Question, used: pd.DataFrame, files: list[
         return files
     for line, text in used[question.person].items():
         if is_missing(text):
-            raise DatasetError(f"{labels.place(line, question.person)}: {text!r} names nobody; give each photograph the id of the person "
-                               "it shows")
+            raise DatasetError(
+                f"{labels.place(line, question.person)}: {text!r} names nobody; give each photograph the id of the person "
+                "it shows"
+            )
     return used[question.person].str.strip().tolist()
 
 
-def _targets(labels: Labels, question: Question, used: pd.DataFrame, kind: str) -> tuple[list[float], tuple[str, ...]]:
-    "Targets as numbers, and the classes that they count, in order."
+def _targets(
+    labels: Labels, question: Question, used: pd.DataFrame, kind: str
+) -> tuple[list[float], tuple[str, ...]]:
+    """Targets as numbers, and the classes that they count, in order."""
     if kind == "numbers":
         return [as_number(text) for text in used[question.target]], ()
     texts = used[question.target].str.strip()
@@ -318,18 +371,22 @@ def _targets(labels: Labels, question: Question, used: pd.DataFrame, kind: str) 
     for text in classes:
         if (other := alike.setdefault(text.casefold(), text)) != text:
             line = texts.index[(texts == text).to_numpy().argmax()]
-            raise DatasetError(f"{labels.place(line, question.target)}: {text!r} and {other!r} differ in case alone; make them one")
+            raise DatasetError(
+                f"{labels.place(line, question.target)}: {text!r} and {other!r} differ in case alone; make them one"
+            )
     return [float(classes.index(text)) for text in texts], tuple(classes)
 
 
 def _nothing_fits(embeddings: Embeddings, labels: Labels) -> DatasetError:
     names = ", ".join(map(repr, labels.cells[labels.picture][:3]))
-    return DatasetError(f"no row of {labels.name} can be used with {embeddings.name}: column {labels.picture} has {names}, and the "
-                        f"photographs are {', '.join(map(repr, sorted(embeddings.files)[:3]))}; another column? --image COLUMN")
+    return DatasetError(
+        f"no row of {labels.name} can be used with {embeddings.name}: column {labels.picture} has {names}, and the "
+        f"photographs are {', '.join(map(repr, sorted(embeddings.files)[:3]))}; another column? --image COLUMN"
+    )
 
 
 def join_labels(embeddings: Embeddings, labels: Labels, question: Question) -> Joined:
-    "Embeddings and labels of the photographs that have both; `DatasetError` (file, line, column) where a row is ambiguous."
+    """Embeddings and labels of the photographs that have both; `DatasetError` (file, line, column) where a row is ambiguous."""
     kind, names = target_kind(labels, question), labels.cells[labels.picture].tolist()
     places = [labels.place(line, labels.picture) for line in labels.cells.index]
     matched = match_names(names, places, embeddings.files, embeddings.name)
@@ -345,12 +402,23 @@ def join_labels(embeddings: Embeddings, labels: Labels, question: Question) -> J
     rows = pd.DataFrame({"file": said, "person": _people(labels, question, used, said), "target": targets})
     if question.group:
         rows["group"] = ["not given" if is_missing(text) else text.strip() for text in used[question.group]]
-    left_out = {f"rows of {Path(labels.name).name} without a photograph": [n for n, f in zip(names, matched, strict=True) if f is None],
-                "photographs without an embedding": [f"{file}: {reason}" for file, reason in unusable.items()],
-                f"photographs without a row in {Path(labels.name).name}": at.keys() - unusable.keys() - line_of.keys(),
-                f"photographs whose {question.target} is missing": set(fitting) - set(said)}
-    return Joined(rows, embeddings.vectors[[at[file] for file in said]], kind, classes,
-                  {reason: sorted(found) for reason, found in left_out.items() if found})
+    left_out = {
+        f"rows of {Path(labels.name).name} without a photograph": [
+            n for n, f in zip(names, matched, strict=True) if f is None
+        ],
+        "photographs without an embedding": [f"{file}: {reason}" for file, reason in unusable.items()],
+        f"photographs without a row in {Path(labels.name).name}": at.keys()
+        - unusable.keys()
+        - line_of.keys(),
+        f"photographs whose {question.target} is missing": set(fitting) - set(said),
+    }
+    return Joined(
+        rows,
+        embeddings.vectors[[at[file] for file in said]],
+        kind,
+        classes,
+        {reason: sorted(found) for reason, found in left_out.items() if found},
+    )
 
 # %% ../nbs/54_own_labels.ipynb #095a8088
 def _named(reason: str, names: list[str]) -> str:
@@ -358,18 +426,29 @@ def _named(reason: str, names: list[str]) -> str:
 
 
 def say_join(joined: Joined, question: Question) -> list[str]:
-    "What was found, as sentences: the target, what is left out, and who counts as a person."
-    target, other = joined.rows.target, " (--kind classes to treat as classes)" if question.kind is None else ""
+    """What was found, as sentences: the target, what is left out, and who counts as a person."""
+    target, other = (
+        joined.rows.target,
+        " (--kind classes to treat as classes)" if question.kind is None else "",
+    )
     if joined.kind == "numbers":
-        said = [f"{question.target}: {len(target):,} numbers, {target.min():g} to {target.max():g}: regression{other}"]
+        said = [
+            f"{question.target}: {len(target):,} numbers, {target.min():g} to {target.max():g}: regression{other}"
+        ]
     else:
         counts = Counter(joined.classes[int(code)] for code in target).most_common()
-        shown = ", ".join(f"{name} {count:,}" for name, count in counts[:5]) + (" ..." if len(counts) > 5 else "")
-        said = [f"{question.target}: {len(target):,} labels of {len(counts)} classes ({shown}): classification"]
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts[:5]) + (
+            " ..." if len(counts) > 5 else ""
+        )
+        said = [
+            f"{question.target}: {len(target):,} labels of {len(counts)} classes ({shown}): classification"
+        ]
     said += [_named(reason, names) for reason, names in joined.left_out.items()]
     if question.person is None:
-        said.append("caution: each photograph counts as a person of its own; where someone is in several, give the column with "
-                    "people's ids (--person COLUMN), or the numbers are too good")
+        said.append(
+            "caution: each photograph counts as a person of its own; where someone is in several, give the column with "
+            "people's ids (--person COLUMN), or the numbers are too good"
+        )
     return said
 
 # %% ../nbs/54_own_labels.ipynb #e5334889
@@ -383,23 +462,31 @@ def _splitter(kind: str, folds: int, seed: int):
 
 
 def check_enough(joined: Joined, question: Question) -> None:
-    "`ValueError` where there are too few people for the folds, too few of a class, or nothing to tell apart."
+    """`ValueError` where there are too few people for the folds, too few of a class, or nothing to tell apart."""
     least, people, rows = max(question.folds, 4), joined.rows.person.nunique(), joined.rows
     if people < least:
-        raise ValueError(f"{people} people with {question.target} are too few for {question.folds} folds: expected at least {least}")
+        raise ValueError(
+            f"{people} people with {question.target} are too few for {question.folds} folds: expected at least {least}"
+        )
     if rows.target.nunique() < 2:
-        raise ValueError(f"{question.target} is the same for all {len(rows):,} photographs: there is nothing to learn")
+        raise ValueError(
+            f"{question.target} is the same for all {len(rows):,} photographs: there is nothing to learn"
+        )
     few = rows.groupby("target").person.nunique().min() if joined.kind == "classes" else least
     if few < least:
         code = int(rows.groupby("target").person.nunique().idxmin())
-        raise ValueError(f"{question.target}: class {joined.classes[code]!r} has {few} people, too few for {question.folds} folds: expected "
-                         f"at least {least}; join it with another class, or write NA for it")
+        raise ValueError(
+            f"{question.target}: class {joined.classes[code]!r} has {few} people, too few for {question.folds} folds: expected "
+            f"at least {least}; join it with another class, or write NA for it"
+        )
 
 
 def person_fold(joined: Joined, question: Question) -> np.ndarray:
-    "Fold 0 .. folds - 1 of each photograph, int [N]; nobody is in two."
+    """Fold 0 .. folds - 1 of each photograph, int [N]; nobody is in two."""
     fold = np.empty(len(joined.rows), int)
-    splits = _splitter(joined.kind, question.folds, question.seed).split(joined.rows.target, joined.rows.target, joined.rows.person)
+    splits = _splitter(joined.kind, question.folds, question.seed).split(
+        joined.rows.target, joined.rows.target, joined.rows.person
+    )
     for number, (_, test) in enumerate(splits):
         fold[test] = number
     return fold
@@ -415,24 +502,30 @@ def fit_head(vectors, target, person, kind: str, seed: int = 0):
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():  # of a class that is in fewer inner folds than there are: it still has an outer one
+    with (
+        warnings.catch_warnings()
+    ):  # of a class that is in fewer inner folds than there are: it still has an outer one
         warnings.filterwarnings("ignore", "The least populated class")
         inner = list(_splitter(kind, min(INNER, len(set(person))), seed).split(target, target, person))
     if kind == "numbers":
         head = RidgeCV(ALPHAS, cv=inner, scoring="neg_mean_squared_error")
     else:
         head = GridSearchCV(LogisticRegression(max_iter=2000), {"C": CS}, cv=inner)
-    with threadpool_limits(1):  # for matrices of this size threads only wait for each other, and the last digits stay the same
+    with threadpool_limits(
+        1
+    ):  # for matrices of this size threads only wait for each other, and the last digits stay the same
         return make_pipeline(StandardScaler(), head).fit(vectors, target)
 
 
 def predict_out(vectors, rows: pd.DataFrame, kind: str, seed: int = 0) -> pd.DataFrame:
-    "Predictions for each photograph by a head that has not seen its person: file, person, fold, target, prediction, key."
+    """Predictions for each photograph by a head that has not seen its person: file, person, fold, target, prediction, key."""
     prediction = np.empty(len(rows))
     for fold in np.unique(rows.fold):
         test = (rows.fold == fold).to_numpy()
         train = rows[~test]
-        prediction[test] = fit_head(vectors[~test], train.target.to_numpy(), train.person.to_numpy(), kind, seed).predict(vectors[test])
+        prediction[test] = fit_head(
+            vectors[~test], train.target.to_numpy(), train.person.to_numpy(), kind, seed
+        ).predict(vectors[test])
     return rows.assign(prediction=prediction, key=rows.file)
 
 # %% ../nbs/54_own_labels.ipynb #eb1e15cc
@@ -441,24 +534,26 @@ WORDS = {"r2": "r2", "mae": "MAE", "accuracy": "accuracy", "balanced_accuracy": 
 
 
 def verdict(difference: Difference) -> str:
-    "\"better\", \"worse\" or \"inconclusive\": what the interval of first minus second allows to say of the first."
+    """ "better", "worse" or "inconclusive": what the interval of first minus second allows to say of the first."""
     return "better" if difference.better else "worse" if difference.beyond_noise else "inconclusive"
 
 
 def _digits(metric: str, value: float) -> int:
-    "Decimals: three, and for an error in the target's own unit three digits that count."
+    """Decimals: three, and for an error in the target's own unit three digits that count."""
     return 3 if metric != "mae" or not value > 0 else max(0, 2 - math.floor(math.log10(value)))
 
 
 def say_interval(metric: str, found: Interval, sign: str = "") -> str:
-    "A metric with its interval, as in \"MAE 2.73 [2.55, 2.92]\"."
-    value, low, high = (f"{number:{sign}.{_digits(metric, found.value)}f}" for number in (found.value, found.low, found.high))
+    """A metric with its interval, as in "MAE 2.73 [2.55, 2.92]"."""
+    value, low, high = (
+        f"{number:{sign}.{_digits(metric, found.value)}f}" for number in (found.value, found.low, found.high)
+    )
     return f"{WORDS[metric]} {value} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    "Another table on the same people and folds: its own number, and ours minus its."
+    """Another table on the same people and folds: its own number, and ours minus its."""
 
     name: str
     value: Interval
@@ -466,8 +561,10 @@ class Comparison:
 
     def __str__(self):
         metric = self.difference.metric
-        return (f"against {self.name} ({say_interval(metric, self.value)}): {verdict(self.difference)}, "
-                f"{say_interval(metric, self.difference, '+')}")
+        return (
+            f"against {self.name} ({say_interval(metric, self.value)}): {verdict(self.difference)}, "
+            f"{say_interval(metric, self.difference, '+')}"
+        )
 
 # %% ../nbs/54_own_labels.ipynb #d6191ba7
 @dataclass(frozen=True)
@@ -486,7 +583,7 @@ class LabelProbe:
 
     @property
     def error(self) -> str:
-        "The metric by which groups are compared."
+        """The metric by which groups are compared."""
         return "mae" if self.joined.kind == "numbers" else "accuracy"
 
     @property
@@ -495,7 +592,7 @@ class LabelProbe:
 
     @property
     def constant(self) -> str:
-        "What always saying the most frequent class would give; empty for numbers."
+        """What always saying the most frequent class would give; empty for numbers."""
         if self.joined.kind == "numbers":
             return ""
         target = self.predictions.target
@@ -504,36 +601,54 @@ class LabelProbe:
     def __str__(self):
         numbers = ", ".join(say_interval(metric, found) for metric, found in self.numbers.items())
         first = next(iter(self.numbers.values()))
-        return (f"{self.question.target}: {numbers}{self.constant} ({first.n:,} photographs of {first.persons:,} people, "
-                f"{self.question.folds} folds)")
+        return (
+            f"{self.question.target}: {numbers}{self.constant} ({first.n:,} photographs of {first.persons:,} people, "
+            f"{self.question.folds} folds)"
+        )
 
     def group_lines(self) -> list[str]:
-        "One line for each group."
-        counts = self.predictions.groupby("group").agg(n=("file", "size"), people=("person", "nunique")) if self.groups else {}
-        return [f"{self.question.group} {name}: {say_interval(self.error, found) if found else 'one person: no interval'} "
-                f"({counts.n[name]:,} photographs of {counts.people[name]:,} people)" for name, found in self.groups.items()]
+        """One line for each group."""
+        counts = (
+            self.predictions.groupby("group").agg(n=("file", "size"), people=("person", "nunique"))
+            if self.groups
+            else {}
+        )
+        return [
+            f"{self.question.group} {name}: {say_interval(self.error, found) if found else 'one person: no interval'} "
+            f"({counts.n[name]:,} photographs of {counts.people[name]:,} people)"
+            for name, found in self.groups.items()
+        ]
 
 # %% ../nbs/54_own_labels.ipynb #1c65abba
 GROUPS = 50
 
 
-def _group_intervals(predictions: pd.DataFrame, metric: str, question: Question) -> dict[str, Interval | None]:
+def _group_intervals(
+    predictions: pd.DataFrame, metric: str, question: Question
+) -> dict[str, Interval | None]:
     if question.group is None:
         return {}
     parts = dict(list(predictions.groupby("group")))
     if len(parts) > GROUPS:
-        raise ValueError(f"--group {question.group} has {len(parts)} different values, expected at most {GROUPS}")
-    return {name: bootstrap_interval(part, metric) if part.person.nunique() > 1 else None for name, part in parts.items()}
+        raise ValueError(
+            f"--group {question.group} has {len(parts)} different values, expected at most {GROUPS}"
+        )
+    return {
+        name: bootstrap_interval(part, metric) if part.person.nunique() > 1 else None
+        for name, part in parts.items()
+    }
 
 
 def _others(against, embeddings: Embeddings) -> dict[str, Embeddings]:
-    "The tables to compare with: files, `Embeddings`, or arrays whose rows are those of `embeddings`."
+    """The tables to compare with: files, `Embeddings`, or arrays whose rows are those of `embeddings`."""
     named = against.items() if isinstance(against, Mapping) else [(str(path), path) for path in against]
     found = {}
     for name, other in named:
         if isinstance(other, (str, Path)) and not Path(other).is_file():
-            raise FileNotFoundError(f"--against {other}: no such file. A table of an untrained encoder of the same shape is made by: mefem "
-                                    "embed photos/ -o random.parquet -e random:FILE (FILE: the encoder's; pixels: -e pixels:FILE)")
+            raise FileNotFoundError(
+                f"--against {other}: no such file. A table of an untrained encoder of the same shape is made by: mefem "
+                "embed photos/ -o random.parquet -e random:FILE (FILE: the encoder's; pixels: -e pixels:FILE)"
+            )
         if isinstance(other, (str, Path)):
             other = read_embeddings(other)
         elif not isinstance(other, Embeddings):
@@ -543,18 +658,24 @@ def _others(against, embeddings: Embeddings) -> dict[str, Embeddings]:
 
 
 def _in_common(joined: Joined, others: dict[str, Embeddings]) -> tuple[Joined, dict[str, np.ndarray]]:
-    "The photographs that all tables have, and the other tables' embeddings of them [N, D]."
+    """The photographs that all tables have, and the other tables' embeddings of them [N, D]."""
     rows = {}
     for name, other in others.items():
         usable = [file for file, good in zip(other.files, other.usable, strict=True) if good]
         found = match_names(joined.rows.file.tolist(), [name] * len(joined.rows), usable, name)
         if not any(found):
-            raise ValueError(f"--against {name}: no photograph of it is among those with a label, such as {joined.rows.file[0]!r}")
+            raise ValueError(
+                f"--against {name}: no photograph of it is among those with a label, such as {joined.rows.file[0]!r}"
+            )
         place = {file: row for row, file in enumerate(other.files)}
         rows[name] = dict(zip(joined.rows.file, (place.get(file) for file in found), strict=True))
-        joined = joined.only(np.array([rows[name][file] is not None for file in joined.rows.file]),
-                             f"photographs that {Path(name).name} has no embedding of")
-    return joined, {name: others[name].vectors[[at[file] for file in joined.rows.file]] for name, at in rows.items()}
+        joined = joined.only(
+            np.array([rows[name][file] is not None for file in joined.rows.file]),
+            f"photographs that {Path(name).name} has no embedding of",
+        )
+    return joined, {
+        name: others[name].vectors[[at[file] for file in joined.rows.file]] for name, at in rows.items()
+    }
 
 
 def probe_labels(embeddings, labels, target: str, against=(), **asked) -> LabelProbe:
@@ -573,10 +694,14 @@ def probe_labels(embeddings, labels, target: str, against=(), **asked) -> LabelP
     metric, compared = METRICS_OF[joined.kind][0], []
     for name, vectors in others.items():
         other = predict_out(vectors, rows, joined.kind, question.seed)
-        compared.append(Comparison(name, bootstrap_interval(other, metric), paired_difference(predictions, other, metric)))
+        compared.append(
+            Comparison(name, bootstrap_interval(other, metric), paired_difference(predictions, other, metric))
+        )
     groups = _group_intervals(predictions, "mae" if joined.kind == "numbers" else "accuracy", question)
     model = LabelModel.fit(joined, question, embeddings, numbers)
-    return LabelProbe(question, joined, predictions.drop(columns="key"), numbers, groups, tuple(compared), model)
+    return LabelProbe(
+        question, joined, predictions.drop(columns="key"), numbers, groups, tuple(compared), model
+    )
 
 # %% ../nbs/54_own_labels.ipynb #48c9a2cd
 @dataclass(frozen=True)
@@ -590,39 +715,62 @@ class LabelModel:
     about: dict
 
     @classmethod
-    def fit(cls, joined: Joined, question: Question, embeddings: Embeddings, numbers: dict[str, Interval]) -> "LabelModel":
-        "The head fitted to all photographs; `numbers` are those of people unseen, to be remembered."
+    def fit(
+        cls, joined: Joined, question: Question, embeddings: Embeddings, numbers: dict[str, Interval]
+    ) -> "LabelModel":
+        """The head fitted to all photographs; `numbers` are those of people unseen, to be remembered."""
         rows = joined.rows
-        scaler, head = fit_head(joined.vectors, rows.target.to_numpy(), rows.person.to_numpy(), joined.kind, question.seed)
+        scaler, head = fit_head(
+            joined.vectors, rows.target.to_numpy(), rows.person.to_numpy(), joined.kind, question.seed
+        )
         head = head if joined.kind == "numbers" else head.best_estimator_
         weight, bias = np.atleast_2d(head.coef_).T / scaler.scale_[:, None], np.atleast_1d(head.intercept_)
         bias = bias - scaler.mean_ @ weight
         if len(joined.classes) == 2:  # one score says how much rather the second than the first
             weight, bias = np.hstack([0 * weight, weight]), np.append(0.0, bias)
-        about = {"target": question.target, "kind": joined.kind, "classes": list(joined.classes), "encoder": embeddings.encoder,
-                 "features": embeddings.features, "photographs": len(rows), "people": int(rows.person.nunique()),
-                 "metrics": {metric: asdict(found) for metric, found in numbers.items()}}
+        about = {
+            "target": question.target,
+            "kind": joined.kind,
+            "classes": list(joined.classes),
+            "encoder": embeddings.encoder,
+            "features": embeddings.features,
+            "photographs": len(rows),
+            "people": int(rows.person.nunique()),
+            "metrics": {metric: asdict(found) for metric, found in numbers.items()},
+        }
         return cls(np.ascontiguousarray(weight), bias, about)
 
     def predict(self, vectors) -> np.ndarray:
-        "Numbers float64 [N], or names of classes [N]."
+        """Numbers float64 [N], or names of classes [N]."""
         scores = np.asarray(vectors, float) @ self.weight + self.bias
-        return scores[:, 0] if self.about["kind"] == "numbers" else np.array(self.about["classes"], object)[scores.argmax(1)]
+        return (
+            scores[:, 0]
+            if self.about["kind"] == "numbers"
+            else np.array(self.about["classes"], object)[scores.argmax(1)]
+        )
 
     def save(self, path) -> None:
-        "Write one safetensors file, whole or not at all."
+        """Write one safetensors file, whole or not at all."""
         from safetensors.numpy import save
 
-        write_atomic(path, save({"weight": self.weight, "bias": self.bias}, {"mefem_label_model": json.dumps(self.about, sort_keys=True)}))
+        write_atomic(
+            path,
+            save(
+                {"weight": self.weight, "bias": self.bias},
+                {"mefem_label_model": json.dumps(self.about, sort_keys=True)},
+            ),
+        )
 
     @classmethod
     def load(cls, path) -> "LabelModel":
-        "A model that `save` wrote; a folder stands for the model in it."
+        """A model that `save` wrote; a folder stands for the model in it."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path) / MODEL if Path(path).is_dir() else Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no model; expected the folder that `mefem probe TABLE LABELS --target COLUMN -o FOLDER` writes")
+            raise FileNotFoundError(
+                f"{path}: no model; expected the folder that `mefem probe TABLE LABELS --target COLUMN -o FOLDER` writes"
+            )
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {})["mefem_label_model"])
@@ -635,11 +783,15 @@ MODEL, PREDICTIONS, REPORT = "model.safetensors", "predictions.csv", "report.md"
 
 # %% ../nbs/54_own_labels.ipynb #f4cf3aef
 def check_folder(out) -> Path:
-    "`out` as a folder for a probe's results: new, empty, or with an earlier probe's in it; else `ValueError`."
+    """`out` as a folder for a probe's results: new, empty, or with an earlier probe's in it; else `ValueError`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: expected a folder for predictions, model and report")
-    strange = sorted(p.name for p in out.iterdir() if p.name not in (MODEL, PREDICTIONS, REPORT)) if out.is_dir() else []
+    strange = (
+        sorted(p.name for p in out.iterdir() if p.name not in (MODEL, PREDICTIONS, REPORT))
+        if out.is_dir()
+        else []
+    )
     if strange:
         raise ValueError(f"{out} holds other things, such as {strange[0]}: choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -647,26 +799,39 @@ def check_folder(out) -> Path:
 
 
 def _with_names(probe: LabelProbe) -> pd.DataFrame:
-    "The predictions, classes by their names."
-    table, classes = probe.predictions[["file", "person", "fold", "target", "prediction"]], probe.joined.classes
-    return table.assign(**{n: [classes[int(code)] for code in table[n]] for n in ("target", "prediction")}) if classes else table
+    """The predictions, classes by their names."""
+    table, classes = (
+        probe.predictions[["file", "person", "fold", "target", "prediction"]],
+        probe.joined.classes,
+    )
+    return (
+        table.assign(**{n: [classes[int(code)] for code in table[n]] for n in ("target", "prediction")})
+        if classes
+        else table
+    )
 
 
 def report(probe: LabelProbe) -> str:
-    "One page in Markdown: the numbers, comparisons, groups, and what was left out."
+    """One page in Markdown: the numbers, comparisons, groups, and what was left out."""
     about, head = probe.model.about, "ridge" if probe.joined.kind == "numbers" else "logistic"
-    parts = [f"# {probe.question.target}", f"**{probe}**",
-             f"Embeddings: encoder {about['encoder'] or 'not known'}, features {about['features'] or 'not known'}. Head: {head} regression "
-             f"on standardised embeddings, its strength chosen by folds of people inside the training people. Folds are of people, "
-             f"seed {probe.question.seed}; in brackets the 95 % bootstrap interval over people."]
-    for title, lines in (("Compared, on the same people and folds", probe.against), (f"By {probe.question.group}", probe.group_lines()),
-                         ("The tables", probe.said)):
+    parts = [
+        f"# {probe.question.target}",
+        f"**{probe}**",
+        f"Embeddings: encoder {about['encoder'] or 'not known'}, features {about['features'] or 'not known'}. Head: {head} regression "
+        f"on standardised embeddings, its strength chosen by folds of people inside the training people. Folds are of people, "
+        f"seed {probe.question.seed}; in brackets the 95 % bootstrap interval over people.",
+    ]
+    for title, lines in (
+        ("Compared, on the same people and folds", probe.against),
+        (f"By {probe.question.group}", probe.group_lines()),
+        ("The tables", probe.said),
+    ):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
 def write_probe(probe: LabelProbe, out) -> Path:
-    "Write predictions.csv, report.md and the model to the folder `out` (see `check_folder`)."
+    """Write predictions.csv, report.md and the model to the folder `out` (see `check_folder`)."""
     out = check_folder(out)
     (out / MODEL).unlink(missing_ok=True)
     write_atomic(out / PREDICTIONS, _with_names(probe).to_csv(index=False))
@@ -676,25 +841,38 @@ def write_probe(probe: LabelProbe, out) -> Path:
 
 
 def as_json(probe: LabelProbe) -> dict:
-    "All numbers of a probe, for a program."
-    return {**probe.model.about, **{n: getattr(probe.question, n) for n in ("person", "group", "folds", "seed")},
-            "majority": majority(probe.predictions.target) if probe.joined.classes else None,
-            "groups": {name: found and {probe.error: asdict(found)} for name, found in probe.groups.items()},
-            "against": {c.name: {"verdict": verdict(c.difference), c.difference.metric: asdict(c.value),
-                                 "difference": asdict(c.difference)} for c in probe.against},
-            "left_out": {reason: len(names) for reason, names in probe.joined.left_out.items()}}
+    """All numbers of a probe, for a program."""
+    return {
+        **probe.model.about,
+        **{n: getattr(probe.question, n) for n in ("person", "group", "folds", "seed")},
+        "majority": majority(probe.predictions.target) if probe.joined.classes else None,
+        "groups": {name: found and {probe.error: asdict(found)} for name, found in probe.groups.items()},
+        "against": {
+            c.name: {
+                "verdict": verdict(c.difference),
+                c.difference.metric: asdict(c.value),
+                "difference": asdict(c.difference),
+            }
+            for c in probe.against
+        },
+        "left_out": {reason: len(names) for reason, names in probe.joined.left_out.items()},
+    }
 
 # %% ../nbs/54_own_labels.ipynb #761d552d
 _PREDICTED = ["file", "status", "prediction"]
 
 
 def check_predictions(out) -> Path:
-    "`out` as a .csv file for predictions; an existing file is replaced only if it holds such."
+    """`out` as a .csv file for predictions; an existing file is replaced only if it holds such."""
     out = Path(out)
     if out.suffix.lower() != ".csv":
         raise ValueError(f"{out}: expected a file ending in .csv")
-    if out.exists() and not (out.is_file() and out.open("rb").readline().strip() == ",".join(_PREDICTED).encode()):
-        raise ValueError(f"{out} is there and holds no predictions of `mefem predict`: it is not replaced; choose another name")
+    if out.exists() and not (
+        out.is_file() and out.open("rb").readline().strip() == ",".join(_PREDICTED).encode()
+    ):
+        raise ValueError(
+            f"{out} is there and holds no predictions of `mefem predict`: it is not replaced; choose another name"
+        )
     return out
 
 
@@ -707,10 +885,14 @@ def predict_labels(model, embeddings, out=None) -> pd.DataFrame:
     embeddings = embeddings if isinstance(embeddings, Embeddings) else read_embeddings(embeddings)
     for what, found in (("encoder", embeddings.encoder), ("features", embeddings.features)):
         if found != model.about[what]:
-            raise ValueError(f"{embeddings.name}: {what} is {found or 'not known'!r}, the model was fitted to {model.about[what] or 'not known'!r}")
+            raise ValueError(
+                f"{embeddings.name}: {what} is {found or 'not known'!r}, the model was fitted to {model.about[what] or 'not known'!r}"
+            )
     usable = embeddings.usable
     if usable.any() and embeddings.vectors.shape[1] != len(model.weight):
-        raise ValueError(f"{embeddings.name}: embeddings of {embeddings.vectors.shape[1]} numbers, the model was fitted to {len(model.weight)}")
+        raise ValueError(
+            f"{embeddings.name}: embeddings of {embeddings.vectors.shape[1]} numbers, the model was fitted to {len(model.weight)}"
+        )
     predicted = np.full(len(usable), "", object)
     if usable.any():
         predicted[usable] = model.predict(embeddings.vectors[usable])

@@ -37,9 +37,12 @@ def token_colours(tokens: np.ndarray) -> np.ndarray:
 
     Each component is scaled to its 1st and 99th percentile. `ValueError` where the patches are no square grid."""
     from sklearn.decomposition import PCA
+
     n, k, d = tokens.shape
     side = grid_side(k)
-    parts = PCA(3, svd_solver="covariance_eigh").fit_transform(np.asarray(tokens, np.float32).reshape(n * k, d))
+    parts = PCA(3, svd_solver="covariance_eigh").fit_transform(
+        np.asarray(tokens, np.float32).reshape(n * k, d)
+    )
     low, high = np.percentile(parts, [1, 99], axis=0)
     return ((parts - low) / np.maximum(high - low, 1e-9)).clip(0, 1).reshape(n, side, side, 3)
 
@@ -52,14 +55,27 @@ def grid_side(tokens: int) -> int:
     return side
 
 # %% ../nbs/64_pictures.ipynb #d8158bac
-def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_decay: float = 1e-2, epochs: int = 20, batch: int = 64,
-               folds: int = 5, heads: int = 4, starts=STARTS, seed: int = 0, device="cpu") -> tuple[AttentivePooler, np.ndarray]:
+def fit_pooler(
+    features: Features,
+    task: str | Task,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-2,
+    epochs: int = 20,
+    batch: int = 64,
+    folds: int = 5,
+    heads: int = 4,
+    starts=STARTS,
+    seed: int = 0,
+    device="cpu",
+) -> tuple[AttentivePooler, np.ndarray]:
     """An attentive pooler on the patches, trained on the first split of `task` from the best of `starts`; and the rows of its test people."""
     task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
     grid = tuple(Candidate(lr, weight_decay, start) for start in starts)
-    recipe = Recipe("attentive", grid, features.meta.get("heads") or heads, 0, epochs, batch, patience=6, seed=seed)
+    recipe = Recipe(
+        "attentive", grid, features.meta.get("heads") or heads, 0, epochs, batch, patience=6, seed=seed
+    )
     with torch_threads(1):
         pooler, info = fit_head(targets, task, split, recipe, TokenStore(tokens, bare_norm, device))
     return pooler.alone(info["chosen"]), split.test
@@ -69,8 +85,13 @@ def fit_pooler(features: Features, task: str | Task, lr: float = 1e-3, weight_de
 def attention_maps(pooler: AttentivePooler, patches: np.ndarray, batch: int = 256) -> np.ndarray:
     """The pooler's attention, mean over its heads, of patch tokens [N, L * L, D] as maps [N, L, L]; each sums to 1."""
     side, device = grid_side(patches.shape[1]), pooler.query.device
-    parts = [pooler.attend(bare_norm(torch.from_numpy(np.array(patches[i:i + batch], np.float32)).to(device))).mean(1).cpu().numpy()
-             for i in range(0, len(patches), batch)]
+    parts = [
+        pooler.attend(bare_norm(torch.from_numpy(np.array(patches[i : i + batch], np.float32)).to(device)))
+        .mean(1)
+        .cpu()
+        .numpy()
+        for i in range(0, len(patches), batch)
+    ]
     return np.concatenate(parts).reshape(-1, side, side)
 
 # %% ../nbs/64_pictures.ipynb #840ec3fd
@@ -83,6 +104,7 @@ def mean_embedding(patches: np.ndarray) -> np.ndarray:
 def neighbours(embeddings: np.ndarray, persons, k: int = 4) -> np.ndarray:
     """Row numbers [N, k] of each picture's nearest pictures of other people, by cosine, one a person, nearest first."""
     from sklearn.neighbors import NearestNeighbors
+
     persons = np.asarray(persons).astype(str)
     if len(set(persons)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} people, found {len(set(persons))}")
@@ -108,19 +130,25 @@ def neighbour_ratio(near: np.ndarray, values) -> float:
 def embedding_map(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
     """t-SNE [N, 2] of embeddings [N, D], from their principal components; at least four pictures."""
     from sklearn.manifold import TSNE
+
     if len(embeddings) < 4:
         raise ValueError(f"a map needs at least four pictures, found {len(embeddings)}")
-    return TSNE(init="pca", perplexity=min(30.0, (len(embeddings) - 1) / 3), random_state=seed).fit_transform(embeddings)
+    return TSNE(init="pca", perplexity=min(30.0, (len(embeddings) - 1) / 3), random_state=seed).fit_transform(
+        embeddings
+    )
 
 # %% ../nbs/64_pictures.ipynb #4a716e5e
 def figure_map(path, points: np.ndarray, labels: pd.DataFrame, title: str = "") -> Path:
     """The map, once for each of bmi, age and sex that the labels have, as PNG."""
     import matplotlib.pyplot as plt
+
     shown = [name for name in ("bmi", "age", "sex") if name in labels and labels[name].notna().any()]
     if not shown:
         raise ValueError(f"none of bmi, age, sex is in the labels, only {', '.join(labels.columns)}")
     with plt.rc_context(STYLE | {"savefig.dpi": 110}):
-        fig, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 4.1), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            1, len(shown), figsize=(4.2 * len(shown), 4.1), squeeze=False, layout="constrained"
+        )
         for ax, name in zip(axes[0], shown, strict=True):
             _scatter(ax, points, labels[name], name)
         fig.suptitle(title or f"t-SNE of {len(points):,} photographs", fontsize=11)
@@ -140,8 +168,16 @@ def _scatter(ax, points, values, name: str) -> None:
     ax.set_title({"bmi": "body mass index, kg/m²", "age": "age, years"}.get(name, name), fontsize=11)
 
 # %% ../nbs/64_pictures.ipynb #8f269958
-def figure_sees(path, crops: np.ndarray, patches: np.ndarray, attention: dict[str, np.ndarray], near: np.ndarray | None = None,
-                mean_face: np.ndarray | None = None, faces: int = 8, title: str = "") -> Path:
+def figure_sees(
+    path,
+    crops: np.ndarray,
+    patches: np.ndarray,
+    attention: dict[str, np.ndarray],
+    near: np.ndarray | None = None,
+    mean_face: np.ndarray | None = None,
+    faces: int = 8,
+    title: str = "",
+) -> Path:
     """Token colours, attention over the mean face and nearest neighbours on one sheet, as PNG.
 
     `crops` uint8 [N, S, S, 3] and their `patches` [N, L * L, D]; `attention`: {title: map [L, L]}; `near`: of `neighbours`.
@@ -150,12 +186,18 @@ def figure_sees(path, crops: np.ndarray, patches: np.ndarray, attention: dict[st
 
     mean_face = crops.mean(0).astype(np.uint8) if mean_face is None else mean_face
     colours, faces = token_colours(patches), min(faces, len(crops))
-    rows = [(f"{faces} people", list(crops[:faces]))] * (near is not None) + [("patch tokens", list(colours[:faces]))]
+    rows = [(f"{faces} people", list(crops[:faces]))] * (near is not None) + [
+        ("patch tokens", list(colours[:faces]))
+    ]
     rows.append(("attention", [mean_face, *((mean_face, m) for m in attention.values())]))
     if near is not None:
-        rows += [("nearest others" if i == 0 else "", [crops[i], *crops[near[i]]]) for i in range(min(3, faces))]
+        rows += [
+            ("nearest others" if i == 0 else "", [crops[i], *crops[near[i]]]) for i in range(min(3, faces))
+        ]
     with plt.rc_context(STYLE | {"savefig.dpi": 80}):
-        fig, axes = plt.subplots(len(rows), faces, figsize=(1.35 * faces, 1.45 * len(rows)), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            len(rows), faces, figsize=(1.35 * faces, 1.45 * len(rows)), squeeze=False, layout="constrained"
+        )
         for line, (name, cells) in zip(axes, rows, strict=True):
             _draw_row(line, name, cells)
         for ax, name in zip(axes[1 + (near is not None)], ["mean face", *attention], strict=False):
@@ -175,7 +217,7 @@ def _draw_row(axes, name: str, cells) -> None:
         ax.imshow(picture, extent=(0, 1, 1, 0), interpolation="nearest")
         if over is not None:
             ax.imshow(over, extent=(0, 1, 1, 0), cmap="inferno", alpha=0.65, interpolation="bicubic", vmin=0)
-    for ax in axes[len(cells):]:
+    for ax in axes[len(cells) :]:
         ax.set_visible(False)
 
 # %% ../nbs/64_pictures.ipynb #55f7c5c1
@@ -187,13 +229,25 @@ def _rows_shown(labels: pd.DataFrame, limit: int) -> np.ndarray:
     return np.flatnonzero(~labels.person.duplicated())[:limit]
 
 # %% ../nbs/64_pictures.ipynb #a0c7f991
-def write_pictures(features, faces, out, dataset: str = "bmi", looks: dict = LOOKS, limit: int = 1000, title: str = "",
-                   seed: int = 0, **pooler) -> dict:
+def write_pictures(
+    features,
+    faces,
+    out,
+    dataset: str = "bmi",
+    looks: dict = LOOKS,
+    limit: int = 1000,
+    title: str = "",
+    seed: int = 0,
+    **pooler,
+) -> dict:
     """Write what_it_sees.png and embedding_map.png to `out`; returns the state and how much closer neighbours are in each label.
 
     `features`: the encoder's folder; `faces`: the folder of crops of `dataset`; `limit`: people in the map; `pooler` goes to
     `fit_pooler`."""
-    paths, loaded = [Path(out) / name for name in ("what_it_sees.png", "embedding_map.png")], load_features(features, dataset)
+    paths, loaded = (
+        [Path(out) / name for name in ("what_it_sees.png", "embedding_map.png")],
+        load_features(features, dataset),
+    )
     state = loaded.state if loaded.state != "present" or loaded.meta["tokens"] > 1 else "no patch tokens"
     if state != "present":
         for path in paths:
@@ -202,14 +256,22 @@ def write_pictures(features, faces, out, dataset: str = "bmi", looks: dict = LOO
     shown, patches = _rows_shown(loaded.labels, limit), loaded.select("patches")
     few, labels = patches[shown], loaded.labels.iloc[shown].reset_index(drop=True)
     crops, vectors = load_images(faces, 112, limit=int(shown[-1]) + 1)[shown], mean_embedding(few)
-    maps = _attention(loaded, {task: name for task, name in looks.items() if _has(loaded.labels, task)}, seed, pooler)
+    maps = _attention(
+        loaded, {task: name for task, name in looks.items() if _has(loaded.labels, task)}, seed, pooler
+    )
     near = neighbours(vectors, labels.person) if len(labels) > 4 else None
     simulated = read_manifest(faces)["simulated"]
     figure_sees(paths[0], crops, few, maps, near if simulated else None, title=title)
     figure_map(paths[1], embedding_map(vectors, seed), labels, title)
     known = [c for c in ("bmi", "age") if c in labels and labels[c].notna().all()]
-    return {"state": "present", "people": len(labels), "simulated": simulated,
-            "neighbour_ratio": {c: round(neighbour_ratio(near, labels[c]), 3) for c in known} if near is not None else {}}
+    return {
+        "state": "present",
+        "people": len(labels),
+        "simulated": simulated,
+        "neighbour_ratio": {c: round(neighbour_ratio(near, labels[c]), 3) for c in known}
+        if near is not None
+        else {},
+    }
 
 # %% ../nbs/64_pictures.ipynb #7f7572c7
 def _has(labels: pd.DataFrame, task: str) -> bool:
@@ -228,6 +290,7 @@ def _attention(features: Features, looks: dict, seed: int, options: dict) -> dic
 # %% ../nbs/64_pictures.ipynb #a3b99183
 def _figure_absent(path, state: str) -> None:
     import matplotlib.pyplot as plt
+
     with plt.rc_context(STYLE | {"savefig.dpi": 80}):
         fig, ax = plt.subplots(figsize=(6, 1.5))
         ax.text(0.5, 0.5, f"not run: {state}", ha="center", va="center", color="0.4")

@@ -62,7 +62,9 @@ STARTS = ("standardise", "whiten")
 
 
 @torch.no_grad()
-def starting_points(batches: Iterable[Tensor], starts: Iterable[str] = STARTS, floor: float = 0.3) -> tuple[Tensor, dict[str, Tensor]]:
+def starting_points(
+    batches: Iterable[Tensor], starts: Iterable[str] = STARTS, floor: float = 0.3
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean [D] of all tokens in `batches` [B, K, D] (or vectors [B, D]), and for each of `starts` a matrix [D, D] that the
     deviations from it are multiplied by.
 
@@ -75,7 +77,7 @@ def starting_points(batches: Iterable[Tensor], starts: Iterable[str] = STARTS, f
         count, places, squares = count + len(x), places + x.sum(0), squares + x.square().sum((0, 1))
         if "whiten" in starts:
             products = products + x.flatten(0, 1).T @ x.flatten(0, 1)
-    places = places / count                                                                       # [K, D]
+    places = places / count  # [K, D]
     tokens, mean = count * len(places), places.mean(0)
     spread = (squares / tokens - mean.square()).clamp_min(0).sqrt()
     found = {"standardise": torch.where(spread > 1e-6 * mean.abs().clamp_min(1e-6), 1 / spread, 1.0).diag()}
@@ -115,8 +117,15 @@ class AttentivePooler(Head):
 
     q + crossattention(q, LN(x)), then + MLP(LN(.)), then a linear head; `heads` attention heads, MLP ratio `ratio`."""
 
-    def __init__(self, dim: int, heads: int, outputs: int, ratio: int = 4, copies: int | None = None,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        outputs: int,
+        ratio: int = 4,
+        copies: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(dim, copies)
         if dim % heads:
             raise ValueError(f"the width {dim} cannot be split into {heads} heads")
@@ -139,18 +148,20 @@ class AttentivePooler(Head):
         c, d = len(self.query), self.dim // self.heads
         query = self.to_query(self.query).view(c, self.heads, d)
         key = self.to_key.weight.view(c, self.dim, self.heads, d)
-        folded = torch.einsum("cihd,chd->chi", key, query) * self.norm_tokens.scale * d**-0.5     # [C, H, D]
-        folded = folded @ self.basis.transpose(1, 2)                                              # of tokens as they are
+        folded = torch.einsum("cihd,chd->chi", key, query) * self.norm_tokens.scale * d**-0.5  # [C, H, D]
+        folded = folded @ self.basis.transpose(1, 2)  # of tokens as they are
         # a batched product: broadcasting with @ would make autograd sum the queries' gradient over a copy per picture
         return torch.bmm(folded.flatten(0, 1).expand(len(tokens), -1, -1), tokens.transpose(1, 2)).softmax(-1)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Normed tokens [B, K, D] -> attended values [C, B, D]."""
         b, c, h = len(tokens), len(self.query), self.heads
-        pooled = (self.attend(tokens) @ tokens).view(b, c, h, self.dim).permute(1, 2, 0, 3)       # [C, H, B, D]
+        pooled = (self.attend(tokens) @ tokens).view(b, c, h, self.dim).permute(1, 2, 0, 3)  # [C, H, B, D]
         weight, norm = self.to_value.weight, self.norm_tokens
-        scaled = self.basis @ (norm.scale.transpose(1, 2) * weight)                               # [C, D, D]
-        value = (pooled @ scaled.unflatten(-1, (h, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)  # [C, B, D]
+        scaled = self.basis @ (norm.scale.transpose(1, 2) * weight)  # [C, D, D]
+        value = (
+            (pooled @ scaled.unflatten(-1, (h, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+        )  # [C, B, D]
         return value + torch.baddbmm(self.to_value.bias, norm.shift, weight) - (self.centre @ scaled)[:, None]
 
     def predict(self, tokens: Tensor) -> Tensor:
@@ -164,7 +175,7 @@ class AttentivePooler(Head):
         """Copy number `copy` as a pooler of its own."""
         other = deepcopy(self)
         for tensor in (*other.parameters(), other.basis):
-            tensor.data, tensor.grad = tensor.data[copy:copy + 1].clone(), None
+            tensor.data, tensor.grad = tensor.data[copy : copy + 1].clone(), None
         other.copies = None
         return other
 
@@ -188,8 +199,14 @@ class _VectorHead(Head):
 class MLPProbe(_VectorHead):
     """Features [B, dim] -> [B, outputs] (with `copies=C`: [C, B, outputs]): one hidden layer, GELU."""
 
-    def __init__(self, dim: int, hidden: int, outputs: int, copies: int | None = None,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        outputs: int,
+        copies: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(dim, copies)
         self.expand = StackedLinear(copies or 1, dim, hidden, generator)
         self.head = StackedLinear(copies or 1, hidden, outputs, generator)
@@ -202,7 +219,9 @@ class MLPProbe(_VectorHead):
 class LinearProbe(_VectorHead):
     """Features [B, dim] -> [B, outputs] (with `copies=C`: [C, B, outputs]), linear."""
 
-    def __init__(self, dim: int, outputs: int, copies: int | None = None, generator: torch.Generator | None = None):
+    def __init__(
+        self, dim: int, outputs: int, copies: int | None = None, generator: torch.Generator | None = None
+    ):
         super().__init__(dim, copies)
         self.head = StackedLinear(copies or 1, dim, outputs, generator)
 
@@ -222,6 +241,7 @@ class TooFewLabels(ValueError):
 @dataclass(frozen=True)
 class Split:
     """Row numbers of training, validation and test photographs; `name` is the fold, or "test" for an official split."""
+
     name: str
     train: np.ndarray
     validation: np.ndarray
@@ -246,11 +266,13 @@ def person_folds(persons, targets, folds: int = 5, seed: int = 0) -> np.ndarray:
     """Fold 0 .. folds-1 of each photograph [N]: never a person in two, people stratified by their mean target."""
     people, index = np.unique(np.asarray(persons).astype(str), return_inverse=True)
     if not 2 <= folds <= len(people):
-        raise TooFewLabels(f"{folds} folds need at least 2 and at most as many folds as people ({len(people)})")
+        raise TooFewLabels(
+            f"{folds} folds need at least 2 and at most as many folds as people ({len(people)})"
+        )
     mean = np.bincount(index, np.asarray(targets, float)) / np.bincount(index)
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(people)), mean))               # ties, as in age classes, are broken at random
-    dealt = np.concatenate([rng.permutation(folds) for _ in range(-(-len(people) // folds))])[:len(people)]
+    order = np.lexsort((rng.random(len(people)), mean))  # ties, as in age classes, are broken at random
+    dealt = np.concatenate([rng.permutation(folds) for _ in range(-(-len(people) // folds))])[: len(people)]
     fold = np.empty(len(people), int)
     fold[order] = dealt
     return fold[index]
@@ -288,11 +310,13 @@ class Task:
         return (self.group[1], f"non-{self.group[1]}")
 
 # %% ../nbs/52_probing.ipynb #b0587b85
-CELEBA_ATTRIBUTES = tuple("""5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
+CELEBA_ATTRIBUTES = tuple(
+    """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
     Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup
     High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose
     Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat
-    Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split())
+    Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()
+)
 assert len(CELEBA_ATTRIBUTES) == 40
 
 # %% ../nbs/52_probing.ipynb #8490b5c2
@@ -301,20 +325,30 @@ def _measured(name: str, column: str, unit: str) -> Task:
 
 # %% ../nbs/52_probing.ipynb #42cf72b8
 BMI_SETS = "bmi+mcd-rppg"  # the three sources of the paper: two in the data set bmi, and MCD-rPPG
-TASKS = {task.name: task for task in (
-    Task("bmi", BMI_SETS, "bmi", "regression", unit="kg/m²"),
-    Task("bmi-age", BMI_SETS, "age", "regression", unit="years"),
-    Task("bmi-sex", BMI_SETS, "sex", "classification", classes=("female", "male")),
-    Task("celeba", "celeba", "attributes", "multilabel", classes=CELEBA_ATTRIBUTES, split="official"),
-    Task("fairface-age", "fairface", "age", "classification", classes=tuple(range(9)), split="official",
-         group=("race_name", "White")),
-    _measured("haemoglobin", "hemoglobin", "mmol/l"),
-    _measured("glycated-haemoglobin", "glycated_hemoglobin", "%"),
-    _measured("cholesterol", "cholesterol", "mmol/l"),
-    _measured("systolic", "upper_ap", "mmHg"),
-    _measured("diastolic", "lower_ap", "mmHg"),
-    _measured("saturation", "saturation", "%"),
-)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("bmi", BMI_SETS, "bmi", "regression", unit="kg/m²"),
+        Task("bmi-age", BMI_SETS, "age", "regression", unit="years"),
+        Task("bmi-sex", BMI_SETS, "sex", "classification", classes=("female", "male")),
+        Task("celeba", "celeba", "attributes", "multilabel", classes=CELEBA_ATTRIBUTES, split="official"),
+        Task(
+            "fairface-age",
+            "fairface",
+            "age",
+            "classification",
+            classes=tuple(range(9)),
+            split="official",
+            group=("race_name", "White"),
+        ),
+        _measured("haemoglobin", "hemoglobin", "mmol/l"),
+        _measured("glycated-haemoglobin", "glycated_hemoglobin", "%"),
+        _measured("cholesterol", "cholesterol", "mmol/l"),
+        _measured("systolic", "upper_ap", "mmHg"),
+        _measured("diastolic", "lower_ap", "mmHg"),
+        _measured("saturation", "saturation", "%"),
+    )
+}
 
 # %% ../nbs/52_probing.ipynb #972dbf0c
 def get_task(task: str | Task) -> Task:
@@ -342,7 +376,7 @@ class JoinedRows:
                 raise IndexError("joined features are cut as [rows] or [:, columns]")
             return JoinedRows([part[index] for part in self.parts])
         rows = np.atleast_1d(np.arange(len(self))[index])
-        home = np.searchsorted(self.ends, rows, side="right")             # which array each row is in
+        home = np.searchsorted(self.ends, rows, side="right")  # which array each row is in
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for i, part in enumerate(self.parts):
             found[home == i] = part[rows[home == i] - (self.ends[i] - len(part))]
@@ -368,19 +402,35 @@ def join_features(parts: dict[str, Features]) -> Features:
         return Features(first.state, None, None, first.meta | about | {"reason": reason})
     first, *others = (part.meta for part in there.values())
     if len({(part.meta.get("encoder_hash"), part.tokens.shape[1:]) for part in there.values()}) > 1:
-        raise ValueError(f"the features of {' and '.join(there)} are of different encoders: run the features stage again")
+        raise ValueError(
+            f"the features of {' and '.join(there)} are of different encoders: run the features stage again"
+        )
     labels = pd.concat([_labels_of(name, part) for name, part in there.items()], ignore_index=True)
     homes = pd.Series(np.repeat(list(there), [len(part.labels) for part in there.values()]))
-    for column, within, kinds, error in (("source", homes, "data sets", ValueError), ("person", labels.source, "sources", PersonLeak),
-                                         ("key", labels.source, "sources", ValueError)):
+    for column, within, kinds, error in (
+        ("source", homes, "data sets", ValueError),
+        ("person", labels.source, "sources", PersonLeak),
+        ("key", labels.source, "sources", ValueError),
+    ):
         shared = within.groupby(labels[column]).nunique() > 1
         if shared.any():
             one = shared.index[shared][0]
-            raise error(f"{column} {one!r} is in several {kinds}: {', '.join(sorted(within[labels[column] == one].unique()))}")
-    agreed = {key: value for key, value in first.items() if all(key in meta and meta[key] == value for meta in others)}
+            raise error(
+                f"{column} {one!r} is in several {kinds}: {', '.join(sorted(within[labels[column] == one].unique()))}"
+            )
+    agreed = {
+        key: value
+        for key, value in first.items()
+        if all(key in meta and meta[key] == value for meta in others)
+    }
     agreed["simulated"] = any(part.meta.get("simulated") for part in there.values())
     tokens = [part.tokens for part in there.values()]
-    return Features("present", tokens[0] if len(tokens) == 1 else JoinedRows(tokens), labels, agreed | about | {"n": len(labels)})
+    return Features(
+        "present",
+        tokens[0] if len(tokens) == 1 else JoinedRows(tokens),
+        labels,
+        agreed | about | {"n": len(labels)},
+    )
 
 
 def task_features(folder: str | Path, task: str | Task) -> Features:
@@ -392,16 +442,24 @@ def task_features(folder: str | Path, task: str | Task) -> Features:
         return load_features(folder, task.dataset)
     known = [name for name in task.datasets if (Path(folder) / f"{name}.json").is_file()] or task.datasets
     unknown = {"state": "no features", "reason": f"no account in {Path(folder).name}"}
-    return join_features({name: load_features(folder, name) if name in known else Features("no features", None, None, unknown)
-                          for name in task.datasets})
+    return join_features(
+        {
+            name: load_features(folder, name)
+            if name in known
+            else Features("no features", None, None, unknown)
+            for name in task.datasets
+        }
+    )
 
 # %% ../nbs/52_probing.ipynb #39666272
 def task_targets(labels: pd.DataFrame, task: Task) -> np.ndarray:
     """Targets float64 [N] (class indices for a classification), or [N, classes] of 0 and 1; NaN where one is missing."""
     columns = task.classes if task.kind == "multilabel" else (task.target,)
     if missing := [c for c in columns if c not in labels]:
-        raise ValueError(f"task {task.name}: the labels of {task.dataset} have no column {missing[0]!r}, "
-                         f"only {', '.join(labels.columns)}")
+        raise ValueError(
+            f"task {task.name}: the labels of {task.dataset} have no column {missing[0]!r}, "
+            f"only {', '.join(labels.columns)}"
+        )
     if task.kind == "multilabel":
         return np.stack([_yes_or_no(labels[c], task) for c in columns], axis=1)
     column = labels[task.target]
@@ -412,16 +470,17 @@ def task_targets(labels: pd.DataFrame, task: Task) -> np.ndarray:
 # %% ../nbs/52_probing.ipynb #29bca289
 def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
     """Each label's number, NaN for a missing one; a label without a number is refused."""
-    codes, found = pd.factorize(column)                        # a missing label has the code -1, the last number below
+    codes, found = pd.factorize(column)  # a missing label has the code -1, the last number below
     if unknown := [value for value in found if value not in number_of]:
-        raise ValueError(f"task {task.name}: label {unknown[0]!r} of column {column.name!r} is none of "
-                         f"{tuple(number_of)}")
+        raise ValueError(
+            f"task {task.name}: label {unknown[0]!r} of column {column.name!r} is none of {tuple(number_of)}"
+        )
     return np.array([number_of[value] for value in found] + [np.nan], float)[codes]
 
 # %% ../nbs/52_probing.ipynb #915dcd28
 def _yes_or_no(column: pd.Series, task: Task) -> np.ndarray:
     """An attribute as 0 and 1, from bool, 0/1 or CelebA's own -1/1."""
-    has_minus = bool((column == -1).any())                     # in -1/1 there is no 0, in 0/1 (and bool) no -1
+    has_minus = bool((column == -1).any())  # in -1/1 there is no 0, in 0/1 (and bool) no -1
     return _numbers(column, {-1: 0, 1: 1} if has_minus else {0: 0, 1: 1}, task)
 
 # %% ../nbs/52_probing.ipynb #f0a52192
@@ -438,8 +497,9 @@ def _complete(targets: np.ndarray) -> np.ndarray:
     return np.isfinite(targets).reshape(len(targets), -1).all(1)
 
 # %% ../nbs/52_probing.ipynb #a95e478a
-def make_splits(labels: pd.DataFrame, targets, task: Task, folds: int = 5, validation: float = 0.15,
-                seed: int = 0) -> list[Split]:
+def make_splits(
+    labels: pd.DataFrame, targets, task: Task, folds: int = 5, validation: float = 0.15, seed: int = 0
+) -> list[Split]:
     """The task's splits over the rows with all targets, each checked: folds by person, or the publisher's own.
 
     Where the publisher has only "train" and "validation" (FairFace), "validation" is the test, as in the paper, and
@@ -456,14 +516,18 @@ def make_splits(labels: pd.DataFrame, targets, task: Task, folds: int = 5, valid
     else:
         fold = person_folds(persons[rows], strata[rows], folds, seed)
         parts = [(f"fold {f}", rows[fold != f], rows[fold == f]) for f in range(folds)]
-    return [_cut_validation(name, rest, test, persons, strata, validation, seed) for name, rest, test in parts]
+    return [
+        _cut_validation(name, rest, test, persons, strata, validation, seed) for name, rest, test in parts
+    ]
 
 # %% ../nbs/52_probing.ipynb #d3b97ddd
 def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
     """The publisher's split; without a "test" part, "validation" is tested on and nobody is left for validation."""
     names = labels.split.to_numpy()[rows]
     if unknown := sorted(set(names) - {"train", "validation", "test"}, key=str):
-        raise ValueError(f"official split: {unknown[0]!r} in the column split is none of train, validation, test")
+        raise ValueError(
+            f"official split: {unknown[0]!r} in the column split is none of train, validation, test"
+        )
     train, validation, test = (rows[names == part] for part in ("train", "validation", "test"))
     return Split("test", train, validation, test) if len(test) else Split("test", train, test, validation)
 
@@ -482,10 +546,12 @@ class TokenStore:
 
     def __init__(self, features, prepare, device="cpu", memory: int = 4 << 30):
         self.features, self.prepare, self.device = features, prepare, torch.device(device)
-        one = self._read(slice(0, 1))                       # what is prepared may be smaller than what is read
+        one = self._read(slice(0, 1))  # what is prepared may be smaller than what is read
         in_memory = 4 * one.numel() * len(features) <= memory
         self.kept = (
-            torch.cat([self._read(slice(i, i + 256)) for i in range(0, len(features), 256)]) if in_memory else None
+            torch.cat([self._read(slice(i, i + 256)) for i in range(0, len(features), 256)])
+            if in_memory
+            else None
         )
 
     def _read(self, rows) -> Tensor:
@@ -499,11 +565,12 @@ class TokenStore:
 
     def batches(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield (row numbers, prepared features) for `rows` in order, reading one batch ahead when streaming."""
-        parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self.kept is not None:
             yield from ((part, self[part]) for part in parts)
             return
         from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self.__getitem__, parts[0])
             for part, after in zip(parts, [*parts[1:], None], strict=True):
@@ -520,7 +587,9 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy per copy [C] of logits [C, B, classes] against class indices [B]."""
     c, b, _ = outputs.shape
-    return F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(c), reduction="none").view(c, b).mean(1)
+    return (
+        F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(c), reduction="none").view(c, b).mean(1)
+    )
 
 # %% ../nbs/52_probing.ipynb #21e743a7
 def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -535,6 +604,7 @@ LOSSES = {"regression": squared_error, "classification": cross_entropy, "multila
 @dataclass(frozen=True)
 class Candidate:
     """One point of the grid: learning rate, weight decay, and how the head sees its features (see `starting_points`)."""
+
     lr: float
     weight_decay: float
     start: str = "standardise"
@@ -551,16 +621,22 @@ def stacked_adamw(head: nn.Module, grid: list[Candidate]) -> torch.optim.AdamW:
             decay = candidate.weight_decay if name.endswith("weight") else 0.0
             groups.append({"params": [part], "lr": candidate.lr, "weight_decay": decay})
     merged = {}
-    for group in groups:                                # fewer groups, fewer calls of the fused kernel
+    for group in groups:  # fewer groups, fewer calls of the fused kernel
         merged.setdefault((group["lr"], group["weight_decay"]), []).extend(group["params"])
     device = next(head.parameters()).device.type
-    return torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in merged.items()],
-                             fused=device in ("cpu", "cuda"))
+    return torch.optim.AdamW(
+        [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in merged.items()],
+        fused=device in ("cpu", "cuda"),
+    )
 
 # %% ../nbs/52_probing.ipynb #1840e812
 def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return (
+        (step + 1) / rise
+        if step < rise
+        else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    )
 
 # %% ../nbs/52_probing.ipynb #5092d5dd
 @torch.no_grad()
@@ -591,20 +667,37 @@ class _BestWeights:
             parameter.copy_(kept)
 
 # %% ../nbs/52_probing.ipynb #8d68e34e
-def train_heads(head, store: TokenStore, targets: Tensor, split: Split, grid: list[Candidate], kind: str,
-                epochs: int = 20, batch: int = 64, patience: int = 6, generator: torch.Generator | None = None,
-                tick=lambda: None) -> dict:
+def train_heads(
+    head,
+    store: TokenStore,
+    targets: Tensor,
+    split: Split,
+    grid: list[Candidate],
+    kind: str,
+    epochs: int = 20,
+    batch: int = 64,
+    patience: int = 6,
+    generator: torch.Generator | None = None,
+    tick=lambda: None,
+) -> dict:
     """Train all copies of `head` on split.train; leave each at its best epoch on split.validation.
 
     Returns {"best_epoch" [C], "validation" [C] (losses), "curves": {"train", "validation"} [epochs][C]}."""
     loss_of, optimiser, best = LOSSES[kind], stacked_adamw(head, grid), _BestWeights(head)
     steps = epochs * -(-len(split.train) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _schedule(step, steps))
-    curves, truth = {"train": [], "validation": []}, targets[torch.as_tensor(split.validation, device=targets.device)]
+    curves, truth = (
+        {"train": [], "validation": []},
+        targets[torch.as_tensor(split.validation, device=targets.device)],
+    )
     for epoch in range(epochs):
         rows = split.train[torch.randperm(len(split.train), generator=generator).numpy()]
-        losses = [_step(head, x, targets[torch.as_tensor(part, device=targets.device)], loss_of, optimiser, schedule)
-                  for part, x in store.batches(rows, batch)]
+        losses = [
+            _step(
+                head, x, targets[torch.as_tensor(part, device=targets.device)], loss_of, optimiser, schedule
+            )
+            for part, x in store.batches(rows, batch)
+        ]
         loss = loss_of(_outputs(head, store, split.validation, 4 * batch), truth)
         curves["train"].append(torch.stack(losses).mean(0).tolist())
         curves["validation"].append(loss.tolist())
@@ -620,7 +713,7 @@ def _step(head, x, target, loss_of, optimiser, schedule) -> Tensor:
     """One training step of all copies; their losses [C]."""
     loss = loss_of(head.predict(x), target)
     for parameter in head.parameters():
-        parameter.grad.zero_()                          # in place: the optimiser holds slices of these tensors
+        parameter.grad.zero_()  # in place: the optimiser holds slices of these tensors
     loss.sum().backward()
     optimiser.step()
     schedule.step()
@@ -642,7 +735,9 @@ class ProbeResult:
         return self.info["state"]
 
 # %% ../nbs/52_probing.ipynb #98d7d97d
-def make_head(name: str, dim: int, heads: int, outputs: int, hidden: int, copies: int | None = None, generator=None):
+def make_head(
+    name: str, dim: int, heads: int, outputs: int, hidden: int, copies: int | None = None, generator=None
+):
     """The head called "attentive", "mlp" or "linear"."""
     if name == "attentive":
         return AttentivePooler(dim, heads, outputs, copies=copies, generator=generator)
@@ -656,6 +751,7 @@ def make_head(name: str, dim: int, heads: int, outputs: int, hidden: int, copies
 @dataclass(frozen=True)
 class Recipe:
     """All that a probe needs besides features and labels; recorded with its result."""
+
     head: str
     grid: tuple[Candidate, ...]
     heads: int
@@ -679,7 +775,7 @@ def _scale(targets, rows, kind) -> tuple[float, float]:
 def class_shares(targets: np.ndarray, outputs: int) -> np.ndarray:
     """Share of each class [outputs] among class indices [N], or of "yes" among 0 and 1 [N, outputs]; never 0 or 1."""
     if targets.ndim == 2:
-        return (targets.sum(0) + 1) / (len(targets) + 2)       # one more of each, so that no logarithm is infinite
+        return (targets.sum(0) + 1) / (len(targets) + 2)  # one more of each, so that no logarithm is infinite
     return (np.bincount(targets.astype(int), minlength=outputs) + 1) / (len(targets) + outputs)
 
 # %% ../nbs/52_probing.ipynb #816025eb
@@ -696,34 +792,75 @@ def answers_of(outputs: np.ndarray, kind: str, shares=None, mean: float = 0.0, s
 SEEN = 4096  # photographs that a start is worked out from: more would not change a covariance that anyone could tell
 
 
-def fit_head(targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None) -> tuple[Head, dict]:
+def fit_head(
+    targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
+) -> tuple[Head, dict]:
     """One head with a copy for each candidate, each at its best epoch; and the account, whose "chosen" is the best copy."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    head = make_head(recipe.head, store[split.train[:1]].shape[-1], recipe.heads, task.outputs, recipe.hidden, len(recipe.grid),
-                     generator).to(store.device)
-    rows = split.train[::-(-len(split.train) // SEEN)]
+    head = make_head(
+        recipe.head,
+        store[split.train[:1]].shape[-1],
+        recipe.heads,
+        task.outputs,
+        recipe.hidden,
+        len(recipe.grid),
+        generator,
+    ).to(store.device)
+    rows = split.train[:: -(-len(split.train) // SEEN)]
     head.start_from((x for _, x in store.batches(rows, 256)), [candidate.start for candidate in recipe.grid])
     mean, spread = _scale(targets, split.train, task.kind)
     scaled = torch.as_tensor((targets - mean) / spread, dtype=torch.float32, device=store.device)
-    info = train_heads(head, store, scaled, split, list(recipe.grid), task.kind, recipe.epochs, recipe.batch,
-                       recipe.patience, generator, tick)
+    info = train_heads(
+        head,
+        store,
+        scaled,
+        split,
+        list(recipe.grid),
+        task.kind,
+        recipe.epochs,
+        recipe.batch,
+        recipe.patience,
+        generator,
+        tick,
+    )
     return head, {"chosen": int(np.nanargmin(info["validation"])), **info}
 
 
-def probe_split(targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None) -> tuple[dict, dict]:
+def probe_split(
+    targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
+) -> tuple[dict, dict]:
     """Train the grid on one split: answers for split.test (see `answers_of`), account of candidates and curves."""
     head, info = fit_head(targets, task, split, recipe, store, tick)
-    outputs = _outputs(head, store, split.test, 4 * recipe.batch)[info["chosen"]].double().cpu().numpy()     # [N_test, outputs]
+    outputs = (
+        _outputs(head, store, split.test, 4 * recipe.batch)[info["chosen"]].double().cpu().numpy()
+    )  # [N_test, outputs]
     shares = None if task.kind == "regression" else class_shares(targets[split.train], task.outputs)
     sizes = {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
     answers = answers_of(outputs, task.kind, shares, *_scale(targets, split.train, task.kind))
     return answers, {"split": split.name, "seed": recipe.seed, "n": sizes, **info}
 
 # %% ../nbs/52_probing.ipynb #f6f19e4e
-def probe(features: str | Path | Features, task: str | Task, feature_set: str = "patches", *, head: str | None = None,
-          lrs=(1e-3, 3e-3), weight_decays=(1e-2, 1e-1), starts=STARTS, epochs: int = 20, batch: int = 128, patience: int = 10,
-          folds: int = 5, validation: float = 0.15, hidden: int = 256, heads: int = 4, seeds=(0,), device="auto",
-          memory: int = 4 << 30, progress: bool = True) -> ProbeResult:
+def probe(
+    features: str | Path | Features,
+    task: str | Task,
+    feature_set: str = "patches",
+    *,
+    head: str | None = None,
+    lrs=(1e-3, 3e-3),
+    weight_decays=(1e-2, 1e-1),
+    starts=STARTS,
+    epochs: int = 20,
+    batch: int = 128,
+    patience: int = 10,
+    folds: int = 5,
+    validation: float = 0.15,
+    hidden: int = 256,
+    heads: int = 4,
+    seeds=(0,),
+    device="auto",
+    memory: int = 4 << 30,
+    progress: bool = True,
+) -> ProbeResult:
     """Probe one encoder's features (a folder of `extract_features`, or `Features`) for `task` with one feature set.
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
@@ -743,8 +880,15 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
         return ProbeResult(
             pd.DataFrame(), {**about, "state": features.state, "reason": features.meta.get("reason", "")}
         )
-    recipe = Recipe(about["head"], tuple(Candidate(lr, wd, start) for lr in lrs for wd in weight_decays for start in starts),
-                    features.meta.get("heads") or heads, hidden, epochs, batch, patience)
+    recipe = Recipe(
+        about["head"],
+        tuple(Candidate(lr, wd, start) for lr in lrs for wd in weight_decays for start in starts),
+        features.meta.get("heads") or heads,
+        hidden,
+        epochs,
+        batch,
+        patience,
+    )
     tokens, targets = features.select(feature_set), task_targets(features.labels, task)
     plan = [
         (seed, split)
@@ -752,10 +896,25 @@ def probe(features: str | Path | Features, task: str | Task, feature_set: str = 
         for split in make_splits(features.labels, targets, task, folds, validation, seed)
     ]
     parts, splits = _run_plan(plan, tokens, targets, task, recipe, features.labels, device, memory, progress)
-    info = {**about, "state": "present", "grid": [vars(c) for c in recipe.grid], "splits": splits,
-            "recipe": {"heads": recipe.heads, "hidden": hidden, "epochs": epochs, "batch": batch, "patience": patience,
-                       "folds": folds, "validation": validation, "seeds": list(seeds)},
-            "n": len(targets), "without_label": int((~_complete(targets)).sum()), "features": features.meta}
+    info = {
+        **about,
+        "state": "present",
+        "grid": [vars(c) for c in recipe.grid],
+        "splits": splits,
+        "recipe": {
+            "heads": recipe.heads,
+            "hidden": hidden,
+            "epochs": epochs,
+            "batch": batch,
+            "patience": patience,
+            "folds": folds,
+            "validation": validation,
+            "seeds": list(seeds),
+        },
+        "n": len(targets),
+        "without_label": int((~_complete(targets)).sum()),
+        "features": features.meta,
+    }
     return ProbeResult(pd.concat(parts, ignore_index=True), info)
 
 # %% ../nbs/52_probing.ipynb #41b29f64
@@ -765,11 +924,18 @@ def _run_plan(plan, tokens, targets, task, recipe, labels, device, memory, progr
 
     store = TokenStore(tokens, bare_norm if recipe.head == "attentive" else mean_token, device, memory)
     parts, splits = [], []
-    with tqdm(total=len(plan) * recipe.epochs, desc=f"probe {task.name}", unit="epoch", mininterval=10,
-              disable=not progress) as bar:
+    with tqdm(
+        total=len(plan) * recipe.epochs,
+        desc=f"probe {task.name}",
+        unit="epoch",
+        mininterval=10,
+        disable=not progress,
+    ) as bar:
         for done, (seed, split) in enumerate(plan, 1):
-            answers, account = probe_split(targets, task, split, replace(recipe, seed=seed), store, bar.update)
-            bar.update(done * recipe.epochs - bar.n)          # epochs that early stopping saved
+            answers, account = probe_split(
+                targets, task, split, replace(recipe, seed=seed), store, bar.update
+            )
+            bar.update(done * recipe.epochs - bar.n)  # epochs that early stopping saved
             parts.append(_frame(labels, targets, task, split, answers).assign(fold=split.name, seed=seed))
             splits.append(account)
     return parts, splits

@@ -12,8 +12,16 @@ from .datasets.core import NOTE, get_reader
 from .files import write_json
 
 # %% ../nbs/39_provide.ipynb #3f3f1760
-def provide_dataset(name: str, root, photographs: int = 0, seed: int = 0, size: int = 320, variety: float = 1.0, jobs=None,
-                    progress: bool = True) -> dict:
+def provide_dataset(
+    name: str,
+    root,
+    photographs: int = 0,
+    seed: int = 0,
+    size: int = 320,
+    variety: float = 1.0,
+    jobs=None,
+    progress: bool = True,
+) -> dict:
     """Bring `root` = data/raw/<name> to a known state; returns {"state": "simulated" | "publisher" | "absent", "reason": ...}.
 
     Simulates `photographs` people unless the publisher's files are there; with 0, removes what an earlier profile simulated."""
@@ -24,7 +32,16 @@ def provide_dataset(name: str, root, photographs: int = 0, seed: int = 0, size: 
     if not is_ours(root) and (found := reader.state(root))[0] == "present":
         return {"dataset": name, "state": "publisher", "reason": found[1]}
     if photographs:
-        simulate_dataset(name, root, photographs=photographs, seed=seed, size=size, variety=variety, jobs=jobs, progress=progress)
+        simulate_dataset(
+            name,
+            root,
+            photographs=photographs,
+            seed=seed,
+            size=size,
+            variety=variety,
+            jobs=jobs,
+            progress=progress,
+        )
         return {"dataset": name, "state": "simulated", "reason": reader.state(root)[1]}
     remove_simulated(name, root)
     absent = {"dataset": name, "state": "absent", "reason": reader.state(root)[1]}

@@ -16,7 +16,11 @@ from jinja2 import Environment, StrictUndefined
 from .files import write_atomic
 
 # %% ../nbs/65_readme.ipynb #d7e923fa
-FILES = {"learned": "tables/learned_cells.json", "provenance": "tables/provenance.json", "table4": "ablations/table4.json"}
+FILES = {
+    "learned": "tables/learned_cells.json",
+    "provenance": "tables/provenance.json",
+    "table4": "ablations/table4.json",
+}
 
 
 def read_results(figures) -> dict:
@@ -29,7 +33,9 @@ def read_results(figures) -> dict:
         try:
             found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error}); the graph writes it: run `make reproduce`") from None
+            raise ValueError(
+                f"{path}: not JSON ({error}); the graph writes it: run `make reproduce`"
+            ) from None
     return found
 
 # %% ../nbs/65_readme.ipynb #cdb75bb5
@@ -46,9 +52,17 @@ def time_of(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 # %% ../nbs/65_readme.ipynb #b258e5d0
-ROWS = {"MeFEm / Patches": "MeFEm, patches", "Random encoder / Patches": "untrained encoder, patches",
-        "PCA of pixels / Components": "PCA of pixels"}
-COLUMNS = {"BMI r2": "BMI r²", "BMI MAE": "BMI error, kg/m²", "Age (years) r2": "age r²", "Age (years) MAE": "age error, years"}
+ROWS = {
+    "MeFEm / Patches": "MeFEm, patches",
+    "Random encoder / Patches": "untrained encoder, patches",
+    "PCA of pixels / Components": "PCA of pixels",
+}
+COLUMNS = {
+    "BMI r2": "BMI r²",
+    "BMI MAE": "BMI error, kg/m²",
+    "Age (years) r2": "age r²",
+    "Age (years) MAE": "age error, years",
+}
 
 
 def cell_text(cell: dict) -> str:
@@ -61,7 +75,10 @@ def cell_text(cell: dict) -> str:
 def small_table(rows: dict) -> str:
     """MeFEm's patches beside the untrained encoder's and the pixels, in Markdown; `rows` as in learned_cells.json."""
     lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
-    lines += [[label, *(cell_text(rows.get(row, {}).get(column, {})) for column in COLUMNS)] for row, label in ROWS.items()]
+    lines += [
+        [label, *(cell_text(rows.get(row, {}).get(column, {})) for column in COLUMNS)]
+        for row, label in ROWS.items()
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # %% ../nbs/65_readme.ipynb #78aec366
@@ -80,7 +97,10 @@ SENTENCES = {
     "inconclusive": "{run} it is inconclusive whether MeFEm predicts {target} better than {rival}: {numbers}.",
 }
 TARGETS = {"BMI r2": "body mass index", "Age (years) r2": "age"}
-HEADS = {"MeFEm / Patches": "By the paper's head, on the patches", "MeFEm / Linear probe": "By a linear probe, on the mean patch"}
+HEADS = {
+    "MeFEm / Patches": "By the paper's head, on the patches",
+    "MeFEm / Linear probe": "By a linear probe, on the mean patch",
+}
 RIVALS = {"random": "the untrained encoder", "pixels": "a PCA of pixels"}
 
 
@@ -92,9 +112,13 @@ def run_of(seeds: int) -> str:
 def sentence(cell: dict, rival: str, against: dict, target: str, seeds: int) -> str:
     """What the verdict in `cell[rival]` says; `against` is the rival's cell."""
     pair = cell[rival]
-    numbers = (f"r² {cell['value']:.3f} against {against['value']:.3f}, "
-               f"difference {pair['difference']:.2g} [{pair['low']:.2g}, {pair['high']:.2g}]")
-    return SENTENCES[pair["verdict"]].format(run=run_of(seeds), target=target, rival=RIVALS[rival], numbers=numbers)
+    numbers = (
+        f"r² {cell['value']:.3f} against {against['value']:.3f}, "
+        f"difference {pair['difference']:.2g} [{pair['low']:.2g}, {pair['high']:.2g}]"
+    )
+    return SENTENCES[pair["verdict"]].format(
+        run=run_of(seeds), target=target, rival=RIVALS[rival], numbers=numbers
+    )
 
 # %% ../nbs/65_readme.ipynb #f8cebec3
 def findings(rows: dict, seeds: int) -> dict[str, list[str]]:
@@ -106,7 +130,9 @@ def findings(rows: dict, seeds: int) -> dict[str, list[str]]:
             cell = rows.get(row, {}).get(column, {})
             made = [rival for rival in RIVALS if rival in cell]
             said = [sentence(cell, rival, rows[cell[rival]["row"]][column], target, seeds) for rival in made]
-            found[head] += said or [f"{target}: {cell_text(cell) if cell.get('state') != 'present' else 'compared with nothing'}."]
+            found[head] += said or [
+                f"{target}: {cell_text(cell) if cell.get('state') != 'present' else 'compared with nothing'}."
+            ]
     return found
 
 # %% ../nbs/65_readme.ipynb #294fa794
@@ -118,19 +144,30 @@ def about(figures) -> dict:
     seeds = len(pretraining.get("seeds", [0]))
     seconds = provenance.get("stages", {}).values()
     return {
-        "profile": provenance.get("profile"), "scale": provenance.get("scale"), "wiring_only": provenance.get("profile") == "smoke",
-        "machine": machine_of(provenance.get("hardware", {})), "seeds": seeds, "pretraining": pretraining,
+        "profile": provenance.get("profile"),
+        "scale": provenance.get("scale"),
+        "wiring_only": provenance.get("profile") == "smoke",
+        "machine": machine_of(provenance.get("hardware", {})),
+        "seeds": seeds,
+        "pretraining": pretraining,
         "pretraining_time": time_of(pretraining["seconds"]) if pretraining.get("seconds") else None,
         "stages_time": time_of(sum(seconds)) if seconds else None,
-        "people": people_of(rows), "table": small_table(rows), "findings": findings(rows, seeds),
+        "people": people_of(rows),
+        "table": small_table(rows),
+        "findings": findings(rows, seeds),
         "summary": found["table4"].get("summary"),
     }
 
 
 def readme_text(template, figures) -> str:
     """README.md from the text of its template and the results in `figures`: equal files give equal text."""
-    return Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                       keep_trailing_newline=True).from_string(template).render(about(figures))
+    return (
+        Environment(
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        )
+        .from_string(template)
+        .render(about(figures))
+    )
 
 
 def write_readme(root) -> str:

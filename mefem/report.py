@@ -41,6 +41,7 @@ def load_result(results, encoder: str, task: str, feature_set: str) -> dict | No
 @dataclass(frozen=True)
 class Column:
     """A column of a results table: its heading and what it shows."""
+
     name: str
     group: str
     heading: str
@@ -51,6 +52,7 @@ class Column:
 @dataclass(frozen=True)
 class Row:
     """A row of a results table: labels and size as in the paper, its numbers there (None: not given), where ours come from."""
+
     model: str
     size: str
     features: str
@@ -68,7 +70,13 @@ TABLE2_COLUMNS = (
     Column("BMI MAE", "BMI dataset", "MAE", "bmi", "mae"),
     Column("CelebA accuracy", "CelebA", "Acc.", "celeba", "accuracy"),
     Column("FairFace age accuracy, White", "FairFace (age)", "Acc. (W)", "fairface-age", "accuracy/White"),
-    Column("FairFace age accuracy, non-White", "FairFace (age)", "Acc. (NW)", "fairface-age", "accuracy/non-White"),
+    Column(
+        "FairFace age accuracy, non-White",
+        "FairFace (age)",
+        "Acc. (NW)",
+        "fairface-age",
+        "accuracy/non-White",
+    ),
 )
 
 # %% ../nbs/60_report.ipynb #c9ef280b
@@ -79,7 +87,7 @@ CONTROLS = (
     Row("PCA of pixels", "—", "Components", "pixels", "cls"),
 )
 
-TABLE2_ROWS = (                                       # numbers: arXiv 2602.14672, Table 2
+TABLE2_ROWS = (  # numbers: arXiv 2602.14672, Table 2
     Row("Franca", "Large", "Patches + CLS", "franca", "patches+cls", (0.425, 3.744, 0.904, 0.538, 0.529)),
     Row("FaRL", "Base", "Patches", "farl", "patches", (0.380, 3.924, 0.891, 0.488, 0.478)),
     Row("FaRL", "Base", "CLS", "farl", "cls", (0.445, 3.604, 0.904, 0.563, 0.574)),
@@ -96,9 +104,12 @@ def _measured(task: str, group: str) -> tuple[Column, Column]:
 
 # %% ../nbs/60_report.ipynb #92d213dd
 TABLE3_COLUMNS = (
-    *_measured("haemoglobin", "Haemoglobin (mmol/l)"), *_measured("glycated-haemoglobin", "Glycated haemoglobin (%)"),
-    *_measured("cholesterol", "Cholesterol (mmol/l)"), *_measured("systolic", "Systolic pressure (mmHg)"),
-    *_measured("diastolic", "Diastolic pressure (mmHg)"), *_measured("saturation", "Saturation (%)"),
+    *_measured("haemoglobin", "Haemoglobin (mmol/l)"),
+    *_measured("glycated-haemoglobin", "Glycated haemoglobin (%)"),
+    *_measured("cholesterol", "Cholesterol (mmol/l)"),
+    *_measured("systolic", "Systolic pressure (mmHg)"),
+    *_measured("diastolic", "Diastolic pressure (mmHg)"),
+    *_measured("saturation", "Saturation (%)"),
 )
 
 # %% ../nbs/60_report.ipynb #c8450d22
@@ -107,11 +118,28 @@ def _row3(model, features, encoder, feature_set, paper) -> Row:
     return Row(model, "Base" if encoder else "—", features, encoder, feature_set, values)
 
 # %% ../nbs/60_report.ipynb #25d17f3d
-TABLE3_ROWS = (                                       # numbers: arXiv 2602.14672, Table 3
-    _row3("MeFEm", "Patches", "mefem", "patches", "0.233 0.948 0.089 0.47 -0.060 0.621 0.136 10.8 -0.060 7.15 0.073 0.8"),
-    _row3("MeFEm", "CLS", "mefem", "cls", "0.263 0.952 0.076 0.49 -0.084 0.640 0.058 11.8 -0.090 7.20 -0.557 1.3"),
-    _row3("MeFEm", "Patches + CLS", "mefem", "patches+cls",
-          "0.234 0.959 0.055 0.48 -0.015 0.623 0.115 11.2 -0.054 7.14 0.081 0.8"),
+TABLE3_ROWS = (  # numbers: arXiv 2602.14672, Table 3
+    _row3(
+        "MeFEm",
+        "Patches",
+        "mefem",
+        "patches",
+        "0.233 0.948 0.089 0.47 -0.060 0.621 0.136 10.8 -0.060 7.15 0.073 0.8",
+    ),
+    _row3(
+        "MeFEm",
+        "CLS",
+        "mefem",
+        "cls",
+        "0.263 0.952 0.076 0.49 -0.084 0.640 0.058 11.8 -0.090 7.20 -0.557 1.3",
+    ),
+    _row3(
+        "MeFEm",
+        "Patches + CLS",
+        "mefem",
+        "patches+cls",
+        "0.234 0.959 0.055 0.48 -0.015 0.623 0.115 11.2 -0.054 7.14 0.081 0.8",
+    ),
     _row3("Baseline", "Video superpixels", "", "", "- - - 0.41 - 0.60 - 12.8 - 8.39 - 0.9"),
     *CONTROLS,
 )
@@ -120,6 +148,7 @@ TABLE3_ROWS = (                                       # numbers: arXiv 2602.1467
 @dataclass(frozen=True)
 class Table:
     """A table of the paper: file name, title, number there, rows, and its columns in blocks that are set side by side."""
+
     name: str
     title: str
     source: str
@@ -132,30 +161,70 @@ class Table:
         return tuple(column for block in self.blocks for column in block)
 
 # %% ../nbs/60_report.ipynb #8c1b9c79
-TABLE2 = Table("table2", "Table 2, regenerated: downstream tasks, MeFEm and baselines.", "Table 2", TABLE2_ROWS,
-               (TABLE2_COLUMNS,), "tab:core")
-TABLE3 = Table("table3", "Table 3, regenerated: medical values from a single frame.", "Table 3", TABLE3_ROWS,
-               (TABLE3_COLUMNS[:6], TABLE3_COLUMNS[6:]), "tab:medical")
+TABLE2 = Table(
+    "table2",
+    "Table 2, regenerated: downstream tasks, MeFEm and baselines.",
+    "Table 2",
+    TABLE2_ROWS,
+    (TABLE2_COLUMNS,),
+    "tab:core",
+)
+TABLE3 = Table(
+    "table3",
+    "Table 3, regenerated: medical values from a single frame.",
+    "Table 3",
+    TABLE3_ROWS,
+    (TABLE3_COLUMNS[:6], TABLE3_COLUMNS[6:]),
+    "tab:medical",
+)
 
 LEARNED_COLUMNS = (*_measured("bmi", "BMI"), *_measured("bmi-age", "Age (years)"))
 LEARNED_ROWS = tuple(
     Row(model, "", features, encoder, feature_set)
-    for model, encoder, sets in (("MeFEm", "mefem", "patches"), ("Random encoder", "random", "patches"), ("PCA of pixels", "pixels", "cls"))
-    for features, feature_set in (("Components" if sets == "cls" else "Patches", sets), ("Linear probe", f"{sets}.linear")))
-LEARNED = Table("learned", "Beyond the paper: what pretraining adds, by the paper's head and by a linear probe (of the mean patch).",
-                "", LEARNED_ROWS, (LEARNED_COLUMNS,), "tab:learned")
+    for model, encoder, sets in (
+        ("MeFEm", "mefem", "patches"),
+        ("Random encoder", "random", "patches"),
+        ("PCA of pixels", "pixels", "cls"),
+    )
+    for features, feature_set in (
+        ("Components" if sets == "cls" else "Patches", sets),
+        ("Linear probe", f"{sets}.linear"),
+    )
+)
+LEARNED = Table(
+    "learned",
+    "Beyond the paper: what pretraining adds, by the paper's head and by a linear probe (of the mean patch).",
+    "",
+    LEARNED_ROWS,
+    (LEARNED_COLUMNS,),
+    "tab:learned",
+)
 
 # %% ../nbs/60_report.ipynb #9467f670
 def _cell(results, row: Row, index: int, column: Column) -> dict:
-    found = load_result(results, row.encoder, column.task, row.feature_set) if row.encoder else {"state": "as published"}
+    found = (
+        load_result(results, row.encoder, column.task, row.feature_set)
+        if row.encoder
+        else {"state": "as published"}
+    )
     state = (found or {}).get("state", "no result")
     value = (found or {}).get("values", {}).get(column.metric)
-    cell = {"row": row.name, "model": row.model, "size": row.size, "paper_size": row.size, "features": row.features, "column": column.name,
-            "state": state if value or state != "present" else "no result",
-            "paper": row.paper[index] if row.paper else None}
+    cell = {
+        "row": row.name,
+        "model": row.model,
+        "size": row.size,
+        "paper_size": row.size,
+        "features": row.features,
+        "column": column.name,
+        "state": state if value or state != "present" else "no result",
+        "paper": row.paper[index] if row.paper else None,
+    }
     if value:
         cell |= {k: value.get(k) for k in ("value", "low", "high", "n", "persons", "majority")}
-        cell |= {"simulated": found["features"].get("simulated"), "file": f"{row.encoder}/{_stem(column, row)}.json"}
+        cell |= {
+            "simulated": found["features"].get("simulated"),
+            "file": f"{row.encoder}/{_stem(column, row)}.json",
+        }
     return cell
 
 # %% ../nbs/60_report.ipynb #b78a1c61
@@ -176,18 +245,34 @@ def compare(results, rows, columns, replicates: int = 2000) -> pd.DataFrame:
     """All pairs of rows in all columns: column, first, second, difference, low, high and which is `better` ("" if neither)."""
     pairs = []
     for column in columns:
-        run = {row.name: frame for row in rows
-               if (frame := _predictions(results, row, column)) is not None and frame.person.nunique() > 1}
-        for first, second, gap in paired_differences(run, column.metric.partition("/")[0], replicates) if len(run) > 1 else ():
+        run = {
+            row.name: frame
+            for row in rows
+            if (frame := _predictions(results, row, column)) is not None and frame.person.nunique() > 1
+        }
+        for first, second, gap in (
+            paired_differences(run, column.metric.partition("/")[0], replicates) if len(run) > 1 else ()
+        ):
             better = (first if gap.better else second) if gap.beyond_noise else ""
-            pairs.append({"column": column.name, "first": first, "second": second, "difference": gap.value,
-                          "low": gap.low, "high": gap.high, "better": better})
+            pairs.append(
+                {
+                    "column": column.name,
+                    "first": first,
+                    "second": second,
+                    "difference": gap.value,
+                    "low": gap.low,
+                    "high": gap.high,
+                    "better": better,
+                }
+            )
     return pd.DataFrame(pairs, columns=["column", "first", "second", "difference", "low", "high", "better"])
 
 # %% ../nbs/60_report.ipynb #9d19210f
 def _verdict(pairs: pd.DataFrame, column: str, name: str, other: str) -> str | None:
     """Who is better beyond noise, `name` or `other`; "" for neither, None where they were not compared."""
-    found = pairs[(pairs.column == column) & pairs["first"].isin([name, other]) & pairs["second"].isin([name, other])]
+    found = pairs[
+        (pairs.column == column) & pairs["first"].isin([name, other]) & pairs["second"].isin([name, other])
+    ]
     return None if found.empty or name == other else found.better.iloc[0]
 
 # %% ../nbs/60_report.ipynb #f235f7a0
@@ -213,8 +298,28 @@ def _mark(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
     return marks
 
 # %% ../nbs/60_report.ipynb #08e3ca3a
-CELL_FIELDS = ("row", "model", "size", "paper_size", "features", "column", "state", "value", "low", "high", "n", "persons", "majority", "paper",
-               "simulated", "best", "near_best", "beats_random", "beats_pixels", "file")
+CELL_FIELDS = (
+    "row",
+    "model",
+    "size",
+    "paper_size",
+    "features",
+    "column",
+    "state",
+    "value",
+    "low",
+    "high",
+    "n",
+    "persons",
+    "majority",
+    "paper",
+    "simulated",
+    "best",
+    "near_best",
+    "beats_random",
+    "beats_pixels",
+    "file",
+)
 
 # %% ../nbs/60_report.ipynb #4a155a05
 def _best(cells: list[dict], column: Column) -> str | None:
@@ -224,7 +329,9 @@ def _best(cells: list[dict], column: Column) -> str | None:
     return max(run, key=lambda cell: sign * cell["value"])["row"] if len(run) > 1 else None
 
 # %% ../nbs/60_report.ipynb #3284e368
-def results_table(results, table: Table, replicates: int = 2000, size: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+def results_table(
+    results, table: Table, replicates: int = 2000, size: str = ""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table as one line per cell (value, interval, counts, paper, marks, results file), and its pairs (`compare`).
 
     `size` is that of our encoder; a row of ours with any value has it in place of the paper's."""
@@ -233,7 +340,9 @@ def results_table(results, table: Table, replicates: int = 2000, size: str = "")
     cells = [cell | ({"size": size} if size and cell["row"] in run else {}) for cell in cells]
     pairs = compare(results, table.rows, table.columns, replicates)
     best = {column.name: _best(cells, column) for column in table.columns}
-    return pd.DataFrame([cell | _mark(cell, pairs, best[cell["column"]]) for cell in cells], columns=CELL_FIELDS), pairs
+    return pd.DataFrame(
+        [cell | _mark(cell, pairs, best[cell["column"]]) for cell in cells], columns=CELL_FIELDS
+    ), pairs
 
 # %% ../nbs/60_report.ipynb #151b35ea
 def _people(part: pd.DataFrame) -> str:
@@ -246,10 +355,13 @@ def scale_of(cells: pd.DataFrame, profile: str, model: str = "", pretraining: st
     run = cells[cells.state == "present"]
     if run.empty:
         return f"Scale: profile {profile}; nothing has been run."
-    tested = {}                                           # people -> what was tested on them
+    tested = {}  # people -> what was tested on them
     for column, part in run.groupby("column", sort=False):
         tested.setdefault(_people(part), {})[re.sub(r" (r2|MAE|accuracy)\b", "", column)] = None
-    parts = [f"Scale: profile {profile}", *(f"{', '.join(what)}: tested on {people}" for people, what in tested.items())]
+    parts = [
+        f"Scale: profile {profile}",
+        *(f"{', '.join(what)}: tested on {people}" for people, what in tested.items()),
+    ]
     simulated = bool(run.simulated.any())
     parts += [f"MeFEm here: {model}"] * bool(model) + [f"pretrained on {pretraining}"] * bool(pretraining)
     warning = (
@@ -286,22 +398,31 @@ def _printed(cells: pd.DataFrame) -> bool:
 
 def notes_of(cells: pd.DataFrame, source: str = "Table 2") -> list[str]:
     """Footnotes: how to read a cell, the marks, and what the best constant answer would score."""
-    notes = [NOTES["value"] + (NOTES["paper"].format(source) if _printed(cells) else ""), f"a: {NOTES['a']}.", f"b: {NOTES['b']}."]
+    notes = [
+        NOTES["value"] + (NOTES["paper"].format(source) if _printed(cells) else ""),
+        f"a: {NOTES['a']}.",
+        f"b: {NOTES['b']}.",
+    ]
     notes += [NOTES["star"]] * bool(cells["size"].str.contains("*", regex=False).any())
-    notes += [NOTES["best"]] * bool("best" in cells and (cells.best == True).any())       # noqa: E712, None is neither
+    notes += [NOTES["best"]] * bool("best" in cells and (cells.best == True).any())  # noqa: E712, None is neither
     notes += [NOTES["r2"]] * bool(cells.column.str.endswith(" r2").any())
     notes += [NOTES["quoted"]] * bool((cells.state == "as published").any())
     known = cells.dropna(subset=["majority"]).drop_duplicates("column")
     if len(known):
-        shares = ", ".join(f"{r.majority:.3f} ({r.column.replace(' accuracy', '')})" for r in known.itertuples())
+        shares = ", ".join(
+            f"{r.majority:.3f} ({r.column.replace(' accuracy', '')})" for r in known.itertuples()
+        )
         notes.append(f"Always giving the most frequent answer would score {shares}.")
     return notes
 
 # %% ../nbs/60_report.ipynb #8608e45d
 def marks_of(cell) -> str:
-    """"a" where the random encoder is beaten beyond noise, "b" for the pixels, "c" where the best is not out of reach."""
-    return "".join(mark for mark, name in (("a", "beats_random"), ("b", "beats_pixels"), ("c", "near_best"))
-                   if getattr(cell, name, None) is True)
+    """ "a" where the random encoder is beaten beyond noise, "b" for the pixels, "c" where the best is not out of reach."""
+    return "".join(
+        mark
+        for mark, name in (("a", "beats_random"), ("b", "beats_pixels"), ("c", "near_best"))
+        if getattr(cell, name, None) is True
+    )
 
 # %% ../nbs/60_report.ipynb #78498ca1
 def _ours(cell) -> str:
@@ -326,16 +447,31 @@ def _grid(lines: list[list[str]]) -> str:
     """Lines of cells (the first is the header) as a Markdown table with straight columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines = [lines[0], ["-" * w for w in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 # %% ../nbs/60_report.ipynb #e92391f6
 def _block_markdown(cells: pd.DataFrame, columns) -> str:
     cells = cells[cells.column.isin([column.name for column in columns])]
     printed = _printed(cells)
-    lines = [["Model", *["Size"] * printed, "Features",
-              *(text for c in columns for text in (f"{c.group} {c.heading}".replace(" dataset", ""), *["paper"] * printed))]]
+    lines = [
+        [
+            "Model",
+            *["Size"] * printed,
+            "Features",
+            *(
+                text
+                for c in columns
+                for text in (f"{c.group} {c.heading}".replace(" dataset", ""), *["paper"] * printed)
+            ),
+        ]
+    ]
     for _, row in cells.groupby("row", sort=False):
-        first, values = row.iloc[0], (text for cell in row.itertuples() for text in (_ours(cell), *[_paper(cell)] * printed))
+        first, values = (
+            row.iloc[0],
+            (text for cell in row.itertuples() for text in (_ours(cell), *[_paper(cell)] * printed)),
+        )
         lines.append([first.model, *[first["size"].replace("*", r"\*")] * printed, first.features, *values])
     return _grid(lines)
 
@@ -403,19 +539,40 @@ def _tex_block(cells: pd.DataFrame, columns) -> list[str]:
         first = row.iloc[0]
         if printed and body and not drawn and row.paper.isna().all():
             body, drawn = [*body, r"\midrule"], True
-        values = (text for cell in row.itertuples() for text in (_tex_cell(cell), *[_paper(cell) or "---"] * printed))
+        values = (
+            text
+            for cell in row.itertuples()
+            for text in (_tex_cell(cell), *[_paper(cell) or "---"] * printed)
+        )
         body.append(" & ".join([tex(first.model), tex(first["size"]), tex(first.features), *values]) + r" \\")
-    return [r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{lll{('l' + 'r' * printed) * len(columns)}}}", r"\toprule",
-            _tex_header(columns, printed), r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", ""]
+    return [
+        r"\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{lll{('l' + 'r' * printed) * len(columns)}}}",
+        r"\toprule",
+        _tex_header(columns, printed),
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}}",
+        "",
+    ]
 
 # %% ../nbs/60_report.ipynb #c2e096a2
 def table_tex(cells: pd.DataFrame, scale: str, table: Table = TABLE2) -> str:
     """The table in LaTeX with booktabs (packages: booktabs, graphicx)."""
     notes = r" \\ ".join(tex(note) for note in notes_of(cells, table.source))
-    return "\n".join([
-        r"\begin{table*}", r"\centering", rf"\caption{{{tex(table.title)} {tex(scale)}}}", rf"\label{{{table.label}}}",
-        *(line for block in table.blocks for line in _tex_block(cells, block)),
-        rf"\smallskip{{\footnotesize {notes}}}", r"\end{table*}", ""])
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{tex(table.title)} {tex(scale)}}}",
+            rf"\label{{{table.label}}}",
+            *(line for block in table.blocks for line in _tex_block(cells, block)),
+            rf"\smallskip{{\footnotesize {notes}}}",
+            r"\end{table*}",
+            "",
+        ]
+    )
 
 # %% ../nbs/60_report.ipynb #f1566944
 def _number(value) -> float | int | None:
@@ -427,13 +584,27 @@ def _number(value) -> float | int | None:
 def _against(cell, rival: str, pairs: pd.DataFrame) -> dict | None:
     """A cell of ours against a rival's: verdict (beats, loses, inconclusive), difference and its interval; None: not compared."""
     ours, other = cell["row"], rival_of(cell, rival)
-    found = pairs[(pairs.column == cell["column"]) & pairs["first"].isin([ours, other]) & pairs["second"].isin([ours, other])]
+    found = pairs[
+        (pairs.column == cell["column"])
+        & pairs["first"].isin([ours, other])
+        & pairs["second"].isin([ours, other])
+    ]
     if found.empty:
         return None
     pair = found.iloc[0]
-    gap, low, high = ((pair.difference, pair.low, pair.high) if pair["first"] == ours else (-pair.difference, -pair.high, -pair.low))
+    gap, low, high = (
+        (pair.difference, pair.low, pair.high)
+        if pair["first"] == ours
+        else (-pair.difference, -pair.high, -pair.low)
+    )
     verdict = {ours: "beats", other: "loses"}.get(pair.better, "inconclusive")
-    return {"verdict": verdict, "row": other, "difference": _number(gap), "low": _number(low), "high": _number(high)}
+    return {
+        "verdict": verdict,
+        "row": other,
+        "difference": _number(gap),
+        "low": _number(low),
+        "high": _number(high),
+    }
 
 
 def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
@@ -450,8 +621,16 @@ def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
     return rows
 
 # %% ../nbs/60_report.ipynb #54e012e1
-def write_table(table: Table, results, out, profile: str, model: str = "", pretraining: str = "", replicates: int = 2000,
-                size: str = "") -> str:
+def write_table(
+    table: Table,
+    results,
+    out,
+    profile: str,
+    model: str = "",
+    pretraining: str = "",
+    replicates: int = 2000,
+    size: str = "",
+) -> str:
     """Write a table as <name>.md, .csv, .tex, .json (for `dvc metrics`), <name>_cells.json (`cells_json`) and its pairs as
     <name>_pairs.csv; returns the Markdown.
 
@@ -463,9 +642,17 @@ def write_table(table: Table, results, out, profile: str, model: str = "", pretr
     write_atomic(out / f"{table.name}.csv", table_csv(cells, profile))
     write_atomic(out / f"{table.name}_pairs.csv", table_csv(pairs, profile))
     write_atomic(out / f"{table.name}.tex", table_tex(cells, scale, table))
-    write_json(out / f"{table.name}.json", {row: {c.column: round(c.value, 6) for c in part.itertuples()}
-                                            for row, part in run.groupby("row", sort=False)})
-    write_json(out / f"{table.name}_cells.json", {"profile": profile, "scale": scale, "rows": cells_json(cells, pairs)})
+    write_json(
+        out / f"{table.name}.json",
+        {
+            row: {c.column: round(c.value, 6) for c in part.itertuples()}
+            for row, part in run.groupby("row", sort=False)
+        },
+    )
+    write_json(
+        out / f"{table.name}_cells.json",
+        {"profile": profile, "scale": scale, "rows": cells_json(cells, pairs)},
+    )
     return text
 
 # %% ../nbs/60_report.ipynb #52047e5f
@@ -485,14 +672,22 @@ def write_learned(results, out, profile: str, **about) -> str:
 
 # %% ../nbs/60_report.ipynb #cea7789d
 SOURCE, TARGET, NEITHER, EDGE = "#0072B2", "#D5D5D5", "#FFFFFF", "#B8B8B8"
-STYLE = {"font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
-         "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 200, "axes.prop_cycle":
-         "cycler('color', ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])"}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "axes.prop_cycle": "cycler('color', ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])",
+}
 
 # %% ../nbs/60_report.ipynb #d63dee82
 def save_figure(fig, path) -> Path:
     """Write a figure as PNG, atomically and with the same bytes each time, and close it."""
     from matplotlib import pyplot as plt
+
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", metadata={"Software": None}, facecolor="white")
     plt.close(fig)
@@ -517,6 +712,7 @@ def _mask_grid(masking, generator, draw: int) -> np.ndarray:
 # %% ../nbs/60_report.ipynb #0ee58f7e
 def _draw_mask(ax, grid) -> None:
     from matplotlib.colors import ListedColormap
+
     colours = ListedColormap([NEITHER, TARGET, SOURCE])
     ax.pcolormesh(grid[::-1], cmap=colours, vmin=0, vmax=2, edgecolors=EDGE, linewidth=0.5)
     ax.set(aspect="equal", xticks=[], yticks=[])
@@ -531,9 +727,11 @@ def figure_maskings(path, maskings: dict | None = None, samples: int = 3, seed: 
     import torch
     from mefem.masking import MultiblockMasking, QuadrantMasking, StripeMasking
 
-    maskings = maskings or {"(a) multiblock": MultiblockMasking(cls_in_source=None),
-                            "(b) quadrant": QuadrantMasking(cls_in_source=None),
-                            "(c) axial stripes": StripeMasking(cls_in_source=None)}
+    maskings = maskings or {
+        "(a) multiblock": MultiblockMasking(cls_in_source=None),
+        "(b) quadrant": QuadrantMasking(cls_in_source=None),
+        "(c) axial stripes": StripeMasking(cls_in_source=None),
+    }
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(
             samples, len(maskings), figsize=(2.1 * len(maskings), 2.05 * samples + 0.75), squeeze=False
@@ -606,7 +804,9 @@ def figure_learning(log, path, columns=("loss", "rankme", "lr")) -> Path:
             f"{log}: none of the columns {', '.join(columns)} is in the log, only {', '.join(frame.columns)}"
         )
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(shown), 1, figsize=(6.4, 1.2 + 1.7 * len(shown)), sharex=True, squeeze=False)
+        fig, axes = plt.subplots(
+            len(shown), 1, figsize=(6.4, 1.2 + 1.7 * len(shown)), sharex=True, squeeze=False
+        )
         for ax, column in zip(axes[:, 0], shown, strict=True):
             line = frame[["step", column]].dropna()
             ax.plot(line.step, line[column], lw=1.8, marker="o" if len(line) < 20 else None, ms=3)
@@ -620,7 +820,9 @@ def figure_learning(log, path, columns=("loss", "rankme", "lr")) -> Path:
 # %% ../nbs/60_report.ipynb #69a990e5
 def _git(root, *arguments) -> str:
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -629,13 +831,15 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
     )
 
 # %% ../nbs/60_report.ipynb #358656eb
 def hardware() -> dict:
     """Processor, cores and GPU of this machine."""
     import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()}
 
@@ -644,16 +848,22 @@ def describe_run(about: dict) -> tuple[str, str]:
     """A run's `run.json` as (model, pretraining), each a phrase for the caption of a table."""
     settings, encoder = about["settings"], about["settings"]["encoder"]
     kwargs, masking = encoder["kwargs"], settings["masking"]
-    shape = f"width {kwargs['embed_dim']}, depth {kwargs['depth']}, " if {"embed_dim", "depth"} <= set(kwargs) else ""
+    shape = (
+        f"width {kwargs['embed_dim']}, depth {kwargs['depth']}, "
+        if {"embed_dim", "depth"} <= set(kwargs)
+        else ""
+    )
     model = f"{encoder['name']}, {shape}{about['parameters'] / 1e6:.2f} million parameters"
     stripes = f"{masking['width']} wide" if masking["kind"] == "stripes" else ""
-    return model, (f"{about['pictures']:,} unlabelled photographs of other people, {settings['steps']:,} steps of "
-                   f"{settings['batch']} ({masking['kind']} {stripes}, P = {masking['cls_in_source']}, "
-                   f"{settings['weights']['kind']} weights)")
+    return model, (
+        f"{about['pictures']:,} unlabelled photographs of other people, {settings['steps']:,} steps of "
+        f"{settings['batch']} ({masking['kind']} {stripes}, P = {masking['cls_in_source']}, "
+        f"{settings['weights']['kind']} weights)"
+    )
 
 # %% ../nbs/60_report.ipynb #081a3a16
 def stage_durations(folder: Path) -> list[tuple[str, float]]:
-    "(stage, seconds) of the executed notebooks in `folder`, in the order in which they ran."
+    """(stage, seconds) of the executed notebooks in `folder`, in the order in which they ran."""
     found = []
     for path in folder.glob("*.ipynb"):
         about = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
@@ -662,7 +872,11 @@ def stage_durations(folder: Path) -> list[tuple[str, float]]:
     return [(stage, seconds) for _, stage, seconds in sorted(found)]
 
 # %% ../nbs/60_report.ipynb #ebc3390b
-WRITTEN = ("figures", "dvc.lock", "README.md")  # tracked, and made anew by a run: DVC removes a stage's outputs before it runs it
+WRITTEN = (
+    "figures",
+    "dvc.lock",
+    "README.md",
+)  # tracked, and made anew by a run: DVC removes a stage's outputs before it runs it
 
 
 def provenance(root, settings=None, seed: int | None = None, started: float | None = None) -> dict:
@@ -670,10 +884,21 @@ def provenance(root, settings=None, seed: int | None = None, started: float | No
 
     `settings` is a section of params.yaml or any JSON object; `started` is `time.time()` at the start."""
     from importlib.metadata import version
+
     packages = ("mefem", "torch", "timm", "numpy", "pandas", "scikit-learn")
     return {
         "commit": _git(root, "rev-parse", "HEAD") or None,
-        "changed": bool(_git(root, "status", "--porcelain", "-uno", "--", ":(top)", *(f":(top,exclude){name}" for name in WRITTEN))),
+        "changed": bool(
+            _git(
+                root,
+                "status",
+                "--porcelain",
+                "-uno",
+                "--",
+                ":(top)",
+                *(f":(top,exclude){name}" for name in WRITTEN),
+            )
+        ),
         "settings": settings_hash(settings) if settings is not None else None,
         "seed": seed,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},

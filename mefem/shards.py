@@ -36,15 +36,15 @@ SUCCESS = "success"  # img2dataset's status of a picture that is in the tar
 
 
 class ShardError(ValueError):
-    "A shard or manifest that is not what it says it is; the text names the file and what was expected."
+    """A shard or manifest that is not what it says it is; the text names the file and what was expected."""
 
 
 class DataAbsent(FileNotFoundError):
-    "The data set was not there when the crops were made; the text says why."
+    """The data set was not there when the crops were made; the text says why."""
 
 # %% ../nbs/11_shards.ipynb #96d84dd4
 def shard_paths(folder, index: int) -> tuple[Path, Path, Path]:
-    "Paths of the tar, the parquet and the stats file of shard `index`."
+    """Paths of the tar, the parquet and the stats file of shard `index`."""
     base = Path(folder)
     return base / f"{index:05d}.tar", base / f"{index:05d}.parquet", base / f"{index:05d}_stats.json"
 
@@ -53,9 +53,11 @@ _KEY = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\x00-\x1f\\][^\x00-\x1f\\]*")
 
 
 def check_key(key: str) -> str:
-    "`key` itself if it can name files in a shard; `ShardError` otherwise."
+    """`key` itself if it can name files in a shard; `ShardError` otherwise."""
     if not isinstance(key, str) or not _KEY.fullmatch(key) or "." in key.rpartition("/")[2]:
-        raise ShardError(f"key {key!r}: expected a relative file name without dots, backslashes and control characters")
+        raise ShardError(
+            f"key {key!r}: expected a relative file name without dots, backslashes and control characters"
+        )
     return key
 
 # %% ../nbs/11_shards.ipynb #2958ab54
@@ -66,7 +68,7 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 # %% ../nbs/11_shards.ipynb #68f834e4
 def _content(*paths) -> str:
-    "SHA-256 over the whole content of files, in hexadecimal digits."
+    """SHA-256 over the whole content of files, in hexadecimal digits."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
@@ -75,7 +77,7 @@ def _content(*paths) -> str:
 
 # %% ../nbs/11_shards.ipynb #a2350997
 class ShardWriter:
-    "Context manager that writes one shard; nothing appears under its final name before the block has ended well."
+    """Context manager that writes one shard; nothing appears under its final name before the block has ended well."""
 
     def __init__(self, folder, index: int, settings: dict | None = None):
         self.tar_path, self.parquet_path, self.stats_path = shard_paths(folder, index)
@@ -89,7 +91,7 @@ class ShardWriter:
         return self
 
     def add_sample(self, key: str, jpeg: bytes, meta: dict) -> None:
-        "Append a picture and its description to the tar; `ShardError` where the key cannot be used or was."
+        """Append a picture and its description to the tar; `ShardError` where the key cannot be used or was."""
         if check_key(key) in self._keys:
             raise ShardError(f"{self.tar_path}: key {key!r} comes twice")
         self._keys.add(key)
@@ -98,7 +100,7 @@ class ShardWriter:
         self.samples += 1
 
     def add_row(self, row: dict) -> None:
-        "Append a row to the parquet; it has at least `key` and `status`."
+        """Append a row to the parquet; it has at least `key` and `status`."""
         self.rows.append(row)
 
     def __exit__(self, *error):
@@ -113,12 +115,19 @@ class ShardWriter:
     def _stats(self) -> dict:
         status = Counter(row["status"] for row in self.rows)
         if status[SUCCESS] != self.samples:
-            raise ShardError(f"{self.tar_path}: {self.samples} pictures, but {status[SUCCESS]} rows say {SUCCESS!r}")
-        return {"count": len(self.rows), "successes": self.samples, "status_dict": dict(status), "settings": self.settings}
+            raise ShardError(
+                f"{self.tar_path}: {self.samples} pictures, but {status[SUCCESS]} rows say {SUCCESS!r}"
+            )
+        return {
+            "count": len(self.rows),
+            "successes": self.samples,
+            "status_dict": dict(status),
+            "settings": self.settings,
+        }
 
 # %% ../nbs/11_shards.ipynb #d3137d7d
 def _schema(rows: list[dict]) -> pa.Schema:
-    "Schema over all rows (pyarrow's own inference takes the columns of the first row only)."
+    """Schema over all rows (pyarrow's own inference takes the columns of the first row only)."""
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["key", "status"]
     kinds = {name: pa.array([row.get(name) for row in rows], from_pandas=True).type for name in names}
     text = ("key", "status", "error_message")  # strings even in a shard in which they are all empty
@@ -140,7 +149,7 @@ def write_shard(folder, index: int, samples, rows, settings: dict | None = None)
 
 # %% ../nbs/11_shards.ipynb #35a0896e
 def finished_stats(folder, index: int, settings: dict) -> dict | None:
-    "Stats of a shard that is whole and was made with the same settings; None where it has to be made."
+    """Stats of a shard that is whole and was made with the same settings; None where it has to be made."""
     tar, parquet, stats = shard_paths(folder, index)
     if not (tar.exists() and parquet.exists() and stats.exists()):
         return None
@@ -152,37 +161,65 @@ def finished_stats(folder, index: int, settings: dict) -> dict | None:
 
 # %% ../nbs/11_shards.ipynb #24c83710
 def _check_manifest(manifest: dict, where) -> dict:
-    "The manifest itself, if its counts add up; `ShardError` otherwise."
+    """The manifest itself, if its counts add up; `ShardError` otherwise."""
     dropped, shards = manifest["dropped"], manifest["shards"]
     if manifest["usable"] + sum(dropped.values()) != manifest["original"]:
-        raise ShardError(f"{where}: {manifest['usable']} usable + {sum(dropped.values())} dropped ({dropped}) is not "
-                         f"the {manifest['original']} of the publisher's list")
+        raise ShardError(
+            f"{where}: {manifest['usable']} usable + {sum(dropped.values())} dropped ({dropped}) is not "
+            f"the {manifest['original']} of the publisher's list"
+        )
     if sum(shard["usable"] for shard in shards) != manifest["usable"]:
-        raise ShardError(f"{where}: the shards hold {sum(shard['usable'] for shard in shards)} usable pictures, "
-                         f"the manifest says {manifest['usable']}")
+        raise ShardError(
+            f"{where}: the shards hold {sum(shard['usable'] for shard in shards)} usable pictures, "
+            f"the manifest says {manifest['usable']}"
+        )
     return manifest
 
 # %% ../nbs/11_shards.ipynb #fd69d1af
-def write_manifest(folder, dataset: str, original: int, stats: list[dict], crop: dict, simulated: bool = False,
-                   state: str = "present", reason: str = "") -> dict:
-    "Sum up the shards' stats (in order) as `manifest.json` and return it; `ShardError` where the counts do not add up."
+def write_manifest(
+    folder,
+    dataset: str,
+    original: int,
+    stats: list[dict],
+    crop: dict,
+    simulated: bool = False,
+    state: str = "present",
+    reason: str = "",
+) -> dict:
+    """Sum up the shards' stats (in order) as `manifest.json` and return it; `ShardError` where the counts do not add up."""
     status = sum((Counter(part["status_dict"]) for part in stats), Counter())
     manifest = {
-        "dataset": dataset, "state": state, "reason": reason, "simulated": simulated, "original": original,
-        "usable": status.pop(SUCCESS, 0), "dropped": dict(sorted(status.items())), "crop": crop,
-        "shards": [{"name": f"{index:05d}", "original": part["count"], "usable": part["successes"], "sha256": part.get("sha256")}
-                   for index, part in enumerate(stats)]}
+        "dataset": dataset,
+        "state": state,
+        "reason": reason,
+        "simulated": simulated,
+        "original": original,
+        "usable": status.pop(SUCCESS, 0),
+        "dropped": dict(sorted(status.items())),
+        "crop": crop,
+        "shards": [
+            {
+                "name": f"{index:05d}",
+                "original": part["count"],
+                "usable": part["successes"],
+                "sha256": part.get("sha256"),
+            }
+            for index, part in enumerate(stats)
+        ],
+    }
     write_json(Path(folder) / "manifest.json", _check_manifest(manifest, folder))
     return manifest
 
 # %% ../nbs/11_shards.ipynb #ba059e98
 def read_manifest(folder) -> dict:
-    "The manifest of a folder of shards; `ShardError` where there is none or its counts do not add up."
+    """The manifest of a folder of shards; `ShardError` where there is none or its counts do not add up."""
     path = Path(folder) / "manifest.json"
     try:
         return _check_manifest(json.loads(path.read_bytes()), path)
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: expected a folder of finished crops (run the crop stage first)") from None
+        raise ShardError(
+            f"{path} is missing: expected a folder of finished crops (run the crop stage first)"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is no manifest of crops: {error!r}") from None
 
@@ -195,10 +232,13 @@ def _present_shards(folder) -> list[dict]:
 
 # %% ../nbs/11_shards.ipynb #27ce5908
 def crops_hash(*folders, leaks=None) -> str:
-    "16 hexadecimal digits that change with the crops in `folders` (and with the file `leaks`)."
+    """16 hexadecimal digits that change with the crops in `folders` (and with the file `leaks`)."""
     files = [leaks] if leaks else []
     for folder in map(Path, folders):
-        files += [folder / "manifest.json", *sorted([*folder.glob("[0-9]*.tar"), *folder.glob("[0-9]*.parquet")])]
+        files += [
+            folder / "manifest.json",
+            *sorted([*folder.glob("[0-9]*.tar"), *folder.glob("[0-9]*.parquet")]),
+        ]
     return files_hash(files)
 
 # %% ../nbs/11_shards.ipynb #344509de
@@ -207,7 +247,7 @@ _LEFT = re.compile(rf"\.({_SHARD.pattern}|manifest\.json)\.[^.]+")
 
 
 def remove_shards_from(folder, index: int) -> None:
-    "Remove shards `index` and higher, and what killed processes left half written."
+    """Remove shards `index` and higher, and what killed processes left half written."""
     for path in Path(folder).glob("*"):
         found = _SHARD.fullmatch(path.name)
         if _LEFT.fullmatch(path.name) or (found and int(found[1]) >= index):
@@ -215,21 +255,21 @@ def remove_shards_from(folder, index: int) -> None:
 
 # %% ../nbs/11_shards.ipynb #120c5936
 class MemberRefused(KeyError):
-    "A member of a tar that is not read; the text is the reason."
+    """A member of a tar that is not read; the text is the reason."""
 
     def __str__(self):
         return self.args[0]
 
 
 class TarIndex(dict):
-    "Name -> (offset, length in bytes) of the files of a tar. `refused`: name -> reason. `damage`: None if it is whole."
+    """Name -> (offset, length in bytes) of the files of a tar. `refused`: name -> reason. `damage`: None if it is whole."""
 
     def __init__(self):
         self.refused, self.damage = {}, None
 
 # %% ../nbs/11_shards.ipynb #37350ce4
 def _refusal(entry: tarfile.TarInfo, index: TarIndex) -> str | None:
-    "Why a member is not read; None where it is."
+    """Why a member is not read; None where it is."""
     if entry.name.startswith("/") or ".." in entry.name.split("/"):
         return "unsafe path"
     if entry.issym() or entry.islnk():
@@ -251,7 +291,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 def _scan(path, file, index: TarIndex) -> str | None:
-    "Fill `index` from an opened tar; returns what is wrong with it, None if it is whole."
+    """Fill `index` from an opened tar; returns what is wrong with it, None if it is whole."""
     end, size = 0, os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -265,7 +305,11 @@ def _scan(path, file, index: TarIndex) -> str | None:
         return f"{path} is truncated or no tar: {error} (size {size} bytes)"
     if size < end + 2 * _BLOCK:
         return f"{path} is truncated: {size} bytes, expected at least {end + 2 * _BLOCK}"
-    return None if os.pread(file.fileno(), 2 * _BLOCK, end) == bytes(2 * _BLOCK) else f"{path} is damaged at byte {end}"
+    return (
+        None
+        if os.pread(file.fileno(), 2 * _BLOCK, end) == bytes(2 * _BLOCK)
+        else f"{path} is damaged at byte {end}"
+    )
 
 # %% ../nbs/11_shards.ipynb #bbe58ddc
 def tar_index(path, damaged: bool = False) -> TarIndex:
@@ -305,7 +349,7 @@ def open_tar(path, damaged: bool = False):
 
 # %% ../nbs/11_shards.ipynb #f09ccc3b
 def _read_rows(folder, shard: dict) -> pa.Table:
-    "Rows of a shard's usable pictures."
+    """Rows of a shard's usable pictures."""
     path = Path(folder) / f"{shard['name']}.parquet"
     try:
         table = pq.read_table(path)
@@ -313,12 +357,14 @@ def _read_rows(folder, shard: dict) -> pa.Table:
         raise ShardError(f"{path} cannot be read: {error}") from None
     table = table.filter(pa.compute.equal(table["status"], SUCCESS))
     if len(table) != shard["usable"]:
-        raise ShardError(f"{path} has {len(table)} usable rows, expected {shard['usable']} as in manifest.json")
+        raise ShardError(
+            f"{path} has {len(table)} usable rows, expected {shard['usable']} as in manifest.json"
+        )
     return table.drop_columns([name for name in ("status", "error_message") if name in table.column_names])
 
 # %% ../nbs/11_shards.ipynb #5377ac76
 def read_labels(folder) -> pd.DataFrame:
-    "Labels of the usable pictures in the order of the shards, one row each, with `key`."
+    """Labels of the usable pictures in the order of the shards, one row each, with `key`."""
     tables = [_read_rows(folder, shard) for shard in _present_shards(folder)]
     if not tables:
         return pd.DataFrame({"key": pd.Series([], dtype=str)})
@@ -335,7 +381,7 @@ def _read_member(read, path, name: str) -> bytes:
 
 
 def iter_samples(folder):
-    "(key, JPEG bytes, description) of each usable picture, in the order of `read_labels`."
+    """(key, JPEG bytes, description) of each usable picture, in the order of `read_labels`."""
     for shard in _present_shards(folder):
         path = Path(folder) / f"{shard['name']}.tar"
         with open_tar(path) as read:
@@ -347,21 +393,27 @@ def _read_meta(read, path, name: str) -> dict:
     try:
         return json.loads(_read_member(read, path, name))
     except ValueError as error:
-        raise error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is no JSON: {error}") from None
+        raise (
+            error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is no JSON: {error}")
+        ) from None
 
 # %% ../nbs/11_shards.ipynb #0a4a3144
 def decode_square(jpeg: bytes, size: int, name: str) -> np.ndarray:
-    "A stored crop as uint8 [size, size, 3]; `ShardError` with its `name` where it cannot be decoded."
+    """A stored crop as uint8 [size, size, 3]; `ShardError` with its `name` where it cannot be decoded."""
     try:
         image = Image.open(io.BytesIO(jpeg))
         image.draft("RGB", (size, size))
         image = image.convert("RGB")
     except Exception as error:  # as many kinds as Pillow has decoders
         raise ShardError(f"{name} cannot be decoded: {error}") from None
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(
+        image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+    )
 
 # %% ../nbs/11_shards.ipynb #4a09f27b
-def load_images(folder, size: int | None = None, limit: int | None = None, jobs: int | None = None) -> np.ndarray:
+def load_images(
+    folder, size: int | None = None, limit: int | None = None, jobs: int | None = None
+) -> np.ndarray:
     """Usable pictures as uint8 [N, size, size, 3], in the order of `read_labels`.
 
     `size`: pixels per side (None: as stored); `limit`: only the first so many; `jobs`: threads (None: all cores).
@@ -379,10 +431,11 @@ def load_images(folder, size: int | None = None, limit: int | None = None, jobs:
 
 # %% ../nbs/11_shards.ipynb #02fe0939
 def _load_shard(folder, shard: dict, images: np.ndarray, pool: ThreadPoolExecutor) -> int:
-    "Decode a shard's pictures into the front of `images` (as many as fit); returns how many."
+    """Decode a shard's pictures into the front of `images` (as many as fit); returns how many."""
     path = Path(folder) / f"{shard['name']}.tar"
     keys = _read_rows(folder, shard)["key"].to_pylist()[: len(images)]
     with open_tar(path) as read:
+
         def fill(number):
             name = f"{keys[number]}.jpg"
             images[number] = decode_square(_read_member(read, path, name), images.shape[1], f"{path}: {name}")
@@ -393,7 +446,7 @@ def _load_shard(folder, shard: dict, images: np.ndarray, pool: ThreadPoolExecuto
 
 # %% ../nbs/11_shards.ipynb #bbd69da5
 class ClusterAbsent(RuntimeError):
-    "The cluster cannot be used; the text says why."
+    """The cluster cannot be used; the text says why."""
 
 
 @contextlib.contextmanager
@@ -406,7 +459,10 @@ def on_cluster(address: str | None = None, timeout: float = 30):
     if not address:
         yield
         return
-    with _client(address, timeout) as client, parallel_config("dask", client=client, wait_for_workers_timeout=timeout):
+    with (
+        _client(address, timeout) as client,
+        parallel_config("dask", client=client, wait_for_workers_timeout=timeout),
+    ):
         yield
 
 # %% ../nbs/11_shards.ipynb #8ea7b827
@@ -414,22 +470,28 @@ def _client(address: str, timeout: float):
     try:
         from distributed import Client
     except ImportError:
-        raise ClusterAbsent("working on a cluster needs the package distributed: pip install distributed") from None
+        raise ClusterAbsent(
+            "working on a cluster needs the package distributed: pip install distributed"
+        ) from None
     try:
         return Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise ClusterAbsent(f"no Dask scheduler answers at {address!r} (expected e.g. tcp://10.0.0.1:8786): {error}") from None
+        raise ClusterAbsent(
+            f"no Dask scheduler answers at {address!r} (expected e.g. tcp://10.0.0.1:8786): {error}"
+        ) from None
 
 # %% ../nbs/11_shards.ipynb #47f96b54
 LEAKS = "leaks.json"
 
 
 def leaked_keys(faces, name: str) -> set[str]:
-    "Keys of data set `name` that `faces`/leaks.json (data/faces) lists as near-duplicates of evaluation photographs."
+    """Keys of data set `name` that `faces`/leaks.json (data/faces) lists as near-duplicates of evaluation photographs."""
     path = Path(faces) / LEAKS
     try:
         return set(json.loads(path.read_bytes())["leaked"].get(name, ()))
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: run the datasheets stage before leaving out what it found") from None
+        raise ShardError(
+            f"{path} is missing: run the datasheets stage before leaving out what it found"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ShardError(f"{path} is no list of leaked photographs: {error!r}") from None

@@ -41,24 +41,36 @@ from .jepa import JEPA, normalise_targets, sigreg
 from .masking import TokenSplit, create_masking
 from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
 from .shards import crops_hash
-from .monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
+from mefem.monitoring import (
+    alpha_req,
+    health,
+    linear_probe,
+    peak_operations,
+    rankme,
+    relative_spread,
+    step_operations,
+)
 from .weighting import create_weights
 
 # %% ../nbs/45_training.ipynb #7a5c4ce6
 def cosine(start: float, end: float, progress: float) -> float:
-    "From `start` (progress 0) to `end` (progress 1) along half a cosine."
+    """From `start` (progress 0) to `end` (progress 1) along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
 def schedule(step: int, steps: int, o) -> dict:
-    "Learning rate, weight decay and EMA momentum at `step` (0 .. steps - 1) of the settings `o` (an `Optimiser` section)."
+    """Learning rate, weight decay and EMA momentum at `step` (0 .. steps - 1) of the settings `o` (an `Optimiser` section)."""
     progress = step / max(1, steps)
     warmup = max(1, round(o.warmup * steps))
     if step < warmup:
         lr = o.start_lr + (o.lr - o.start_lr) * (step + 1) / warmup
     else:
         lr = cosine(o.lr, o.final_lr, (step - warmup) / max(1, steps - warmup))
-    return {"lr": lr, "weight_decay": cosine(*o.weight_decay, progress), "ema": o.ema[0] + (o.ema[1] - o.ema[0]) * progress}
+    return {
+        "lr": lr,
+        "weight_decay": cosine(*o.weight_decay, progress),
+        "ema": o.ema[0] + (o.ema[1] - o.ema[0]) * progress,
+    }
 
 # %% ../nbs/45_training.ipynb #c35a6c18
 class Order:
@@ -75,7 +87,7 @@ class Order:
         self._groups, self._members = lru_cache(4)(self._groups), lru_cache(4)(self._members)
 
     def _groups(self, epoch: int):
-        "Shards of each group of `epoch`, and the place in the epoch at which each group ends."
+        """Shards of each group of `epoch`, and the place in the epoch at which each group ends."""
         if self.window is None:
             return [np.arange(len(self.lengths))], np.array([self.count])
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
@@ -83,26 +95,30 @@ class Order:
         return groups, np.cumsum([self.lengths[group].sum() for group in groups])
 
     def _members(self, epoch: int, group: int) -> np.ndarray:
-        "The pictures of one group in their order."
+        """The pictures of one group in their order."""
         shards = self._groups(epoch)[0][group]
         pictures = np.concatenate([np.arange(self.first[s], self.first[s] + self.lengths[s]) for s in shards])
         seed = [self.seed, epoch] if self.window is None else [self.seed, epoch, group + 1]
         return np.random.default_rng(seed).permutation(pictures)
 
     def batch(self, step: int, batch: int) -> np.ndarray:
-        "Numbers of the `batch` pictures of `step`, int64."
+        """Numbers of the `batch` pictures of `step`, int64."""
         epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), self.count)
         return np.concatenate([self._at(int(epoch), places[epochs == epoch]) for epoch in np.unique(epochs)])
 
     def _at(self, epoch: int, places: np.ndarray) -> np.ndarray:
         ends = self._groups(epoch)[1]
         groups, starts = np.searchsorted(ends, places, side="right"), np.concatenate([[0], ends])
-        return np.concatenate([self._members(epoch, int(group))[places[groups == group] - starts[group]]
-                               for group in np.unique(groups)])
+        return np.concatenate(
+            [
+                self._members(epoch, int(group))[places[groups == group] - starts[group]]
+                for group in np.unique(groups)
+            ]
+        )
 
 # %% ../nbs/45_training.ipynb #b2fe7b2f
 class MemoryPictures:
-    "Decoded pictures, uint8 [N, H, W, 3], in memory or on the device; `lengths`: of the shards they came from."
+    """Decoded pictures, uint8 [N, H, W, 3], in memory or on the device; `lengths`: of the shards they came from."""
 
     def __init__(self, images, lengths=None):
         self.images = torch.as_tensor(images)
@@ -112,16 +128,16 @@ class MemoryPictures:
         return len(self.images)
 
     def read(self, numbers) -> torch.Tensor:
-        "Pictures by number, uint8 [B, H, W, 3], where they lie."
+        """Pictures by number, uint8 [B, H, W, 3], where they lie."""
         return self.images[torch.as_tensor(numbers).to(self.images.device)]
 
     def content_hash(self) -> str:
-        "16 hexadecimal digits over size and bytes of all pictures."
+        """16 hexadecimal digits over size and bytes of all pictures."""
         content = np.ascontiguousarray(self.images.cpu().numpy())
         return hashlib.sha256(repr(content.shape).encode() + memoryview(content).cast("B")).hexdigest()[:16]
 
     def to_device(self, device, share: float = 0.3) -> None:
-        "Move the whole set to a GPU, if it takes less than `share` of what is free there: then no step copies anything."
+        """Move the whole set to a GPU, if it takes less than `share` of what is free there: then no step copies anything."""
         if device.type == "cuda" and self.images.numel() < share * torch.cuda.mem_get_info(device)[0]:
             self.images = self.images.to(device)
 
@@ -142,7 +158,7 @@ def train_rows(folder, exclude_leaked: bool = False) -> np.ndarray:
 
 
 def shard_lengths(folder, exclude_leaked: bool = False) -> list[int]:
-    "Pictures of each shard of `folder` that may be trained on."
+    """Pictures of each shard of `folder` that may be trained on."""
     from mefem.shards import read_manifest
 
     ends = np.cumsum([shard["usable"] for shard in read_manifest(folder)["shards"]])
@@ -150,7 +166,7 @@ def shard_lengths(folder, exclude_leaked: bool = False) -> list[int]:
 
 # %% ../nbs/45_training.ipynb #a32043e3
 def _locate(path: Path, keys) -> np.ndarray:
-    "int64 [len(keys), 2]: offset and size in the tar of each key's picture."
+    """int64 [len(keys), 2]: offset and size in the tar of each key's picture."""
     from mefem.shards import ShardError, tar_index
 
     members = tar_index(path)
@@ -161,7 +177,7 @@ def _locate(path: Path, keys) -> np.ndarray:
 
 
 def locate_pictures(folder, exclude_leaked: bool = False, jobs: int | None = None) -> list[np.ndarray]:
-    "Offset and size of the pictures that may be trained on, int64 [n, 2] for each shard of `folder`."
+    """Offset and size of the pictures that may be trained on, int64 [n, 2] for each shard of `folder`."""
     from joblib import Parallel, delayed
 
     from mefem.shards import read_labels, read_manifest, shard_paths
@@ -171,12 +187,14 @@ def locate_pictures(folder, exclude_leaked: bool = False, jobs: int | None = Non
     ends = np.cumsum([shard["usable"] for shard in shards])
     parts = zip(np.split(keys, ends[:-1]), np.split(wanted, ends[:-1]), strict=True)
     jobs = jobs or min(usable_cores(), -(-len(shards) // 8))
-    return Parallel(n_jobs=jobs)(delayed(_locate)(shard_paths(folder, number)[0], part[rows])
-                                 for number, (part, rows) in enumerate(parts))
+    return Parallel(n_jobs=jobs)(
+        delayed(_locate)(shard_paths(folder, number)[0], part[rows])
+        for number, (part, rows) in enumerate(parts)
+    )
 
 # %% ../nbs/45_training.ipynb #0ce77df8
 def shard_index(folders, path=None, exclude_leaked: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    "(pictures of each shard, offset and size of each picture [N, 2]) of all `folders`; kept in the file `path`, if given."
+    """(pictures of each shard, offset and size of each picture [N, 2]) of all `folders`; kept in the file `path`, if given."""
     import io
 
     if path is not None and Path(path).exists():
@@ -191,7 +209,7 @@ def shard_index(folders, path=None, exclude_leaked: bool = False) -> tuple[np.nd
 
 # %% ../nbs/45_training.ipynb #4759f18f
 class ShardPictures:
-    "Pictures that stay in their tar shards and are decoded when they are read, at `size` pixels. `index`: a file for `shard_index`."
+    """Pictures that stay in their tar shards and are decoded when they are read, at `size` pixels. `index`: a file for `shard_index`."""
 
     def __init__(self, folders, size: int, index=None, exclude_leaked: bool = False):
         from mefem.shards import read_manifest, shard_paths
@@ -205,7 +223,7 @@ class ShardPictures:
         return len(self.places)
 
     def read(self, numbers) -> torch.Tensor:
-        "Pictures by number, decoded, uint8 [B, size, size, 3]."
+        """Pictures by number, decoded, uint8 [B, size, size, 3]."""
         from mefem.shards import decode_square
 
         out = np.empty((len(numbers), self.size, self.size, 3), np.uint8)
@@ -217,7 +235,7 @@ class ShardPictures:
         return torch.from_numpy(out)
 
     def content_hash(self) -> str:
-        "16 hexadecimal digits over the shards' files and the places of the pictures in them."
+        """16 hexadecimal digits over the shards' files and the places of the pictures in them."""
         return hashlib.sha256(files_hash(self.paths).encode() + self.places.tobytes()).hexdigest()[:16]
 
     def _handle(self, shard: int, most: int = 128) -> int:
@@ -237,7 +255,7 @@ class ShardPictures:
 
 # %% ../nbs/45_training.ipynb #3636d746
 class World(NamedTuple):
-    "This process's place in a run: `rank` among `size`, `local_size` of them on this machine; `group` carries small messages."
+    """This process's place in a run: `rank` among `size`, `local_size` of them on this machine; `group` carries small messages."""
 
     rank: int = 0
     size: int = 1
@@ -245,18 +263,18 @@ class World(NamedTuple):
     group: object = None
 
     def part(self, batch: int) -> slice:
-        "This process's part of a batch."
+        """This process's part of a batch."""
         return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        "Mean over the processes."
+        """Mean over the processes."""
         if self.size > 1:
             dist.all_reduce(values)
             values = values / self.size
         return values
 
     def largest(self, number: int) -> int:
-        "The largest of the processes' numbers; through the processors, so that no GPU is waited for."
+        """The largest of the processes' numbers; through the processors, so that no GPU is waited for."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -264,7 +282,7 @@ class World(NamedTuple):
         return int(tensor)
 
     def wait(self) -> None:
-        "Until all processes are here."
+        """Until all processes are here."""
         self.largest(0)
 
 
@@ -272,22 +290,29 @@ ALONE = World()
 
 # %% ../nbs/45_training.ipynb #cff3faae
 def join_world(config: Pretrain) -> tuple[World, torch.device]:
-    "This process's place in the run, by torchrun's environment variables (alone where there are none), and its device."
-    device, size = choose_device(config.device), int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    """This process's place in the run, by torchrun's environment variables (alone where there are none), and its device."""
+    device, size = (
+        choose_device(config.device),
+        int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1,
+    )
     if size == 1:
         return ALONE, device
     if config.batch % size:
-        raise SettingsError(f"batch {config.batch} cannot be shared by {size} processes: choose a multiple of {size}")
+        raise SettingsError(
+            f"batch {config.batch} cannot be shared by {size} processes: choose a multiple of {size}"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), dist.new_group(backend="gloo")), device
+    return World(
+        dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), dist.new_group(backend="gloo")
+    ), device
 
 # %% ../nbs/45_training.ipynb #2b33fd43
 class _Steps(torch.utils.data.Dataset):
-    "Item `step`: this process's pictures of that step, bytes."
+    """Item `step`: this process's pictures of that step, bytes."""
 
     def __init__(self, pictures, order: Order, batch: int, world: World):
         self.pictures, self.order, self.batch, self.part = pictures, order, batch, world.part(batch)
@@ -302,36 +327,51 @@ def _ignore_stop(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def batches(pictures, order: Order, batch: int, steps: range, world: World = ALONE, workers: int = 0, pin: bool = False):
-    "This process's pictures of each of `steps`, in turn: uint8 [batch / world.size, H, W, 3]."
+def batches(
+    pictures,
+    order: Order,
+    batch: int,
+    steps: range,
+    world: World = ALONE,
+    workers: int = 0,
+    pin: bool = False,
+):
+    """This process's pictures of each of `steps`, in turn: uint8 [batch / world.size, H, W, 3]."""
     dataset = _Steps(pictures, order, batch, world)
     if isinstance(pictures, MemoryPictures):
         return (dataset[step] for step in steps)
     return torch.utils.data.DataLoader(
-        dataset, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=_ignore_stop,
-        prefetch_factor=4 if workers else None, generator=torch.Generator())  # its own: the run's must not be drawn from
+        dataset,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_ignore_stop,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
+    )  # its own: the run's must not be drawn from
 
 # %% ../nbs/45_training.ipynb #c4fc2063
 class GlobalBatchJEPA(JEPA):
-    "JEPA whose statistics and draws are those of the whole batch, of which this process has a part."
+    """JEPA whose statistics and draws are those of the whole batch, of which this process has a part."""
 
     @property
     def world(self) -> World:
         return World(dist.get_rank(), dist.get_world_size())
 
     def targets(self, images, index, everything=None):
-        "As in `JEPA`; `mefem.jepa.normalise_targets` with sums over all processes."
+        """As in `JEPA`; `mefem.jepa.normalise_targets` with sums over all processes."""
         if self.target_norm == "layer":
             return super().targets(images, index, everything)
         return normalise_targets(everything, index, self.target_norm, mean=self.world.mean)
 
     def chance(self, samples, generator, device):
-        "This process's part of what one process would draw for all."
+        """This process's part of what one process would draw for all."""
         whole = samples * self.world.size
         return super().chance(whole, generator, device)[self.world.part(whole)]
 
     def regulariser(self, everything, generator):
-        "`mefem.jepa.sigreg` over the pictures of all processes; gradients flow through the mean to each of them."
+        """`mefem.jepa.sigreg` over the pictures of all processes; gradients flow through the mean to each of them."""
         from torch.distributed.nn.functional import all_reduce
 
         size = self.world.size
@@ -339,12 +379,14 @@ class GlobalBatchJEPA(JEPA):
 
 # %% ../nbs/45_training.ipynb #472d27a8
 def encoder_kwargs(config: Pretrain) -> dict:
-    "timm's keyword arguments for the encoder of a run: those of its settings, and no CLS where the masking has none."
-    return dict(config.encoder.kwargs) | ({} if config.masking.cls_in_source is not None else {"class_token": False})
+    """timm's keyword arguments for the encoder of a run: those of its settings, and no CLS where the masking has none."""
+    return dict(config.encoder.kwargs) | (
+        {} if config.masking.cls_in_source is not None else {"class_token": False}
+    )
 
 
 def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
-    "Student, teacher and predictor of a run, initialised from its seed."
+    """Student, teacher and predictor of a run, initialised from its seed."""
     torch.manual_seed(config.seed)
     cls = config.masking.cls_in_source is not None
     encoder = create_encoder(config.encoder.name, **encoder_kwargs(config))
@@ -352,7 +394,16 @@ def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
     predictor = Predictor(encoder.embed_dim, grid, cls, **config.predictor.model_dump())
     masking = create_masking(grid=grid, **config.masking.model_dump())
     weights = create_weights(grid=grid, **config.weights.model_dump())
-    jepa = kind(encoder, predictor, masking, weights, config.teacher_input, config.target_norm, config.target_share, config.sigreg)
+    jepa = kind(
+        encoder,
+        predictor,
+        masking,
+        weights,
+        config.teacher_input,
+        config.target_norm,
+        config.target_share,
+        config.sigreg,
+    )
     device = choose_device(config.device)
     if device.type == "cpu" and choose_precision(config.precision, device) == "bf16":
         fuse_attention(jepa, False)
@@ -360,15 +411,17 @@ def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
 
 
 def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:
-    "AdamW over student and predictor; biases, norms and single tokens are not decayed."
+    """AdamW over student and predictor; biases, norms and single tokens are not decayed."""
     trained = [p for module in (jepa.student, jepa.predictor) for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
-              {"params": [p for p in trained if p.squeeze().ndim <= 1], "decayed": False, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
+        {"params": [p for p in trained if p.squeeze().ndim <= 1], "decayed": False, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.optimiser.lr, betas=config.optimiser.betas, fused=True)
 
 # %% ../nbs/45_training.ipynb #2d71eefb
 class CheckpointError(RuntimeError):
-    "A checkpoint that cannot be written or used; the text names the file and what was expected."
+    """A checkpoint that cannot be written or used; the text names the file and what was expected."""
 
 
 def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
@@ -387,8 +440,10 @@ def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns some failed writes into a RuntimeError
-        raise CheckpointError(f"{path} cannot be written ({error}); the checkpoints before it are untouched: make room, then "
-                              "start the same command again") from error
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); the checkpoints before it are untouched: make room, then "
+            "start the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in sorted(folder.glob("step_*.pt"))[:-keep]:
@@ -406,7 +461,10 @@ def load_checkpoint(folder: Path, made: MadeFrom, anyway: bool = False, say=prin
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a file cut short; all mean the same here
-            say(f"checkpoint {path.name} cannot be read ({type(error).__name__}); trying the one before it", flush=True)
+            say(
+                f"checkpoint {path.name} cannot be read ({type(error).__name__}); trying the one before it",
+                flush=True,
+            )
             continue
         return _accept(state, path, made, anyway, say)
     if paths:
@@ -421,32 +479,40 @@ def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
         return state
     words = f"other {' and '.join(differs)} ({', '.join(f'{name} {before.get(name)}' for name in differs)}; this run: {made})"
     if not anyway:
-        raise CheckpointError(f"{path} was made from {words}. It is left as it is: choose another folder, remove this one if it is no "
-                              "longer wanted, or go on from it with --resume-anyway (resume_anyway=True)")
+        raise CheckpointError(
+            f"{path} was made from {words}. It is left as it is: choose another folder, remove this one if it is no "
+            "longer wanted, or go on from it with --resume-anyway (resume_anyway=True)"
+        )
     if "settings" in differs:
-        raise CheckpointError(f"{path} was made from {words}: with other settings a run cannot go on, not even anyway")
+        raise CheckpointError(
+            f"{path} was made from {words}: with other settings a run cannot go on, not even anyway"
+        )
     say(f"goes on anyway from {path}, made from {words}", flush=True)
     return state | {"adopted": {"step": state["step"], **before}}
 
 # %% ../nbs/45_training.ipynb #36b65423
 def newest_of_others(folder: Path, same_settings: MadeFrom | None = None) -> Path | None:
-    "The newest checkpoint in the folders beside `folder`; `same_settings`: only of runs with these settings."
+    """The newest checkpoint in the folders beside `folder`; `same_settings`: only of runs with these settings."""
     found = []
     for path in folder.parent.glob("*/step_*.pt"):
         about = path.parent / "made_from.json"
         made = json.loads(about.read_text()) if about.is_file() else {}
-        if path.parent != folder and (same_settings is None or made.get("settings") == same_settings.settings):
+        if path.parent != folder and (
+            same_settings is None or made.get("settings") == same_settings.settings
+        ):
             found.append((path.stat().st_mtime_ns, path.name, path))
     return max(found)[2] if found else None
 
 
 def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
-    "Copy the newest checkpoint of these settings, whatever its pictures and code, into the empty `folder`, with its log."
+    """Copy the newest checkpoint of these settings, whatever its pictures and code, into the empty `folder`, with its log."""
     if any(folder.glob("step_*.pt")):
         return
     path = newest_of_others(folder, made)
     if path is None:
-        raise CheckpointError(f"nothing to go on from anyway: {folder.parent} has no checkpoint of settings {made.settings}")
+        raise CheckpointError(
+            f"nothing to go on from anyway: {folder.parent} has no checkpoint of settings {made.settings}"
+        )
     with replacing(folder / path.name) as temporary:
         shutil.copyfile(path, temporary)
     if (log := path.parent / "log.csv").is_file():
@@ -454,39 +520,61 @@ def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
 
 
 def tell_of_others(folder: Path, made: MadeFrom, run: str) -> None:
-    "One line where this run starts anew although checkpoints of other settings, pictures or code lie beside it."
+    """One line where this run starts anew although checkpoints of other settings, pictures or code lie beside it."""
     if any(folder.glob("step_*.pt")) or not (path := newest_of_others(folder)):
         return
     about = path.parent / "made_from.json"
     differs = made.differs(json.loads(about.read_text())) if about.is_file() else ["origin"]
     remedy = "" if "settings" in differs else "; --resume-anyway goes on from it"
-    print(f"{run} starts at step 0: {path.parent.name}/{path.name}, beside it, was made from other {' and '.join(differs)} and is left "
-          f"as it is{remedy}", flush=True)
+    print(
+        f"{run} starts at step 0: {path.parent.name}/{path.name}, beside it, was made from other {' and '.join(differs)} and is left "
+        f"as it is{remedy}",
+        flush=True,
+    )
 
 # %% ../nbs/45_training.ipynb #eb485d0a
-LOG_FIELDS = ("step", "pictures", "loss", "target_spread", "prediction_spread", "teacher_spread", "rankme", "alpha", "probe", "lr",
-              "weight_decay", "ema", "pictures_per_second", "peak_share", "waiting")
+LOG_FIELDS = (
+    "step",
+    "pictures",
+    "loss",
+    "target_spread",
+    "prediction_spread",
+    "teacher_spread",
+    "rankme",
+    "alpha",
+    "probe",
+    "lr",
+    "weight_decay",
+    "ema",
+    "pictures_per_second",
+    "peak_share",
+    "waiting",
+)
 
 
 def cut_log(path: Path, step: int) -> list[dict]:
-    "Keep the rows of `path` up to `step`, and return them; a new file gets its header."
+    """Keep the rows of `path` up to `step`, and return them; a new file gets its header."""
     rows = []
     if path.exists():
         with path.open(newline="") as f:
-            rows = [row for row in csv.DictReader(f) if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+            rows = [
+                row
+                for row in csv.DictReader(f)
+                if (row.get("step") or "").isdigit() and int(row["step"]) <= step
+            ]
     lines = [",".join(LOG_FIELDS)] + [",".join(row.get(key) or "" for key in LOG_FIELDS) for row in rows]
     write_atomic(path, "\n".join(lines) + "\n")
     return rows
 
 
 def append_log(path: Path, row: dict) -> None:
-    "One line at the end of the log; numbers to six digits."
+    """One line at the end of the log; numbers to six digits."""
     with path.open("a") as f:
         f.write(",".join("" if row.get(key) is None else f"{row[key]:.6g}" for key in LOG_FIELDS) + "\n")
 
 # %% ../nbs/45_training.ipynb #ef85301a
 def dvclive_sink(folder: Path, rows: list[dict]):
-    "A function that logs a row through DVCLive into `folder`, which first gets `rows`; `ModuleNotFoundError` without dvclive."
+    """A function that logs a row through DVCLive into `folder`, which first gets `rows`; `ModuleNotFoundError` without dvclive."""
     from dvclive import Live
 
     live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
@@ -513,7 +601,9 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {
+                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def _note(self, number, frame):
@@ -522,7 +612,7 @@ class Stop:
         self.number, self._first = number, min(self._first, time.monotonic())
 
     def leave(self, number: int) -> None:
-        "End as a shell names it: exit code 143 (SIGTERM) or 130 (SIGINT, where a KeyboardInterrupt can end in 1)."
+        """End as a shell names it: exit code 143 (SIGTERM) or 130 (SIGINT, where a KeyboardInterrupt can end in 1)."""
         raise SystemExit(128 + number)
 
     def __exit__(self, *error):
@@ -532,7 +622,7 @@ class Stop:
 # %% ../nbs/45_training.ipynb #fbfc8e24
 @dataclasses.dataclass
 class Run:
-    "What one pretraining holds."
+    """What one pretraining holds."""
 
     config: Pretrain
     folder: Path
@@ -550,28 +640,34 @@ class Run:
     counted: int = 0  # steps at the last check
     clock: float = 0.0  # time of the last check
     waited: float = 0.0  # seconds spent waiting for pictures since then
-    adopted: dict | None = None  # step and origin of the checkpoint of other code or pictures that this run goes on from
+    adopted: dict | None = (
+        None  # step and origin of the checkpoint of other code or pictures that this run goes on from
+    )
 
     @property
     def precision(self) -> str:
-        "Of matrix products: bf16 or fp32."
+        """Of matrix products: bf16 or fp32."""
         return choose_precision(self.config.precision, self.device)
 
     @property
     def chief(self) -> bool:
-        "The one process that writes."
+        """The one process that writes."""
         return self.world.rank == 0
 
 # %% ../nbs/45_training.ipynb #24274275
-def start_run(config: Pretrain, pictures, folder: Path, made: MadeFrom, resume: bool = True, resume_anyway: bool = False) -> Run:
-    "Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them."
+def start_run(
+    config: Pretrain, pictures, folder: Path, made: MadeFrom, resume: bool = True, resume_anyway: bool = False
+) -> Run:
+    """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them."""
     world, device = join_world(config)
     # Told how many, MKL keeps to it; untold it may take fewer for a product, and the last bits are then those of another sum.
     torch.set_num_threads(torch.get_num_threads())
     jepa = build(config, JEPA if world.size == 1 else GlobalBatchJEPA).to(device).train()
     optimiser, forward = optimiser_of(jepa, config), jepa
     if not resume and any(folder.glob("step_*.pt")):
-        raise CheckpointError(f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder")
+        raise CheckpointError(
+            f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
+        )
     state = load_checkpoint(folder, made, resume_anyway, print if world.rank == 0 else lambda *a, **k: None)
     window = None if isinstance(pictures, MemoryPictures) else config.runtime.window
     order = Order(pictures.lengths, config.seed, window)
@@ -580,77 +676,124 @@ def start_run(config: Pretrain, pictures, folder: Path, made: MadeFrom, resume: 
         jepa.load_state_dict(state["jepa"])
         optimiser.load_state_dict(state["optimiser"])
         restore_random(state["random"])
-        before, now = state.get("arithmetic", "what its checkpoint does not say"), arithmetic_of(world, device, choose_precision(config.precision, device))
+        before, now = (
+            state.get("arithmetic", "what its checkpoint does not say"),
+            arithmetic_of(world, device, choose_precision(config.precision, device)),
+        )
         if before != now and world.rank == 0:
-            print(f"this run goes on with {now}; until step {state['step']} it had {before}. The result will not be the same "
-                  "to the last bit as that of a run without the change", flush=True)
+            print(
+                f"this run goes on with {now}; until step {state['step']} it had {before}. The result will not be the same "
+                "to the last bit as that of a run without the change",
+                flush=True,
+            )
     if world.size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(jepa, broadcast_buffers=False, gradient_as_bucket_view=True)
+        forward = torch.nn.parallel.DistributedDataParallel(
+            jepa, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     if config.compile:
         forward = torch.compile(forward)
     start, adopted = (state["step"], state.get("adopted")) if state else (0, None)
     if world.rank == 0:
-        write_json(folder / "made_from.json", dataclasses.asdict(made) | ({"adopted": adopted} if adopted else {}))
-    return Run(config, folder, made, pictures, world, device, jepa, forward, optimiser, order,
-               torch.Generator(device=device), start=start, counted=start, adopted=adopted)
+        write_json(
+            folder / "made_from.json", dataclasses.asdict(made) | ({"adopted": adopted} if adopted else {})
+        )
+    return Run(
+        config,
+        folder,
+        made,
+        pictures,
+        world,
+        device,
+        jepa,
+        forward,
+        optimiser,
+        order,
+        torch.Generator(device=device),
+        start=start,
+        counted=start,
+        adopted=adopted,
+    )
 
 # %% ../nbs/45_training.ipynb #08016fc0
 def resume_order(sampler: dict, pictures, folder) -> Order:
-    "The order that the checkpoint began; `CheckpointError` when the shards have other lengths than then."
+    """The order that the checkpoint began; `CheckpointError` when the shards have other lengths than then."""
     window, lengths = sampler["window"], list(map(int, pictures.lengths))
     if (sum(lengths) != sum(sampler["lengths"])) or (window and lengths != sampler["lengths"]):
-        raise CheckpointError(f"the newest checkpoint in {folder} has seen {sum(sampler['lengths']):,} pictures in "
-                              f"{len(sampler['lengths'])} shards; now there are {sum(lengths):,} in {len(lengths)}: bring the old "
-                              "ones back, or remove the folder")
+        raise CheckpointError(
+            f"the newest checkpoint in {folder} has seen {sum(sampler['lengths']):,} pictures in "
+            f"{len(sampler['lengths'])} shards; now there are {sum(lengths):,} in {len(lengths)}: bring the old "
+            "ones back, or remove the folder"
+        )
     return Order(lengths, sampler["seed"], window)
 
 
 def arithmetic_of(world: World, device: torch.device, precision: str) -> str:
-    "What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, its instructions and the threads of each."
+    """What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, its instructions and the threads of each."""
     found = f"PyTorch {torch.__version__} on {device.type} in {precision}, processes: {world.size}"
     if device.type == "cpu":
-        found += f", instructions: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+        found += (
+            f", instructions: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+        )
     return found
 
 
 def random_state() -> dict:
-    "torch's global random states (dropout and drop path draw from them), of the CPU and of this process's GPU."
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    """torch's global random states (dropout and drop path draw from them), of the CPU and of this process's GPU."""
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
 
 
 def restore_random(state: dict) -> None:
-    "Set what `random_state` gave."
+    """Set what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../nbs/45_training.ipynb #50735a0b
 def save_run(run: Run, step: int) -> None:
-    "Checkpoint by the chief; all processes wait for it. Raises `FloatingPointError` rather than keep weights that are not finite."
+    """Checkpoint by the chief; all processes wait for it. Raises `FloatingPointError` rather than keep weights that are not finite."""
     norms = torch.stack(torch._foreach_norm(list(run.jepa.parameters())))
     if not torch.isfinite(norms).all():
-        raise FloatingPointError(f"weights are not finite after step {step}: no checkpoint written, those in {run.folder} are from "
-                                 "before; lower optimiser.lr or set optimiser.clip")
+        raise FloatingPointError(
+            f"weights are not finite after step {step}: no checkpoint written, those in {run.folder} are from "
+            "before; lower optimiser.lr or set optimiser.clip"
+        )
     if run.chief:
-        sampler = {"lengths": list(map(int, run.order.lengths)), "window": run.order.window, "seed": run.order.seed}
-        state = {"step": step, "made_from": dataclasses.asdict(run.made), "adopted": run.adopted, "sampler": sampler,
-                 "arithmetic": arithmetic_of(run.world, run.device, run.precision), "random": random_state(),
-                 "jepa": run.jepa.state_dict(), "optimiser": run.optimiser.state_dict()}
+        sampler = {
+            "lengths": list(map(int, run.order.lengths)),
+            "window": run.order.window,
+            "seed": run.order.seed,
+        }
+        state = {
+            "step": step,
+            "made_from": dataclasses.asdict(run.made),
+            "adopted": run.adopted,
+            "sampler": sampler,
+            "arithmetic": arithmetic_of(run.world, run.device, run.precision),
+            "random": random_state(),
+            "jepa": run.jepa.state_dict(),
+            "optimiser": run.optimiser.state_dict(),
+        }
         save_checkpoint(run.folder, state, run.config.runtime.keep)
     run.world.wait()
 
 # %% ../nbs/45_training.ipynb #3188a381
 def draw(run: Run, step: int):
-    "(which pictures to flip, bool [B] or None; the token splits) of this process's part of `step`."
+    """(which pictures to flip, bool [B] or None; the token splits) of this process's part of `step`."""
     config, part = run.config, run.world.part(run.config.batch)
     run.generator.manual_seed(config.seed * 1_000_000_007 + step)
-    flipped = torch.rand(config.batch, generator=run.generator, device=run.device)[part] < 0.5 if config.flip else None
+    flipped = (
+        torch.rand(config.batch, generator=run.generator, device=run.device)[part] < 0.5
+        if config.flip
+        else None
+    )
     splits = run.jepa.masking.sample_all(config.batch, run.generator, run.device)
     return flipped, [TokenSplit(split.source[part], split.target[part]) for split in splits]
 
 
 def train_step(run: Run, step: int, images: torch.Tensor) -> dict:
-    "One step on `images`, uint8 [B, H, W, 3]; returns what `JEPA.forward` does. Nothing here makes the host wait for a GPU."
+    """One step on `images`, uint8 [B, H, W, 3]; returns what `JEPA.forward` does. Nothing here makes the host wait for a GPU."""
     config, now = run.config, schedule(step, run.config.steps, run.config.optimiser)
     for group in run.optimiser.param_groups:
         group["lr"] = now["lr"]
@@ -664,26 +807,31 @@ def train_step(run: Run, step: int, images: torch.Tensor) -> dict:
     run.optimiser.zero_grad(set_to_none=True)
     out["loss"].backward()
     if config.optimiser.clip:
-        torch.nn.utils.clip_grad_norm_([p for g in run.optimiser.param_groups for p in g["params"]], config.optimiser.clip)
+        torch.nn.utils.clip_grad_norm_(
+            [p for g in run.optimiser.param_groups for p in g["params"]], config.optimiser.clip
+        )
     run.optimiser.step()
     run.jepa.update_teacher(now["ema"])
     return out
 
 # %% ../nbs/45_training.ipynb #9e93140d
 class Panel:
-    "The pictures that a run is watched by: the first 256 of the training set, and a labelled set for the probe, if any."
+    """The pictures that a run is watched by: the first 256 of the training set, and a labelled set for the probe, if any."""
 
     def __init__(self, run: Run, labelled=None):
         self.images, self.labelled = run.pictures.read(np.arange(min(256, len(run.pictures)))), labelled
         dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-        self.peak, self.operations = peak_operations(run.device, dtype, seconds=0.1), sum(step_operations(run.jepa).values())
+        self.peak, self.operations = (
+            peak_operations(run.device, dtype, seconds=0.1),
+            sum(step_operations(run.jepa).values()),
+        )
 
     def quick(self, run: Run) -> dict:
-        "At every check."
+        """At every check."""
         return {"teacher_spread": relative_spread(teacher_tokens(run.jepa, self.images[:32], run.device))}
 
     def thorough(self, run: Run) -> dict:
-        "With every checkpoint."
+        """With every checkpoint."""
         embeddings = mean_tokens(run.jepa, self.images, run.device)
         if not torch.isfinite(embeddings).all():
             return {}
@@ -696,13 +844,17 @@ class Panel:
 # %% ../nbs/45_training.ipynb #8c3a7646
 @torch.no_grad()
 def teacher_tokens(jepa: JEPA, images: torch.Tensor, device) -> torch.Tensor:
-    "The teacher's patch tokens of pictures uint8 [B, H, W, 3], float32 [B, L * L, D]."
-    return encode_tokens(jepa.teacher, normalise(images.to(device)))[:, int(jepa.teacher.has_class_token):].float()
+    """The teacher's patch tokens of pictures uint8 [B, H, W, 3], float32 [B, L * L, D]."""
+    return encode_tokens(jepa.teacher, normalise(images.to(device)))[
+        :, int(jepa.teacher.has_class_token) :
+    ].float()
 
 
 def mean_tokens(jepa: JEPA, images: torch.Tensor, device) -> torch.Tensor:
-    "The teacher's mean patch token, float32 [N, D] on the CPU."
-    return torch.cat([teacher_tokens(jepa, piece, device).mean(1).cpu() for piece in torch.as_tensor(images).split(64)])
+    """The teacher's mean patch token, float32 [N, D] on the CPU."""
+    return torch.cat(
+        [teacher_tokens(jepa, piece, device).mean(1).cpu() for piece in torch.as_tensor(images).split(64)]
+    )
 
 # %% ../nbs/45_training.ipynb #3d14aa52
 def check(run: Run, done: int, out: dict, panel: Panel | None, thorough: bool) -> dict:
@@ -711,14 +863,22 @@ def check(run: Run, done: int, out: dict, panel: Panel | None, thorough: bool) -
     Raises `FloatingPointError` at the third loss in a row that is not finite."""
     names = ("loss", "target_spread", "prediction_spread")
     values = run.world.mean(torch.stack([out[name].detach().float() for name in names]))
-    row = dict(zip(names, values.tolist(), strict=True)) | schedule(done - 1, run.config.steps, run.config.optimiser)
+    row = dict(zip(names, values.tolist(), strict=True)) | schedule(
+        done - 1, run.config.steps, run.config.optimiser
+    )
     run.bad = 0 if math.isfinite(row["loss"]) else run.bad + 1
     if run.bad == 3:
-        raise FloatingPointError(f"the loss was not finite at three checks in a row, last at step {done}; the newest checkpoint in "
-                                 f"{run.folder} is from before: lower optimiser.lr or set optimiser.clip")
+        raise FloatingPointError(
+            f"the loss was not finite at three checks in a row, last at step {done}; the newest checkpoint in "
+            f"{run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+        )
     seconds, pictures = max(time.perf_counter() - run.clock, 1e-9), (done - run.counted) * run.config.batch
-    row |= {"step": done, "pictures": done * run.config.batch, "pictures_per_second": pictures / seconds,
-            "waiting": run.waited / seconds}
+    row |= {
+        "step": done,
+        "pictures": done * run.config.batch,
+        "pictures_per_second": pictures / seconds,
+        "waiting": run.waited / seconds,
+    }
     if panel:
         row |= panel.quick(run) | (panel.thorough(run) if thorough else {})
         row["peak_share"] = pictures / seconds / run.world.size * panel.operations / panel.peak
@@ -726,8 +886,17 @@ def check(run: Run, done: int, out: dict, panel: Panel | None, thorough: bool) -
     return row
 
 # %% ../nbs/45_training.ipynb #ea24d1a8
-def train(config: Pretrain, pictures, folder: Path, resume: bool = True, progress: bool = True, data: str = "", labelled=None,
-          dvclive: Path | None = None, resume_anyway: bool = False) -> JEPA:
+def train(
+    config: Pretrain,
+    pictures,
+    folder: Path,
+    resume: bool = True,
+    progress: bool = True,
+    data: str = "",
+    labelled=None,
+    dvclive: Path | None = None,
+    resume_anyway: bool = False,
+) -> JEPA:
     """Train on `pictures`, checkpoints and log in `folder`; returns the trained networks.
 
     `pictures`: uint8 [N, H, W, 3], `MemoryPictures` or `ShardPictures`; `data`: their hash, if it is known; `labelled`:
@@ -739,7 +908,9 @@ def train(config: Pretrain, pictures, folder: Path, resume: bool = True, progres
     run = start_run(config, pictures, Path(folder), made, resume, resume_anyway)
     if run.start == config.steps:
         if run.chief:
-            print(f"nothing to do: finished at step {run.start} of {config.steps}, made from {made}", flush=True)
+            print(
+                f"nothing to do: finished at step {run.start} of {config.steps}, made from {made}", flush=True
+            )
         return run.jepa.eval()
     write_row = open_log(run, dvclive)
     panel = Panel(run, labelled) if run.chief else None
@@ -754,24 +925,37 @@ def train(config: Pretrain, pictures, folder: Path, resume: bool = True, progres
             if stopping or save and not run.bad:
                 save_run(run, done)
             if stopping:
-                bar.write(f"stopped after step {done}, its checkpoint is written: the same command goes on from there")
+                bar.write(
+                    f"stopped after step {done}, its checkpoint is written: the same command goes on from there"
+                )
                 stop.leave(stopping)
             bar.update()
     if run.bad:
-        raise FloatingPointError(f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; the newest "
-                                 f"checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip")
+        raise FloatingPointError(
+            f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; the newest "
+            f"checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+        )
     return run.jepa.eval()
 
 # %% ../nbs/45_training.ipynb #badb44ab
 def waiting_for(run: Run):
-    "The batches of a run; the time that the loop waits for them is added up in `run.waited`."
+    """The batches of a run; the time that the loop waits for them is added up in `run.waited`."""
     if isinstance(run.pictures, MemoryPictures):
         run.pictures.to_device(run.device)
     workers = run.config.runtime.workers
     if workers is None:  # a GPU leaves the cores idle, a CPU run needs them itself
         workers = max(1, min(16, usable_cores() // run.world.local_size)) if run.device.type == "cuda" else 1
-    source = iter(batches(run.pictures, run.order, run.config.batch, range(run.start, run.config.steps), run.world, workers,
-                          pin=run.device.type == "cuda"))
+    source = iter(
+        batches(
+            run.pictures,
+            run.order,
+            run.config.batch,
+            range(run.start, run.config.steps),
+            run.world,
+            workers,
+            pin=run.device.type == "cuda",
+        )
+    )
     run.clock = time.perf_counter()
     while True:
         begun = time.perf_counter()
@@ -783,14 +967,20 @@ def waiting_for(run: Run):
 
 
 def progress_bar(run: Run, progress: bool):
-    "A bar on the chief; a line every ten seconds at most."
+    """A bar on the chief; a line every ten seconds at most."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=run.config.steps, initial=run.start, disable=not (progress and run.chief), mininterval=10, unit="step")
+    return tqdm(
+        total=run.config.steps,
+        initial=run.start,
+        disable=not (progress and run.chief),
+        mininterval=10,
+        unit="step",
+    )
 
 
 def open_log(run: Run, dvclive: Path | None = None):
-    "A function that writes a row to `log.csv`, the bar, DVCLive if asked, and says what is wrong; on the chief."
+    """A function that writes a row to `log.csv`, the bar, DVCLive if asked, and says what is wrong; on the chief."""
     if not run.chief:
         return lambda row, bar: None
     path = run.folder / "log.csv"
@@ -801,15 +991,20 @@ def open_log(run: Run, dvclive: Path | None = None):
         append_log(path, row)
         live(row)
         bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['pictures_per_second']:.0f}/s", refresh=False)
-        for warning in health(row["loss"], row["target_spread"], row.get("rankme"), teacher_spread=row["teacher_spread"],
-                              waiting=row["waiting"]):
+        for warning in health(
+            row["loss"],
+            row["target_spread"],
+            row.get("rankme"),
+            teacher_spread=row["teacher_spread"],
+            waiting=row["waiting"],
+        ):
             bar.write(f"step {row['step']}: {warning}")
 
     return write
 
 # %% ../nbs/45_training.ipynb #af17cb85
 def present_sets(folders, say=print) -> list[Path]:
-    "Those of `folders` that hold crops; absent ones are named and passed over. `FileNotFoundError` when all are."
+    """Those of `folders` that hold crops; absent ones are named and passed over. `FileNotFoundError` when all are."""
     from mefem.shards import read_manifest
 
     present = []
@@ -820,20 +1015,26 @@ def present_sets(folders, say=print) -> list[Path]:
         else:
             present.append(folder)
     if not present:
-        raise FileNotFoundError(f"no data set to train on among {', '.join(Path(f).name for f in folders)}: all are absent")
+        raise FileNotFoundError(
+            f"no data set to train on among {', '.join(Path(f).name for f in folders)}: all are absent"
+        )
     return present
 
 # %% ../nbs/45_training.ipynb #6a555035
 def load_pictures(folders, size: int, exclude_leaked: bool = False) -> MemoryPictures:
-    "All crops in `folders` that may be trained on, decoded at `size` pixels."
+    """All crops in `folders` that may be trained on, decoded at `size` pixels."""
     from mefem.shards import load_images
 
-    images = np.concatenate([load_images(folder, size=size)[train_rows(folder, exclude_leaked)] for folder in folders])
-    return MemoryPictures(images, [length for folder in folders for length in shard_lengths(folder, exclude_leaked)])
+    images = np.concatenate(
+        [load_images(folder, size=size)[train_rows(folder, exclude_leaked)] for folder in folders]
+    )
+    return MemoryPictures(
+        images, [length for folder in folders for length in shard_lengths(folder, exclude_leaked)]
+    )
 
 
 def open_pictures(folders, config: Pretrain, world: World, index: Path, memory_share: float = 0.5):
-    "The crops in `folders`: decoded in memory, or left in their shards where they would take more than a share of what is free."
+    """The crops in `folders`: decoded in memory, or left in their shards where they would take more than a share of what is free."""
     import psutil
 
     from mefem.shards import read_manifest
@@ -844,27 +1045,41 @@ def open_pictures(folders, config: Pretrain, world: World, index: Path, memory_s
     if world.largest(int(kind == "shards" or kind == "auto" and needed > free)) == 0:
         return load_pictures(folders, size, config.exclude_leaked)
     if world.rank == 0:
-        print(f"pictures are read from their shards (in memory they would take {needed / 2**30:.1f} GiB)", flush=True)
-        ShardPictures(folders, size, index, config.exclude_leaked)  # the chief looks into the tars, the others read what it found
+        print(
+            f"pictures are read from their shards (in memory they would take {needed / 2**30:.1f} GiB)",
+            flush=True,
+        )
+        ShardPictures(
+            folders, size, index, config.exclude_leaked
+        )  # the chief looks into the tars, the others read what it found
     world.wait()
     return ShardPictures(folders, size, index, config.exclude_leaked)
 
 # %% ../nbs/45_training.ipynb #19ceef9d
 def probe_pictures(faces: Path, what: str, size: int, most: int = 1000):
-    "(pictures, labels, people or None) for the probe `what`, e.g. 'fairface:gender': training pictures that have the label."
+    """(pictures, labels, people or None) for the probe `what`, e.g. 'fairface:gender': training pictures that have the label."""
     from mefem.shards import load_images, read_labels
 
     name, _, label = what.partition(":")
     labels = read_labels(faces / name)[:most]
     if label not in labels:
-        raise SettingsError(f"runtime.probe {what!r}: {name} has no label {label!r}, only {', '.join(labels.columns)}")
+        raise SettingsError(
+            f"runtime.probe {what!r}: {name} has no label {label!r}, only {', '.join(labels.columns)}"
+        )
     rows = train_rows(faces / name)[:most] & labels[label].notna().to_numpy()
     images, labels = load_images(faces / name, size=size, limit=most)[rows], labels[rows]
     return images, labels[label].to_numpy(), labels["person"].to_numpy() if "person" in labels else None
 
 # %% ../nbs/45_training.ipynb #375603ca
-def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None, pictures=None, progress: bool = True,
-             resume_anyway: bool = False) -> Path:
+def pretrain(
+    config: Pretrain,
+    resume: bool = True,
+    run: str = "main",
+    root=None,
+    pictures=None,
+    progress: bool = True,
+    resume_anyway: bool = False,
+) -> Path:
     """Run one pretraining, or this process's part of it under torchrun; returns the path of `encoder.safetensors`.
 
     Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W, 3]); all is written to
@@ -882,7 +1097,11 @@ def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None
     else:
         pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
         data = pictures.content_hash()
-    labelled = probe_pictures(home / "faces", config.runtime.probe, size) if config.runtime.probe and world.rank == 0 else None
+    labelled = (
+        probe_pictures(home / "faces", config.runtime.probe, size)
+        if config.runtime.probe and world.rank == 0
+        else None
+    )
     made = MadeFrom(settings_hash(config), data, code_hash("training"))
     folder = out / "checkpoints" / made.key
     if world.rank == 0 and resume_anyway:
@@ -894,23 +1113,40 @@ def pretrain(config: Pretrain, resume: bool = True, run: str = "main", root=None
     jepa = train(config, pictures, folder, resume, progress, data, labelled, live, resume_anyway)
     if world.rank == 0:
         write_run(config, run, jepa, out, folder, len(pictures))
-        print(f"{run}: {config.steps} steps of {config.batch}, {time.perf_counter() - begun:.0f} s in this process", flush=True)
+        print(
+            f"{run}: {config.steps} steps of {config.batch}, {time.perf_counter() - begun:.0f} s in this process",
+            flush=True,
+        )
     world.wait()
     return out / "encoder.safetensors"
 
 
 def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, pictures: int) -> None:
-    "What a run leaves: encoder.safetensors, log.csv, run.json in `out`."
-    save_encoder(out / "encoder.safetensors", jepa.teacher, config.encoder.name, encoder_kwargs(config), run=run,
-                 settings=settings_hash(config))
+    """What a run leaves: encoder.safetensors, log.csv, run.json in `out`."""
+    save_encoder(
+        out / "encoder.safetensors",
+        jepa.teacher,
+        config.encoder.name,
+        encoder_kwargs(config),
+        run=run,
+        settings=settings_hash(config),
+    )
     write_atomic(out / "log.csv", (folder / "log.csv").read_bytes())
-    write_json(out / "run.json", {"run": run, "settings": config.model_dump(mode="json"), "hash": settings_hash(config),
-                                  "made_from": json.loads((folder / "made_from.json").read_text()), "pictures": pictures,
-                                  "parameters": sum(p.numel() for p in jepa.teacher.parameters())})
+    write_json(
+        out / "run.json",
+        {
+            "run": run,
+            "settings": config.model_dump(mode="json"),
+            "hash": settings_hash(config),
+            "made_from": json.loads((folder / "made_from.json").read_text()),
+            "pictures": pictures,
+            "parameters": sum(p.numel() for p in jepa.teacher.parameters()),
+        },
+    )
 
 # %% ../nbs/45_training.ipynb #0a9330a0
 def processes_of(config: Pretrain) -> int:
-    "Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."
+    """Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."""
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
     count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, usable_cores())
     if gpus and count > gpus:
@@ -918,20 +1154,40 @@ def processes_of(config: Pretrain) -> int:
     return count
 
 
-def launch(config: Pretrain, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False) -> Path:
-    "`pretrain`, here or through torchrun in several processes on this machine; `ChildProcessError` when they fail."
+def launch(
+    config: Pretrain, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False
+) -> Path:
+    """`pretrain`, here or through torchrun in several processes on this machine; `ChildProcessError` when they fail."""
     root, count = Path(root or find_root()), processes_of(config)
     if count == 1:
         return pretrain(config, resume=resume, run=run, root=root, resume_anyway=resume_anyway)
     out = root / "data" / "runs" / run
-    settings = write_json(out / "checkpoints" / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json"))
+    settings = write_json(
+        out / "checkpoints" / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json")
+    )
     # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it stands.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "mefem",
-               "pretrain", "--name", run, "--settings", str(settings), "--resume" if resume else "--no-resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "mefem",
+        "pretrain",
+        "--name",
+        run,
+        "--settings",
+        str(settings),
+        "--resume" if resume else "--no-resume",
+    ]
     command += ["--resume-anyway"] * resume_anyway
     # torchrun would give each process one thread, however many cores there are.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))} | os.environ
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -10,7 +10,7 @@ import torch
 
 # %% ../nbs/41_weighting.ipynb #043b4f16
 def patch_radius(grid: int = 14) -> torch.Tensor:
-    "Distance of each patch's centre from the picture's centre, in patches: float64 [grid, grid]."
+    """Distance of each patch's centre from the picture's centre, in patches: float64 [grid, grid]."""
     offset = torch.arange(grid, dtype=torch.float64) - (grid - 1) / 2
     return (offset[:, None] ** 2 + offset[None, :] ** 2).sqrt()
 
@@ -25,18 +25,20 @@ def circular_weights(grid: int = 14, r0: float = 5.5, sigma: float = 1.5) -> tor
 
 
 def uniform_weights(grid: int = 14) -> torch.Tensor:
-    "Every patch alike, as in I-JEPA: ones, float32 [grid, grid]."
+    """Every patch alike, as in I-JEPA: ones, float32 [grid, grid]."""
     return torch.ones(grid, grid)
 
 # %% ../nbs/41_weighting.ipynb #efa2fb9a
 def token_weights(weights: torch.Tensor, cls: bool = True) -> torch.Tensor:
-    "Weights in token order [N], of the dtype of `weights` [grid, grid]: CLS first with weight 1 (eq. 5), then the patches."
+    """Weights in token order [N], of the dtype of `weights` [grid, grid]: CLS first with weight 1 (eq. 5), then the patches."""
     flat = weights.flatten()
     return torch.cat([flat.new_ones(1), flat]) if cls else flat
 
 
-def create_weights(kind: str = "circular", grid: int = 14, r0: float = 5.5, sigma: float = 1.5) -> torch.Tensor:
-    "The weights of a run's settings, float32 [grid, grid]."
+def create_weights(
+    kind: str = "circular", grid: int = 14, r0: float = 5.5, sigma: float = 1.5
+) -> torch.Tensor:
+    """The weights of a run's settings, float32 [grid, grid]."""
     if kind == "circular":
         return circular_weights(grid, r0, sigma)
     if kind == "uniform":

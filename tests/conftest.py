@@ -12,14 +12,16 @@ os.environ.setdefault("MEFEM_CACHE", str(ROOT / "data" / "models"))
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    "The checkout."
+    """The checkout."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    "The folder of real photographs beside the checkout, which CI has and a user does not."
+    """The folder of real photographs beside the checkout, which CI has and a user does not."""
     folder = Path(os.environ.get("MEFEM_SHARED", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("the real photographs (shared/data beside the checkout, or $MEFEM_SHARED) are not here: not checked on them")
+        pytest.skip(
+            "the real photographs (shared/data beside the checkout, or $MEFEM_SHARED) are not here: not checked on them"
+        )
     return folder

@@ -57,7 +57,10 @@ Patches + CLS	Stripes 3/14	1.0	Circular	0.446	3.627
 
 
 def test_rows_are_the_papers():
-    found = [[LABELS[r.feature_set], r.masking, r.p, r.weights, *(f"{v:.3f}" for v in r.paper)] for r in TABLE4_ROWS]
+    found = [
+        [LABELS[r.feature_set], r.masking, r.p, r.weights, *(f"{v:.3f}" for v in r.paper)]
+        for r in TABLE4_ROWS
+    ]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
 
 
@@ -68,11 +71,20 @@ def test_runs_differ_only_in_what_their_row_says(root, profile):
     names = {"stripes": "Stripes", "quadrant": "Quadrants", "multiblock": "Multiblock"}
     for row in TABLE4_ROWS:
         config = ablation_settings(settings, row.run)
-        masking = names[config.masking.kind] + (f" {config.masking.width}/14" if config.masking.kind == "stripes" else "")
+        masking = names[config.masking.kind] + (
+            f" {config.masking.width}/14" if config.masking.kind == "stripes" else ""
+        )
         p = config.masking.cls_in_source
-        assert (row.masking, row.p, row.weights) == (masking, "—" if p is None else f"{p:.1f}", config.weights.kind.capitalize())
+        assert (row.masking, row.p, row.weights) == (
+            masking,
+            "—" if p is None else f"{p:.1f}",
+            config.weights.kind.capitalize(),
+        )
         same = config.model_dump()
-        assert same | {"masking": 0, "weights": 0} == base | {"masking": 0, "weights": 0}  # pictures and all else are equal
+        assert same | {"masking": 0, "weights": 0} == base | {
+            "masking": 0,
+            "weights": 0,
+        }  # pictures and all else are equal
         assert (same["masking"]["k"], same["weights"]["r0"]) == (base["masking"]["k"], base["weights"]["r0"])
     for run in settings.ablations:
         ablation_settings(settings, run)
@@ -82,25 +94,58 @@ def test_runs_differ_only_in_what_their_row_says(root, profile):
 
 def test_probes_differ_from_the_profiles_where_ablation_probing_says(root):
     settings = load_settings(root / "params.yaml", "demo")
-    changed = settings.model_copy(update={"profiles": {"demo": settings.active.model_copy(
-        update={"ablation": settings.active.ablation.model_copy(update={"probing": {"folds": 7}})})}})
+    changed = settings.model_copy(
+        update={
+            "profiles": {
+                "demo": settings.active.model_copy(
+                    update={"ablation": settings.active.ablation.model_copy(update={"probing": {"folds": 7}})}
+                )
+            }
+        }
+    )
     assert ablation_probing(changed).model_dump() == settings.active.probing.model_dump() | {"folds": 7}
-    raw = {"profile": "p", "datasets": [], "encoders": {}, "runs": [], "profiles": {"p": {"ablation": {"probing": {"foldz": 7}}}}}
+    raw = {
+        "profile": "p",
+        "datasets": [],
+        "encoders": {},
+        "runs": [],
+        "profiles": {"p": {"ablation": {"probing": {"foldz": 7}}}},
+    }
     with pytest.raises(ValueError, match="profiles.p.ablation.probing: unknown key 'foldz'"):
         Settings.model_validate(raw)
 
 
 def made_up(folder, settings, quality, people=150, seeds=(0,)):
-    "Results of made-up predictions: (run, feature set) -> spread of its error."
+    """Results of made-up predictions: (run, feature set) -> spread of its error."""
     truth = 26 + 5 * np.random.default_rng(0).standard_normal(people)
     names = np.arange(people).astype(str)
     for i, row in enumerate(rows_of(settings)):
         if (amount := quality(row)) is None:
             continue
-        frames = [pd.DataFrame({"key": names, "person": names, "fold": "fold 0", "seed": s, "target": truth,
-                                "prediction": truth + amount * np.random.default_rng([i, s]).standard_normal(people)}) for s in seeds]
-        info = {"task": "bmi", "feature_set": row.feature_set, "state": "present", "features": {"simulated": True},
-                "run": {"pictures": 99, "parameters": 10**5, "settings": ablation_settings(settings, row.run).model_dump(mode="json")}}
+        frames = [
+            pd.DataFrame(
+                {
+                    "key": names,
+                    "person": names,
+                    "fold": "fold 0",
+                    "seed": s,
+                    "target": truth,
+                    "prediction": truth + amount * np.random.default_rng([i, s]).standard_normal(people),
+                }
+            )
+            for s in seeds
+        ]
+        info = {
+            "task": "bmi",
+            "feature_set": row.feature_set,
+            "state": "present",
+            "features": {"simulated": True},
+            "run": {
+                "pictures": 99,
+                "parameters": 10**5,
+                "settings": ablation_settings(settings, row.run).model_dump(mode="json"),
+            },
+        }
         write_result(folder / row.run, ProbeResult(pd.concat(frames), info), 200)
     return folder
 
@@ -122,25 +167,48 @@ def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
     assert found.verdict["P = 1 sacrifices CLS"] == "not run"
     frames = [pd.read_parquet(tmp_path / run / "bmi.patches.parquet") for run in ("stripes3", "multiblock")]
     gap = paired_difference(*frames, "r2", 400)
-    assert tuple(found.loc["Stripes beat multiblock", ["gap", "low", "high"]]) == (gap.value, gap.low, gap.high)
+    assert tuple(found.loc["Stripes beat multiblock", ["gap", "low", "high"]]) == (
+        gap.value,
+        gap.low,
+        gap.high,
+    )
     assert found.paper["Stripes beat multiblock"] == pytest.approx(0.447 - 0.371)
     words = summary_of(found.reset_index())
-    assert "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. 9 could not be tested." in words
+    assert (
+        "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. 9 could not be tested."
+        in words
+    )
 
 
 def test_one_seed_decides_nothing_however_wide_the_gap(tmp_path, settings):
     made_up(tmp_path, settings, lambda row: 9.0 if row.run == "multiblock" else 0.1)
     found = orderings(tmp_path, replicates=400)
-    assert found.low[found.claim == "Stripes beat multiblock"].item() > 1 and (found.verdict == "inconclusive").all()
-    assert summary_of(found) == "One seed of pretraining per row cannot decide an ordering: all 13 tested are inconclusive."
+    assert (
+        found.low[found.claim == "Stripes beat multiblock"].item() > 1
+        and (found.verdict == "inconclusive").all()
+    )
+    assert (
+        summary_of(found)
+        == "One seed of pretraining per row cannot decide an ordering: all 13 tested are inconclusive."
+    )
 
 
 def test_seeds_that_disagree_leave_it_inconclusive(tmp_path, settings):
-    "Many people, three seeds: what differs between the seeds is larger than the gap, which over people alone would be far from 0."
+    """Many people, three seeds: what differs between the seeds is larger than the gap, which over people alone would be far from 0."""
     truth = 26 + 5 * np.random.default_rng(0).standard_normal(400)
     for run, errors in (("stripes3", (1.0, 2.4, 3.6)), ("multiblock", (2.0, 3.0, 4.0))):
-        frames = [pd.DataFrame({"key": np.arange(400).astype(str), "person": np.arange(400).astype(str), "seed": s, "target": truth,
-                                "prediction": truth + e * np.random.default_rng(s).standard_normal(400)}) for s, e in enumerate(errors)]
+        frames = [
+            pd.DataFrame(
+                {
+                    "key": np.arange(400).astype(str),
+                    "person": np.arange(400).astype(str),
+                    "seed": s,
+                    "target": truth,
+                    "prediction": truth + e * np.random.default_rng(s).standard_normal(400),
+                }
+            )
+            for s, e in enumerate(errors)
+        ]
         info = {"task": "bmi", "feature_set": "patches", "state": "present", "features": {}}
         write_result(tmp_path / run, ProbeResult(pd.concat(frames), info), 200)
     line = orderings(tmp_path).set_index("claim").loc["Stripes beat multiblock"]
@@ -148,8 +216,9 @@ def test_seeds_that_disagree_leave_it_inconclusive(tmp_path, settings):
 
 
 def test_an_interval_that_holds_zero_tells_nothing():
-    assert [verdict(*pair, 2) for pair in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))] == [
-        VERDICTS[0], VERDICTS[1], VERDICTS[2], VERDICTS[2], VERDICTS[2]]
+    assert [
+        verdict(*pair, 2) for pair in ((0.01, 0.2), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.2), (-0.2, 0.0))
+    ] == [VERDICTS[0], VERDICTS[1], VERDICTS[2], VERDICTS[2], VERDICTS[2]]
 
 
 def test_claims_are_pairs_of_rows_in_the_papers_order(settings):
@@ -163,7 +232,16 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
     results = made_up(tmp_path / "results", settings, lambda row: 2.0 + len(row.run) / 20, seeds=seeds)
     text = write_table4(results, tmp_path / "a", settings, 200)
     assert text == write_table4(results, tmp_path / "b", settings, 200)
-    names = {"table4.md", "table4.csv", "table4_orderings.csv", "table4.tex", "table4.json", "table4.png", "table4_cost.csv", "table4_cost.png"}
+    names = {
+        "table4.md",
+        "table4.csv",
+        "table4_orderings.csv",
+        "table4.tex",
+        "table4.json",
+        "table4.png",
+        "table4_cost.csv",
+        "table4_cost.png",
+    }
     assert {p.name for p in (tmp_path / "a").iterdir()} == names
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     rows = rows_of(settings)
@@ -175,7 +253,11 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
         assert f" {row.paper[0]:.3f} " in line and f" {row.paper[1]:.3f} " in line
         stored = json.loads((results / row.run / f"bmi.{row.feature_set}.json").read_text())["values"]["r2"]
         assert f"{stored['value']:.3f} [{stored['low']:.3f}, {stored['high']:.3f}]" in line
-    assert "Simulated people" in text and "equal for all rows" in text and summary_of(orderings(results, replicates=200)) in text
+    assert (
+        "Simulated people" in text
+        and "equal for all rows" in text
+        and summary_of(orderings(results, replicates=200)) in text
+    )
     assert ("One pretraining per row" in text) == (len(seeds) == 1)
     assert (cells.seeds == len(seeds)).all() and set(cells.pictures) == {4 * 16}
     tex = (tmp_path / "a" / "table4.tex").read_text()
@@ -191,9 +273,15 @@ def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings)
     assert found.operations_per_picture["cls05"] == sum(step_operations(build(config)).values())
     assert (found.pictures == config.steps * config.batch).all()
     # A quarter of the targets is cheaper, SIGReg's second look at the picture dearer.
-    assert found.operations_per_picture["share25"] < found.operations_per_picture["cls05"] < found.operations_per_picture["sigreg"]
+    assert (
+        found.operations_per_picture["share25"]
+        < found.operations_per_picture["cls05"]
+        < found.operations_per_picture["sigreg"]
+    )
     stored = json.loads((results / "sigreg" / "bmi.patches.json").read_text())["values"]["r2"]
-    assert tuple(found.loc["sigreg", ["value", "low", "high"]]) == tuple(stored[k] for k in ("value", "low", "high"))
+    assert tuple(found.loc["sigreg", ["value", "low", "high"]]) == tuple(
+        stored[k] for k in ("value", "low", "high")
+    )
 
 
 def test_rows_that_were_not_run_say_so(tmp_path, settings):
@@ -215,7 +303,10 @@ def make_faces(folder, dataset, count, state="present"):
 
     if state == "absent":
         return write_manifest(folder, dataset, 0, [], {"size": 112}, state="absent", reason="not downloaded")
-    table = [{"key": k, "person": k, "bmi": 20.0 + i % 9, "status": "success", "error_message": None} for i, k in enumerate(keys)]
+    table = [
+        {"key": k, "person": k, "bmi": 20.0 + i % 9, "status": "success", "error_message": None}
+        for i, k in enumerate(keys)
+    ]
     stats = [write_shard(folder, 0, [(k, jpeg(), {}) for k in keys], table)]
     return write_manifest(folder, dataset, count, stats, {"size": 112}, simulated=True)
 
@@ -224,8 +315,14 @@ def make_faces(folder, dataset, count, state="present"):
 def home(root, tmp_path):
     params = yaml.safe_load((root / "params.yaml").read_text())
     smoke = params["profiles"]["smoke"]
-    smoke["pretrain"] |= {"batch": 4, "encoder": {"name": "vit_small_patch16_224", "kwargs": {
-        "img_size": 112, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}}, "predictor": {"dim": 8, "depth": 1, "heads": 2}}
+    smoke["pretrain"] |= {
+        "batch": 4,
+        "encoder": {
+            "name": "vit_small_patch16_224",
+            "kwargs": {"img_size": 112, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        },
+        "predictor": {"dim": 8, "depth": 1, "heads": 2},
+    }
     smoke["ablation"] = {"pretrain": {"steps": 2, "checkpoint_every": 2, "log_every": 2}}
     smoke["probing"] |= {"epochs": 1, "bootstrap": 100, "lrs": [1e-3], "weight_decays": [0.1]}
     changed = {"profile": "smoke", "seeds": [0, 1], "ablation_runs": ["stripes3", "cls1", "share25"]}
@@ -236,7 +333,7 @@ def home(root, tmp_path):
 
 
 def make_run(settings, home, run, seed):
-    "What the stage's notebook does."
+    """What the stage's notebook does."""
     config = ablation_settings(settings, run, seed)
     if not absent_data(home, config):
         pretrain(config, run=f"ablations/{run}-{seed}", root=home, progress=False)
@@ -248,19 +345,33 @@ def test_runs_and_seeds_come_together_in_one_result(home):
     for run in settings.ablation_runs:
         for seed in settings.seeds:
             results = make_run(settings, home, run, seed)
-            assert {p.stem for p in results.iterdir()} == {f"bmi.{s}" for s in feature_sets_of_run(settings, run)}
-            assert {p.name for p in results.parent.iterdir()} == {"encoder.safetensors", "log.csv", "run.json", "results", "checkpoints"}
+            assert {p.stem for p in results.iterdir()} == {
+                f"bmi.{s}" for s in feature_sets_of_run(settings, run)
+            }
+            assert {p.name for p in results.parent.iterdir()} == {
+                "encoder.safetensors",
+                "log.csv",
+                "run.json",
+                "results",
+                "checkpoints",
+            }
     out = collect(settings, home, home / "data" / "ablations")
     both = pd.read_parquet(out / "cls1" / "bmi.cls.parquet")
     assert both.groupby("seed").size().to_dict() == {0: 16, 1: 16}
     one = pd.read_parquet(run_folder(home, "cls1", 1) / "results" / "bmi.cls.parquet")
-    pd.testing.assert_frame_equal(both[both.seed == 1].drop(columns="seed").reset_index(drop=True), one.drop(columns="seed"))
+    pd.testing.assert_frame_equal(
+        both[both.seed == 1].drop(columns="seed").reset_index(drop=True), one.drop(columns="seed")
+    )
     about = json.loads((out / "cls1" / "bmi.cls.json").read_text())
     assert about["seeds"] == [0, 1] and about["run"]["settings"]["masking"]["cls_in_source"] == 1.0
     text = write_table4(out, home / "figures", settings, 100)
     assert "not run: no result" in text  # the rows that ablation_runs leaves out
     found = json.loads((home / "figures" / "table4.json").read_text())
-    assert found["seeds"] == 2 and found["summary"] in text and set(found["orderings"].values()) <= {*VERDICTS, "not run"}
+    assert (
+        found["seeds"] == 2
+        and found["summary"] in text
+        and set(found["orderings"].values()) <= {*VERDICTS, "not run"}
+    )
 
 
 def test_a_probed_run_is_kept_and_another_encoder_is_probed_anew(home):
@@ -269,7 +380,9 @@ def test_a_probed_run_is_kept_and_another_encoder_is_probed_anew(home):
     before = path.stat().st_mtime_ns
     make_run(settings, home, "stripes3", 0)
     assert path.stat().st_mtime_ns == before
-    make_faces(home / "data" / "faces" / "facecaption", "facecaption", 9)  # other pictures: trained and probed anew
+    make_faces(
+        home / "data" / "faces" / "facecaption", "facecaption", 9
+    )  # other pictures: trained and probed anew
     make_run(settings, home, "stripes3", 0)
     assert path.stat().st_mtime_ns != before
 
@@ -283,9 +396,14 @@ def test_absent_data_are_a_state_and_train_nothing(home, capsys):
     assert not list((home / "data" / "runs").rglob("encoder.safetensors"))
     assert "stripes3-0 not run: bmi: data absent" in capsys.readouterr().out
     text = write_table4(collect(settings, home, home / "data" / "ablations"), home / "figures", settings, 100)
-    assert text.count("not run: bmi: data absent") == 2 * sum(row.run in settings.ablation_runs for row in rows_of(settings))
+    assert text.count("not run: bmi: data absent") == 2 * sum(
+        row.run in settings.ablation_runs for row in rows_of(settings)
+    )
 
 
 def test_a_run_that_table4_does_not_have_is_named(home):
-    with pytest.raises(ValueError, match="run 'sigreg' is not in Table 4: it has stripes2, .* share25; name another in ablation_runs"):
+    with pytest.raises(
+        ValueError,
+        match="run 'sigreg' is not in Table 4: it has stripes2, .* share25; name another in ablation_runs",
+    ):
         feature_sets_of_run(load_settings(home / "params.yaml"), "sigreg")

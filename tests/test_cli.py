@@ -27,11 +27,26 @@ def mefem(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def encoder_file(tmp_path_factory):
-    return save_encoder(tmp_path_factory.mktemp("e") / "encoder.safetensors", create_encoder(**KWARGS), "vit_small_patch16_224", KWARGS)
+    return save_encoder(
+        tmp_path_factory.mktemp("e") / "encoder.safetensors",
+        create_encoder(**KWARGS),
+        "vit_small_patch16_224",
+        KWARGS,
+    )
 
 
 def test_help_of_every_command():
-    for command in ([], ["simulate"], ["crop"], ["pretrain"], ["embed"], ["probe"], ["predict"], ["info"], ["info", "data"]):
+    for command in (
+        [],
+        ["simulate"],
+        ["crop"],
+        ["pretrain"],
+        ["embed"],
+        ["probe"],
+        ["predict"],
+        ["info"],
+        ["info", "data"],
+    ):
         assert "Usage" in mefem(*command, "--help").output
 
 
@@ -48,7 +63,7 @@ def test_crop_and_embed_real_portraits(shared, tmp_path, encoder_file):
 
 
 def test_faces_that_fill_their_pictures_are_used(shared, tmp_path, encoder_file):
-    "Photographs that are face crops already: the paper's square is larger than the picture."
+    """Photographs that are face crops already: the paper's square is larger than the picture."""
     (tmp_path / "vip").mkdir()
     for path in sorted((shared / "bmi/vip/images").iterdir())[:12]:
         (tmp_path / "vip" / path.name).symlink_to(path)
@@ -98,9 +113,14 @@ def test_one_picture_that_is_not_square_does_not_end_the_run(tmp_path, encoder_f
     result = mefem("embed", crops, "-o", tmp_path / "e.csv", "-e", encoder_file, "--no-detect")
     assert "b.png: not square" in result.stderr and "2 of 3 photographs" in result.output
     table = pd.read_csv(tmp_path / "e.csv")
-    assert table.status.tolist() == ["success", "not square", "success"] and table.filter(regex="^e[0-9]").notna().sum(1).tolist() == [32, 0, 32]
+    assert table.status.tolist() == ["success", "not square", "success"] and table.filter(
+        regex="^e[0-9]"
+    ).notna().sum(1).tolist() == [32, 0, 32]
     (tmp_path / "labels.csv").write_text("image,age\na.png,31\n")
-    for out, words in (("labels.csv", "is no table of embeddings"), ("e.xlsx", "ending in .parquet, .csv, .npz")):
+    for out, words in (
+        ("labels.csv", "is no table of embeddings"),
+        ("e.xlsx", "ending in .parquet, .csv, .npz"),
+    ):
         result = mefem("embed", crops, "-o", tmp_path / out, "-e", encoder_file, "--framing", "as-is", code=1)
         assert words in result.stderr
     assert (tmp_path / "labels.csv").read_text().startswith("image,age")
@@ -115,28 +135,52 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
     said = "with --framing paper; of these 3, the others would use: shift 1, pad 3, as-is 1, auto 3\n"
     result = mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1, code=1)
     assert said in result.stderr and "3  leaves the picture" in result.stdout
-    result = mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "paper", code=1)
+    result = mefem(
+        "embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "paper", code=1
+    )
     assert said in result.stderr and "--framing pad, as-is or auto would use it" in result.stderr
     assert "(framing: " in mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
-    assert "3  usable" in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "auto", "--jobs", 1).stdout
+    assert (
+        "3  usable"
+        in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "auto", "--jobs", 1).stdout
+    )
     (photos / "b.png").unlink()
     said = "could be used with --framing as-is; the other framings look for a face, which was not done: try"
-    assert said in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "as-is", "--jobs", 1, code=1).stderr
+    assert (
+        said
+        in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "as-is", "--jobs", 1, code=1).stderr
+    )
 
 
-@pytest.mark.parametrize("command, arguments, words", [
-    ("crop", ["--framing", "dataset"], "name the data set by --dataset, or use as-is"),
-    ("crop", ["--framing", "shift", "--dataset", "bmi"], "--framing shift is for a folder of photographs"),
-    ("crop", ["--framing", "papre"], "framing 'papre' is unknown, expected one of paper, shift, pad, as-is, auto"),
-    ("crop", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
-    ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "--scale does nothing with"),
-    ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
-    ("embed", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
-    ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
-    ("crop", ["--face", "all"], "crops are one per photograph"),
-    ("embed", ["--face", "all", "--framing", "as-is"], "face 'all' does nothing with framing 'as-is'"),
-    ("embed", ["--features", "patch"], "features 'patch' are unknown, expected one of mean, cls, patches, patches+cls"),
-    ("embed", ["--framing", "dataset"], "--framing dataset is a publisher's framing")])
+@pytest.mark.parametrize(
+    "command, arguments, words",
+    [
+        ("crop", ["--framing", "dataset"], "name the data set by --dataset, or use as-is"),
+        (
+            "crop",
+            ["--framing", "shift", "--dataset", "bmi"],
+            "--framing shift is for a folder of photographs",
+        ),
+        (
+            "crop",
+            ["--framing", "papre"],
+            "framing 'papre' is unknown, expected one of paper, shift, pad, as-is, auto",
+        ),
+        ("crop", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
+        ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "--scale does nothing with"),
+        ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
+        ("embed", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
+        ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
+        ("crop", ["--face", "all"], "crops are one per photograph"),
+        ("embed", ["--face", "all", "--framing", "as-is"], "face 'all' does nothing with framing 'as-is'"),
+        (
+            "embed",
+            ["--features", "patch"],
+            "features 'patch' are unknown, expected one of mean, cls, patches, patches+cls",
+        ),
+        ("embed", ["--framing", "dataset"], "--framing dataset is a publisher's framing"),
+    ],
+)
 def test_an_option_that_would_do_nothing_is_refused(tmp_path, encoder_file, command, arguments, words):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     arguments = arguments + (["-e", encoder_file] if command == "embed" else [])
@@ -163,14 +207,26 @@ def test_crops_inside_the_photographs_folder(shared, tmp_path, encoder_file):
 
 # --- the probe -------------------------------------------------------------------------------------------------------
 
+
 def toy_features(folder, n=80):
     rng = np.random.default_rng(0)
     bmi = 25 + 4 * rng.standard_normal(n)
     tokens = rng.standard_normal((n, 5, 8)) + (bmi - 25)[:, None, None] * rng.standard_normal(8) / 4
     folder.mkdir()
     np.save(folder / "bmi.npy", tokens.astype(np.float16))
-    pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": bmi}).to_parquet(folder / "bmi.parquet")
-    about = {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2, "encoder": "toy", "encoder_hash": "a" * 12, "faces_hash": "f" * 12}
+    pd.DataFrame(
+        {"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": bmi}
+    ).to_parquet(folder / "bmi.parquet")
+    about = {
+        "state": "present",
+        "n": n,
+        "has_cls": True,
+        "tokens": 5,
+        "heads": 2,
+        "encoder": "toy",
+        "encoder_hash": "a" * 12,
+        "faces_hash": "f" * 12,
+    }
     (folder / "bmi.json").write_text(json.dumps(about))
     return folder
 
@@ -183,11 +239,20 @@ def test_defaults_of_the_probe_are_those_of_the_settings():
     settings = Probing().model_dump()
     defaults = {name: parameter.default for name, parameter in inspect.signature(probe).parameters.items()}
     shared = settings.keys() & defaults.keys()
-    assert shared == settings.keys() - {"bootstrap", "seed"} and defaults["seeds"] == (settings["seed"],) and settings["seeds"] == 1
-    assert {name: defaults[name] for name in shared - {"seeds"}} == {name: settings[name] for name in shared - {"seeds"}}
+    assert (
+        shared == settings.keys() - {"bootstrap", "seed"}
+        and defaults["seeds"] == (settings["seed"],)
+        and settings["seeds"] == 1
+    )
+    assert {name: defaults[name] for name in shared - {"seeds"}} == {
+        name: settings[name] for name in shared - {"seeds"}
+    }
 
 
-@pytest.mark.parametrize("changes", [None, {"folds": 3, "epochs": 3, "batch": 16, "patience": 2, "bootstrap": 100, "seed": 4, "seeds": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [None, {"folds": 3, "epochs": 3, "batch": 16, "patience": 2, "bootstrap": 100, "seed": 4, "seeds": 2}],
+)
 def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes):
     from mefem.metrics import evaluate
 
@@ -195,23 +260,42 @@ def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes
     monkeypatch.chdir(tmp_path)
     if changes:
         profile = {"probing": changes}
-        params = {"profile": "mine", "datasets": ["bmi"], "encoders": {"toy": "pixels"}, "runs": ["main"],
-                  "profiles": {"mine": profile, "other": {"probing": {"epochs": 1}}}}
+        params = {
+            "profile": "mine",
+            "datasets": ["bmi"],
+            "encoders": {"toy": "pixels"},
+            "runs": ["main"],
+            "profiles": {"mine": profile, "other": {"probing": {"epochs": 1}}},
+        }
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     else:
+
         def nowhere():
             raise FileNotFoundError("no params.yaml")
+
         monkeypatch.setattr("mefem.cli.find_root", nowhere)
-    evaluate({"toy": (features, tmp_path / "results")}, ["bmi"], ["patches"], linear=False, progress=False, jobs=1,
-             **Probing(**(changes or {})).model_dump())
-    graph, = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
+    evaluate(
+        {"toy": (features, tmp_path / "results")},
+        ["bmi"],
+        ["patches"],
+        linear=False,
+        progress=False,
+        jobs=1,
+        **Probing(**(changes or {})).model_dump(),
+    )
+    (graph,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
     mefem("probe", features, "-o", tmp_path / "numbers.json")
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["values"] == graph["values"] and found["folds"] == graph["folds"]
     quick = json.loads(mefem("probe", features, "--epochs", 1, "--folds", 2, "--seed", 7).stdout)
     assert len(quick["folds"]) == 2 and quick["seeds"][0] == 7 and quick["values"] != graph["values"]
-    assert "numbers.csv: expected a file ending in .json" in mefem("probe", features, "-o", tmp_path / "numbers.csv", code=1).stderr
-    assert ("wrong" if changes else "params.yaml") in mefem("probe", features, "--profile", "wrong", code=1).stderr
+    assert (
+        "numbers.csv: expected a file ending in .json"
+        in mefem("probe", features, "-o", tmp_path / "numbers.csv", code=1).stderr
+    )
+    assert ("wrong" if changes else "params.yaml") in mefem(
+        "probe", features, "--profile", "wrong", code=1
+    ).stderr
 
 
 @pytest.mark.parametrize(
@@ -234,19 +318,47 @@ def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
     import mefem.training as training
 
     called = []
-    monkeypatch.setattr(training, "pretrain", lambda config, resume, run, root, resume_anyway: called.append((run, config)) or "done")
-    mefem("pretrain", "--profile", "smoke", "--name", "2026", "--set", "masking.width=5", "--set", "optimiser.lr=1e-4",
-          "--set", "masking.cls_in_source=null", "--set", "optimiser.betas=[0.9, 0.95]")
-    (run, config), = called
-    assert run == "2026" and config.batch == 16 and config.masking.width == 5 and config.masking.cls_in_source is None
+    monkeypatch.setattr(
+        training,
+        "pretrain",
+        lambda config, resume, run, root, resume_anyway: called.append((run, config)) or "done",
+    )
+    mefem(
+        "pretrain",
+        "--profile",
+        "smoke",
+        "--name",
+        "2026",
+        "--set",
+        "masking.width=5",
+        "--set",
+        "optimiser.lr=1e-4",
+        "--set",
+        "masking.cls_in_source=null",
+        "--set",
+        "optimiser.betas=[0.9, 0.95]",
+    )
+    ((run, config),) = called
+    assert (
+        run == "2026"
+        and config.batch == 16
+        and config.masking.width == 5
+        and config.masking.cls_in_source is None
+    )
     assert config.optimiser.lr == 1e-4 and config.optimiser.betas == (0.9, 0.95)
     (tmp_path / "s.json").write_text(json.dumps({"steps": 7}))
     mefem("pretrain", "--name", "x", "--settings", tmp_path / "s.json")
     assert called[1][1].steps == 7
-    for arguments, said in ((["--set", "masking.widht=5"], "mefem: run 'main': unknown key 'masking.widht'; did you mean 'masking.width'?\n"),
-                            (["--set", "width=5"], "did you mean 'masking.width'?\n"), (["--set", "width"], "expected KEY=VALUE"),
-                            (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
-                            (["--settings", tmp_path / "s.json", "--name", "../x"], "names no folder")):
+    for arguments, said in (
+        (
+            ["--set", "masking.widht=5"],
+            "mefem: run 'main': unknown key 'masking.widht'; did you mean 'masking.width'?\n",
+        ),
+        (["--set", "width=5"], "did you mean 'masking.width'?\n"),
+        (["--set", "width"], "expected KEY=VALUE"),
+        (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
+        (["--settings", tmp_path / "s.json", "--name", "../x"], "names no folder"),
+    ):
         assert said in mefem("pretrain", *arguments, code=1).stderr
     assert len(called) == 2
 
@@ -272,7 +384,10 @@ def test_info_of_a_set_that_is_there_and_of_one_to_fetch(tmp_path, monkeypatch):
     for number in range(3):
         (photographs / f"{number}.jpg").write_bytes(bytes(500_000))
     monkeypatch.chdir(tmp_path)
-    assert "folder       present   3 photographs, 0 of them in labels.csv; 3 files, 1.5 MB; not cropped yet" in mefem("info", "data").output
+    assert (
+        "folder       present   3 photographs, 0 of them in labels.csv; 3 files, 1.5 MB; not cropped yet"
+        in mefem("info", "data").output
+    )
     assert "celeba is not at Hugging Face" in mefem("info", "data", "--fetch", "celeba", code=1).stderr
     assert "no reader for the data set 'celebb'" in mefem("info", "data", "--fetch", "celebb", code=1).stderr
 

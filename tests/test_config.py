@@ -44,19 +44,52 @@ def test_every_profile_is_valid(root, profile):
         (lambda p: p["profiles"]["demo"]["pretrain"].update(batch="many"), "profiles.demo.pretrain.batch"),
         (lambda p: p["profiles"]["demo"]["pretrain"].update(steps=0), "profiles.demo.pretrain.steps"),
         (lambda p: p["profiles"]["demo"]["pretrain"].update(masking={"width": 14}), "masking.width 14"),
-        (lambda p: p["profiles"]["demo"]["pretrain"].update(masking={"cls_in_source": 1.5}), "masking.cls_in_source"),
-        (lambda p: p["base"]["pretrain"].update(bacth=3), "'base.pretrain.bacth'; did you mean 'base.pretrain.batch'?"),
-        (lambda p: p["profiles"]["demo"]["pretrain"].update(width=3), "did you mean 'profiles.demo.pretrain.masking.width'?"),
-        (lambda p: p["profiles"]["demo"]["pretrain"].update(zzz=3), "'profiles.demo.pretrain.zzz'; there are datasets, exclude_leaked"),
-        (lambda p: p["ablations"]["stripes2"].update(masknig={}), "ablation 'stripes2': unknown key 'masknig'; did you mean 'masking'?"),
-        (lambda p: p.update(overrides={"main": {"optimiser": {"lrs": 1}}}), "run 'main': unknown key 'optimiser.lrs'"),
-        (lambda p: p["profiles"]["demo"]["pretrain"]["encoder"]["kwargs"].update(x=[1]), "kwargs.x: expected a number, text, true or false, found [1]"),
-        (lambda p: p["base"]["pretrain"]["optimiser"].update(betas=[0.9, 1.0]), "optimiser.betas.1: expected a number less than 1, found 1.0"),
+        (
+            lambda p: p["profiles"]["demo"]["pretrain"].update(masking={"cls_in_source": 1.5}),
+            "masking.cls_in_source",
+        ),
+        (
+            lambda p: p["base"]["pretrain"].update(bacth=3),
+            "'base.pretrain.bacth'; did you mean 'base.pretrain.batch'?",
+        ),
+        (
+            lambda p: p["profiles"]["demo"]["pretrain"].update(width=3),
+            "did you mean 'profiles.demo.pretrain.masking.width'?",
+        ),
+        (
+            lambda p: p["profiles"]["demo"]["pretrain"].update(zzz=3),
+            "'profiles.demo.pretrain.zzz'; there are datasets, exclude_leaked",
+        ),
+        (
+            lambda p: p["ablations"]["stripes2"].update(masknig={}),
+            "ablation 'stripes2': unknown key 'masknig'; did you mean 'masking'?",
+        ),
+        (
+            lambda p: p.update(overrides={"main": {"optimiser": {"lrs": 1}}}),
+            "run 'main': unknown key 'optimiser.lrs'",
+        ),
+        (
+            lambda p: p["profiles"]["demo"]["pretrain"]["encoder"]["kwargs"].update(x=[1]),
+            "kwargs.x: expected a number, text, true or false, found [1]",
+        ),
+        (
+            lambda p: p["base"]["pretrain"]["optimiser"].update(betas=[0.9, 1.0]),
+            "optimiser.betas.1: expected a number less than 1, found 1.0",
+        ),
         (lambda p: p.pop("datasets"), "params.yaml: datasets: missing"),
-        (lambda p: p.update(runs=[2026]), "runs.0: expected text, found 2026; text that looks like something else goes into quotes: '2026'"),
+        (
+            lambda p: p.update(runs=[2026]),
+            "runs.0: expected text, found 2026; text that looks like something else goes into quotes: '2026'",
+        ),
         (lambda p: p.update(runs=["main", "../x"]), "run '../x' names no folder"),
-        (lambda p: p["profiles"]["demo"]["crop"].update(framing={"celebs": "paper"}) if "crop" in p["profiles"]["demo"]
-         else p["profiles"]["demo"].update(crop={"framing": {"celebs": "paper"}}), "crop.framing.celebs"),
+        (
+            lambda p: (
+                p["profiles"]["demo"]["crop"].update(framing={"celebs": "paper"})
+                if "crop" in p["profiles"]["demo"]
+                else p["profiles"]["demo"].update(crop={"framing": {"celebs": "paper"}})
+            ),
+            "crop.framing.celebs",
+        ),
         (lambda p: p.update(profile="demmo"), "'demmo' is not one of"),
         (lambda p: p.update(overrides={"nosuch": {}}), "nosuch"),
     ],
@@ -65,7 +98,9 @@ def test_wrong_settings_are_refused_by_name(root, tmp_path, change, named):
     with pytest.raises(SettingsError) as error:
         load_settings(edited(root, tmp_path, change))
     assert named in str(error.value)
-    assert str(error.value).startswith("params.yaml: ") and "\n" not in str(error.value)  # one plain line, without pydantic's words
+    assert str(error.value).startswith("params.yaml: ") and "\n" not in str(
+        error.value
+    )  # one plain line, without pydantic's words
     assert not any(noise in str(error.value) for noise in ("(file)", "Value error", "Input should", "[key]"))
 
 
@@ -86,8 +121,16 @@ def test_overrides_and_changes_merge_deeply(root, tmp_path):
     base = pretrain_settings(settings, run)
     assert base.masking.width == 2 and base.masking.k == 0.175
     assert pretrain_settings(settings, run, masking={"width": 4}).masking.width == 4
-    without = pretrain_settings(settings, run, **changes_of(["masking.cls_in_source=null", "masking.kind=quadrant", "optimiser.lr=1e-2"]))
-    assert without.masking.cls_in_source is None and without.masking.kind == "quadrant" and without.optimiser.lr == 0.01
+    without = pretrain_settings(
+        settings,
+        run,
+        **changes_of(["masking.cls_in_source=null", "masking.kind=quadrant", "optimiser.lr=1e-2"]),
+    )
+    assert (
+        without.masking.cls_in_source is None
+        and without.masking.kind == "quadrant"
+        and without.optimiser.lr == 0.01
+    )
     with pytest.raises(SettingsError, match="nosuch"):
         pretrain_settings(settings, "nosuch")
 
@@ -95,7 +138,9 @@ def test_overrides_and_changes_merge_deeply(root, tmp_path):
 def test_changes_of_a_command_line():
     assert changes_of([]) == {}
     assert changes_of(["masking.width=4", "masking={k: 0.2}", " masking.width = 5 ", "encoder.name=a=b"]) == {
-        "masking": {"width": 5, "k": 0.2}, "encoder": {"name": "a=b"}}
+        "masking": {"width": 5, "k": 0.2},
+        "encoder": {"name": "a=b"},
+    }
     for bad in ("masking.width", "masking.width=", "=3", "masking..width=3"):
         with pytest.raises(SettingsError, match="expected KEY=VALUE"):
             changes_of([bad])
@@ -106,7 +151,11 @@ def test_changes_of_a_command_line():
 @pytest.mark.parametrize("run", [2026, 7, True, None, 1.5])
 def test_a_run_whose_name_became_a_number_is_refused(root, run):
     settings = load_settings(root / "params.yaml")
-    for use in (lambda: run_name(run), lambda: pretrain_settings(settings, run), lambda: pretrain_settings(settings, run, steps=3)):
+    for use in (
+        lambda: run_name(run),
+        lambda: pretrain_settings(settings, run),
+        lambda: pretrain_settings(settings, run, steps=3),
+    ):
         with pytest.raises(SettingsError, match=f"run {run} is not text .*-r run {run}"):
             use()
 
@@ -136,8 +185,12 @@ def changed_leaves(base, changes, path=""):
 
 def test_profiles_say_only_what_they_change(root):
     raw = yaml.safe_load((root / "params.yaml").read_text())
-    said_again = [f"{name}.{key}" for name, profile in raw["profiles"].items() for key, before, now in changed_leaves(raw["base"], profile)
-                  if before == now]
+    said_again = [
+        f"{name}.{key}"
+        for name, profile in raw["profiles"].items()
+        for key, before, now in changed_leaves(raw["base"], profile)
+        if before == now
+    ]
     assert said_again == []
 
 
@@ -148,15 +201,26 @@ def test_a_profile_is_base_with_its_changes(tmp_path):
         profiles: {plain: {}, wide: {pretrain: {masking: {width: 5}}, probing: {lrs: [3.0]}}}}""")
     settings = load_settings(path)
     wide, plain = settings.active, settings.profiles["plain"]
-    assert (wide.pretrain.masking.width, wide.pretrain.masking.k, wide.pretrain.optimiser.betas) == (5, 0.3, (0.8, 0.9))
-    assert wide.probing.lrs == (3.0,) and plain == settings.base and plain.probing.lrs == (1.0, 2.0) and plain.pretrain.masking.width == 3
+    assert (wide.pretrain.masking.width, wide.pretrain.masking.k, wide.pretrain.optimiser.betas) == (
+        5,
+        0.3,
+        (0.8, 0.9),
+    )
+    assert (
+        wide.probing.lrs == (3.0,)
+        and plain == settings.base
+        and plain.probing.lrs == (1.0, 2.0)
+        and plain.pretrain.masking.width == 3
+    )
     assert Settings.model_validate(settings.model_dump()) == settings
 
 
 def test_a_settings_file_of_a_run_says_what_is_wrong(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text('{"masking": {"widht": 3}}')
-    with pytest.raises(SettingsError, match="settings.json: unknown key 'masking.widht'; did you mean 'masking.width'"):
+    with pytest.raises(
+        SettingsError, match="settings.json: unknown key 'masking.widht'; did you mean 'masking.width'"
+    ):
         read_pretrain(path)
     path.write_text("{")
     with pytest.raises(SettingsError, match="is no JSON of settings"):
@@ -164,7 +228,9 @@ def test_a_settings_file_of_a_run_says_what_is_wrong(tmp_path):
 
 
 def test_hash_depends_on_values_not_on_order():
-    assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1}) != settings_hash({"a": 1, "b": 3})
+    assert (
+        settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1}) != settings_hash({"a": 1, "b": 3})
+    )
 
 
 def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -176,7 +242,12 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
 
 def test_precision_follows_what_the_processor_can(monkeypatch):
-    for able, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32")):
+    for able, expected in (
+        ({}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False}, "fp32"),
+    ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda able=able: able)
         assert choose_precision("auto", "cpu") == expected and choose_precision("auto", "cuda") == "bf16"
         assert choose_precision("fp32", "cuda") == "fp32" and choose_precision("bf16", "cpu") == "bf16"

@@ -1,4 +1,5 @@
-"The crop stage on a cluster of two worker processes: the bytes of a serial run, also when one of them is killed."
+"""The crop stage on a cluster of two worker processes: the bytes of a serial run, also when one of them is killed."""
+
 import os
 import shutil
 import signal
@@ -19,8 +20,10 @@ SHARDS, EACH = 12, 12
 def raw(tmp_path_factory):
     root = tmp_path_factory.mktemp("raw")
     rows = [facecaption_row(number) for number in range(SHARDS * EACH)]
-    shards = [[(row, SUCCESS, photo(number), {}) for number, row in enumerate(rows[start:start + EACH])]
-              for start in range(0, len(rows), EACH)]
+    shards = [
+        [(row, SUCCESS, photo(number), {}) for number, row in enumerate(rows[start : start + EACH])]
+        for start in range(0, len(rows), EACH)
+    ]
     make_facecaption(root, rows, shards)
     crop_dataset("facecaption", root, root.parent / "serial", **QUICK)
     return root
@@ -28,17 +31,21 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
         yield cluster
 
 
 def test_a_cluster_with_a_killed_worker_gives_the_bytes_of_a_serial_run(raw, cluster, tmp_path):
     out, killed = tmp_path / "faces", []
+
     def kill_one():
         while not list(out.glob("*_stats.json")):  # in the middle: some shards are whole, others under way
             time.sleep(0.01)
         killed.append(next(iter(cluster.workers.values())).pid)
         os.kill(killed[0], signal.SIGKILL)
+
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     with on_cluster(cluster.scheduler_address):

@@ -37,6 +37,7 @@ def draw(rng, *shape):
 
 # -- ours ------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("cls", [True, False])
 def test_own_checkpoint(tmp_path, cls):
     kwargs = SMALL | {"class_token": cls}
@@ -51,8 +52,9 @@ def test_own_checkpoint(tmp_path, cls):
         32,
     )
     faces = FACES[:, :32, :32]
-    x = (torch.from_numpy(faces).permute(0, 3, 1, 2) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-         ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = (
+        torch.from_numpy(faces).permute(0, 3, 1, 2) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
         assert torch.allclose(encoder.tokens_of(faces), encode_tokens(model, x), atol=1e-5)
     assert torch.equal(load_encoder(tmp_path, device="cpu").tokens_of(faces), encoder.tokens_of(faces))
@@ -73,11 +75,18 @@ def test_released_file_in_half_precision(tmp_path):
     state = {k: v.half() for k, v in model.state_dict().items()}
     torch.save(state | {"head.weight": torch.zeros(3, 128)}, tmp_path / "MeFEm-S.pth.tar")
     encoder = load_encoder(tmp_path / "MeFEm-S.pth.tar", device="cpu")
-    assert encoder.dropped == ("head.weight",) and encoder.dim == 128 and encoder.tokens == 197 and encoder.heads == 2
+    assert (
+        encoder.dropped == ("head.weight",)
+        and encoder.dim == 128
+        and encoder.tokens == 197
+        and encoder.heads == 2
+    )
     model.load_state_dict({k: v.float() for k, v in state.items()})
     assert next(encoder.model.parameters()).dtype == torch.float32
     with torch.no_grad():
-        assert torch.allclose(encoder.tokens_of(FACES), model.forward_features(encoder.prepare(FACES)), atol=1e-6)
+        assert torch.allclose(
+            encoder.tokens_of(FACES), model.forward_features(encoder.prepare(FACES)), atol=1e-6
+        )
 
 
 def test_every_key_that_does_not_fit_is_named(tmp_path):
@@ -118,9 +127,14 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 # -- FaRL: CLIP's image tower, from the equations of its paper ---------------------------------------------------------
 
+
 def clip_state(rng, dim=128, depth=2, grid=14):
-    state = {"class_embedding": (dim,), "positional_embedding": (1 + grid**2, dim), "conv1.weight": (dim, 3, 16, 16),
-             "proj": (dim, 64)}
+    state = {
+        "class_embedding": (dim,),
+        "positional_embedding": (1 + grid**2, dim),
+        "conv1.weight": (dim, 3, 16, 16),
+        "proj": (dim, 64),
+    }
     for name in ("ln_pre", "ln_post"):
         state |= {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
     for i in range(depth):
@@ -170,8 +184,14 @@ def clip_forward(s, x, heads, depth):
     for i in range(depth):
         p = {k.split(f"resblocks.{i}.")[1]: v for k, v in s.items() if f"resblocks.{i}." in k}
         y = norm(x, p["ln_1.weight"], p["ln_1.bias"], 1e-5)
-        x = x + attend(y, p["attn.in_proj_weight"], p["attn.in_proj_bias"], p["attn.out_proj.weight"],
-                       p["attn.out_proj.bias"], heads)
+        x = x + attend(
+            y,
+            p["attn.in_proj_weight"],
+            p["attn.in_proj_bias"],
+            p["attn.out_proj.weight"],
+            p["attn.out_proj.bias"],
+            heads,
+        )
         y = norm(x, p["ln_2.weight"], p["ln_2.bias"], 1e-5) @ p["mlp.c_fc.weight"].T + p["mlp.c_fc.bias"]
         x = x + (y / (1 + torch.exp(-1.702 * y))) @ p["mlp.c_proj.weight"].T + p["mlp.c_proj.bias"]
     return norm(x, s["ln_post.weight"], s["ln_post.bias"], 1e-5)
@@ -185,13 +205,17 @@ def test_farl(tmp_path):
         "token_embedding.weight": torch.zeros(5, 8),
         "logit_scale": torch.ones(()),
     }
-    torch.save({"state_dict": {f"visual.{k}": v for k, v in state.items()} | text, "epoch": 16}, tmp_path / "farl.pth")
+    torch.save(
+        {"state_dict": {f"visual.{k}": v for k, v in state.items()} | text, "epoch": 16},
+        tmp_path / "farl.pth",
+    )
     encoder = load_encoder(f"farl:{tmp_path / 'farl.pth'}", device="cpu")
     assert (encoder.tokens, encoder.dim, encoder.heads) == (197, 128, 2)
     assert set(encoder.dropped) == {*text, "visual.proj"} and encoder.about()["keys_left_out"] == 4
-    x = (torch.from_numpy(FACES).double().permute(0, 3, 1, 2) / 255
-         - torch.tensor([0.48145466, 0.4578275, 0.40821073]).double().view(3, 1, 1)
-         ) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).double().view(3, 1, 1)
+    x = (
+        torch.from_numpy(FACES).double().permute(0, 3, 1, 2) / 255
+        - torch.tensor([0.48145466, 0.4578275, 0.40821073]).double().view(3, 1, 1)
+    ) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).double().view(3, 1, 1)
     state = {k: v.float().double() for k, v in state.items()}
     wanted = clip_forward(state, x, 2, 2)
     assert torch.allclose(encoder.tokens_of(FACES).double(), wanted, atol=2e-5)
@@ -199,6 +223,7 @@ def test_farl(tmp_path):
 
 
 # -- Franca: DINOv2's ViT with SwiGLU and layer scale ------------------------------------------------------------------
+
 
 def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
     state = {
@@ -233,9 +258,13 @@ def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
 
 def bicubic_matrix(out, size, scale):
     """Rows of weights of bicubic interpolation (Keys' kernel, a = -0.75) with given scale and repeated borders."""
+
     def kernel(t):
         t = abs(t)
-        return ((1.25 * t - 2.25) * t * t + 1 if t <= 1 else -0.75 * (((t - 5) * t + 8) * t - 4) if t < 2 else 0.0)
+        return (
+            (1.25 * t - 2.25) * t * t + 1 if t <= 1 else -0.75 * (((t - 5) * t + 8) * t - 4) if t < 2 else 0.0
+        )
+
     weights = torch.zeros(out, size, dtype=torch.float64)
     for i in range(out):
         at = (i + 0.5) / scale - 0.5
@@ -251,10 +280,15 @@ def franca_forward(s, x, heads, depth, chunks=2):
     x = patches_of(x, s["patch_embed.proj.weight"]) + s["patch_embed.proj.bias"] + table
     x = torch.cat([(s["cls_token"][0] + s["pos_embed"][0, :1]).expand(len(x), 1, -1), x], 1)
     for i in range(depth):
-        p = {k.split(".", 3)[3]: v for k, v in s.items() if k.startswith(f"blocks.{i // (depth // chunks)}.{i}.")}
+        p = {
+            k.split(".", 3)[3]: v
+            for k, v in s.items()
+            if k.startswith(f"blocks.{i // (depth // chunks)}.{i}.")
+        }
         y = norm(x, p["norm1.weight"], p["norm1.bias"], 1e-6)
-        x = x + p["ls1.gamma"] * attend(y, p["attn.qkv.weight"], p["attn.qkv.bias"], p["attn.proj.weight"],
-                                        p["attn.proj.bias"], heads)
+        x = x + p["ls1.gamma"] * attend(
+            y, p["attn.qkv.weight"], p["attn.qkv.bias"], p["attn.proj.weight"], p["attn.proj.bias"], heads
+        )
         y = norm(x, p["norm2.weight"], p["norm2.bias"], 1e-6) @ p["mlp.w12.weight"].T + p["mlp.w12.bias"]
         gate, value = y.chunk(2, -1)
         y = gate / (1 + torch.exp(-gate)) * value @ p["mlp.w3.weight"].T + p["mlp.w3.bias"]
@@ -286,6 +320,7 @@ def test_franca(tmp_path):
 
 # -- Buffalo: an ONNX file written by hand -----------------------------------------------------------------------------
 
+
 def varint(n):
     out = b""
     while n > 127:
@@ -302,6 +337,7 @@ def field(number, value):
 
 def onnx_mean_colour(weight):
     """An ONNX model: mean colour of each picture [N, 3], times weight [3, 512]."""
+
     def node(kind, inputs, output):
         return field(1, b"".join(field(1, i) for i in inputs) + field(2, output) + field(4, kind))
 
@@ -309,10 +345,21 @@ def onnx_mean_colour(weight):
         shape = b"".join(field(1, field(2, d) if isinstance(d, str) else field(1, d)) for d in dims)
         return field(number, field(1, name) + field(2, field(1, field(1, 1) + field(2, shape))))
 
-    tensor = b"".join(field(1, d) for d in weight.shape) + field(2, 1) + field(8, "w") + field(9, struct.pack(
-        f"<{weight.size}f", *weight.ravel()))
-    graph = (node("GlobalAveragePool", ["x"], "p") + node("Flatten", ["p"], "f") + node("MatMul", ["f", "w"], "y")
-             + field(2, "g") + field(5, tensor) + info(11, "x", "n", 3, 112, 112) + info(12, "y", "n", 512))
+    tensor = (
+        b"".join(field(1, d) for d in weight.shape)
+        + field(2, 1)
+        + field(8, "w")
+        + field(9, struct.pack(f"<{weight.size}f", *weight.ravel()))
+    )
+    graph = (
+        node("GlobalAveragePool", ["x"], "p")
+        + node("Flatten", ["p"], "f")
+        + node("MatMul", ["f", "w"], "y")
+        + field(2, "g")
+        + field(5, tensor)
+        + info(11, "x", "n", 3, 112, 112)
+        + info(12, "y", "n", 512)
+    )
     return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 13))
 
 
@@ -328,7 +375,10 @@ def test_buffalo(tmp_path):
     assert np.allclose(found, bgr @ weight, atol=1e-4) and encoder.unaligned == 2
     masked = SeesOnly(encoder, np.ones((224, 224), bool))
     there = pickle.loads(pickle.dumps(masked))  # as it would travel to a process of joblib's
-    assert torch.equal(there.tokens_of(faces), masked.tokens_of(faces)) and there.fingerprint() == masked.fingerprint()
+    assert (
+        torch.equal(there.tokens_of(faces), masked.tokens_of(faces))
+        and there.fingerprint() == masked.fingerprint()
+    )
 
 
 def test_alignment_recovers_a_known_pose():
@@ -345,7 +395,7 @@ def test_alignment_moves_pixels_where_the_points_say():
     points = nominal_points(224)
     rgb = np.zeros((224, 224, 3), np.uint8)
     for i, (x, y) in enumerate(points):
-        rgb[int(round(y)) - 2:int(round(y)) + 3, int(round(x)) - 2:int(round(x)) + 3, i % 3] = 255
+        rgb[int(round(y)) - 2 : int(round(y)) + 3, int(round(x)) - 2 : int(round(x)) + 3, i % 3] = 255
     aligned = align_face(rgb, points)
     for i, channel in ((1, 1), (2, 2)):
         ys, xs = np.nonzero(aligned[..., channel] > 100)
@@ -354,6 +404,7 @@ def test_alignment_moves_pixels_where_the_points_say():
 
 def test_buffalo_alignment_on_real_faces(shared):
     from mefem.faces import FaceDetector, crop_face, read_image
+
     detector = FaceDetector()
     template = np.concatenate([ARCFACE_TEMPLATE[:3], ARCFACE_TEMPLATE[3:].mean(0, keepdims=True)])
     errors = []
@@ -363,13 +414,15 @@ def test_buffalo_alignment_on_real_faces(shared):
         again = detector.detect(np.pad(aligned, ((56, 56), (56, 56), (0, 0)), mode="edge"))
         if again:
             errors.append(np.abs(again[0].keypoints[:4] - 56 - template).mean())
-    assert len(errors) >= 4 and np.mean(errors) < 4         # pixels of 112
+    assert len(errors) >= 4 and np.mean(errors) < 4  # pixels of 112
 
 
 # -- pixels, timm, names ---------------------------------------------------------------------------------------------
 
+
 def test_pixels_are_scikit_learns_pca_and_come_back_from_disk(tmp_path):
     from sklearn.decomposition import PCA
+
     rng = np.random.default_rng(0)
     faces = (
         (rng.random((60, 1, 1, 5)) @ rng.random((5, 16 * 16 * 3)) * 50)
@@ -386,18 +439,29 @@ def test_pixels_are_scikit_learns_pca_and_come_back_from_disk(tmp_path):
     save_pixels(tmp_path / "p.safetensors", encoder)
     loaded = load_encoder(f"pixels:{tmp_path / 'p.safetensors'}", device="cpu")
     assert torch.equal(loaded.tokens_of(faces), encoder.tokens_of(faces)) and loaded.dim == 5
-    assert PixelEncoder(components=128, image_size=8).fit(FACES).dim == 1       # no more components than pictures carry
+    assert (
+        PixelEncoder(components=128, image_size=8).fit(FACES).dim == 1
+    )  # no more components than pictures carry
     with pytest.raises(ValueError, match="fit"):
         load_encoder("pixels").tokens_of(FACES)
 
 
-@pytest.mark.parametrize("name, tokens, dim", [
-    ("vit_tiny_patch16_224", 197, 192), ("resnet18", 50, 512), ("resmlp_12_224", 197, 384), ("swin_tiny_patch4_window7_224", 50, 768),
-    ("vit_pwee_patch16_reg1_gap_256", 256, 256)])
+@pytest.mark.parametrize(
+    "name, tokens, dim",
+    [
+        ("vit_tiny_patch16_224", 197, 192),
+        ("resnet18", 50, 512),
+        ("resmlp_12_224", 197, 384),
+        ("swin_tiny_patch4_window7_224", 50, 768),
+        ("vit_pwee_patch16_reg1_gap_256", 256, 256),
+    ],
+)
 def test_random_timm_models(name, tokens, dim):
     a = load_encoder(f"random:{name}", device="cpu")
     assert (a.tokens, a.dim) == (tokens, dim)
-    assert torch.equal(a.tokens_of(FACES[:1]), load_encoder(f"random:{name}", device="cpu").tokens_of(FACES[:1]))
+    assert torch.equal(
+        a.tokens_of(FACES[:1]), load_encoder(f"random:{name}", device="cpu").tokens_of(FACES[:1])
+    )
 
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -431,7 +495,7 @@ FAMILIES = {  # timm name -> (changes that make it small, CLS?, prefix tokens, p
 
 
 def tokens_of_timm(name, changes):
-    "The encoder, and what the network itself gives for the same pictures."
+    """The encoder, and what the network itself gives for the same pictures."""
     import timm
 
     torch.manual_seed(1)
@@ -449,7 +513,9 @@ def test_cls_registers_and_patches_of_each_family(name):
     encoder, tokens, whole = tokens_of_timm(name, changes)
     assert whole.shape[1] == prefix + patches, "the table above is right about timm"
     assert (encoder.has_cls, encoder.tokens) == (cls, cls + patches)
-    assert torch.equal(select_tokens(tokens, "patches", cls), whole[:, prefix:]), "every patch, and neither register nor CLS"
+    assert torch.equal(select_tokens(tokens, "patches", cls), whole[:, prefix:]), (
+        "every patch, and neither register nor CLS"
+    )
     if cls:
         assert torch.equal(select_tokens(tokens, "cls", cls), whole[:, 0])
     else:
@@ -458,7 +524,7 @@ def test_cls_registers_and_patches_of_each_family(name):
 
 
 def test_networks_without_a_count_of_their_prefix():
-    "VOLO has a CLS and no `num_prefix_tokens`; PiT gives its CLS alone, distilled or not."
+    """VOLO has a CLS and no `num_prefix_tokens`; PiT gives its CLS alone, distilled or not."""
     volo, tokens, whole = tokens_of_timm("volo_d1_224", {})
     assert volo.has_cls and whole.shape[1] == 197 and torch.equal(tokens, whole)
     for name in ("pit_ti_224", "pit_ti_distilled_224"):
@@ -466,15 +532,22 @@ def test_networks_without_a_count_of_their_prefix():
         assert pit.has_cls and pit.tokens == 1 and torch.equal(tokens, whole[:, :1])
 
 
-@pytest.mark.parametrize("name, words", [("crossvit_tiny_240", "gives a list"), ("coat_lite_tiny", "no square"),
-                                         ("efficientvim_m1", "gives a list"), ("lcnet_035", "pooled vector")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("crossvit_tiny_240", "gives a list"),
+        ("coat_lite_tiny", "no square"),
+        ("efficientvim_m1", "gives a list"),
+        ("lcnet_035", "pooled vector"),
+    ],
+)
 def test_networks_that_cannot_be_read_are_refused(name, words):
     with pytest.raises(ValueError, match=f"({words}).*not supported"):
         load_encoder(f"random:{name}", device="cpu")
 
 
 def test_tokens_that_are_no_square_are_refused():
-    "A prefix that nothing says must not be taken for patches."
+    """A prefix that nothing says must not be taken for patches."""
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, reg_tokens=3, **TINY)
@@ -502,7 +575,9 @@ def empty_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("weights were asked for over the network"))
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *_: pytest.fail("weights were asked for over the network")
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -516,7 +591,9 @@ def test_timm_weights_are_never_fetched_unasked(empty_caches):
             load_encoder(name)
 
 
-@pytest.mark.parametrize("place", ["{}/resnet10t.safetensors", "{}/torch/checkpoints/resnet10t_176_c3-f3215ab1.pth"])
+@pytest.mark.parametrize(
+    "place", ["{}/resnet10t.safetensors", "{}/torch/checkpoints/resnet10t_176_c3-f3215ab1.pth"]
+)
 def test_timm_weights_from_where_they_lie(empty_caches, place):
     """A plain timm name, with its authors' size, mean and std; the classifier of the file is left out."""
     import timm
@@ -575,4 +652,6 @@ def test_bf16_is_close():
         load_encoder("random:vit_tiny_patch16_224", device="cpu", precision=p).tokens_of(FACES[:1])
         for p in ("fp32", "bf16")
     )
-    assert b.dtype == torch.float32 and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99
+    assert (
+        b.dtype == torch.float32 and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99
+    )

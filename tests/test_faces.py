@@ -1,4 +1,5 @@
-"Reading, detecting and cropping: against Pillow done by hand, and on real photographs."
+"""Reading, detecting and cropping: against Pillow done by hand, and on real photographs."""
+
 import io
 import pickle
 import subprocess
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from mefem import faces, files
-from mefem.faces import CropError, FaceDetector, ImageError, crop_face, crop_image, face_square, open_image, read_image
+from mefem.faces import (
+    CropError,
+    FaceDetector,
+    ImageError,
+    crop_face,
+    crop_image,
+    face_square,
+    open_image,
+    read_image,
+)
 
 
 def saved(image, format="PNG", **options):
@@ -24,7 +34,9 @@ def saved(image, format="PNG", **options):
 
 def gradient(height=24, width=32):
     y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=2).astype(np.uint8)
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=2).astype(
+        np.uint8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +65,37 @@ def test_modes_become_rgb():
     assert np.array_equal(read_image(saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")), same)
     assert np.array_equal(read_image(saved(Image.fromarray(rgb).convert("CMYK"), "TIFF")), rgb)
     cmyk_jpeg = saved(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100)
-    assert np.abs(read_image(cmyk_jpeg).astype(int) - rgb).max() < 24, "CMYK JPEG (stored inverted) is not a negative"
+    assert np.abs(read_image(cmyk_jpeg).astype(int) - rgb).max() < 24, (
+        "CMYK JPEG (stored inverted) is not a negative"
+    )
     two_tone = Image.fromarray((grey > 100).astype(np.uint8) * 255).convert("1")
     assert set(np.unique(read_image(saved(two_tone)))) == {0, 255}
     assert read_image(saved(Image.fromarray(rgb).quantize(16))).shape == rgb.shape
 
 
 def disguises():
-    "Kinds of file whose pixels are not simply those of an array: name -> bytes."
+    """Kinds of file whose pixels are not simply those of an array: name -> bytes."""
     rgb = gradient()
     grey, alpha = rgb[..., 0], np.dstack([rgb, rgb[..., 1]])
-    found = {"16 bit PNG": saved(Image.fromarray(grey.astype(np.uint16) * 257)), "16 bit TIFF": saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
-             "RGBA": saved(Image.fromarray(alpha)), "LA": saved(Image.fromarray(np.ascontiguousarray(alpha[..., :2]), "LA")),
-             "palette": saved(Image.fromarray(rgb).quantize(16)), "clear palette": saved(Image.fromarray(rgb).quantize(8), transparency=0),
-             "clear colour": saved(Image.fromarray(rgb), transparency=tuple(map(int, rgb[0, 0]))), "one bit": saved(Image.fromarray(grey > 100)),
-             "CMYK": saved(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100),
-             "GIF": saved(Image.fromarray(rgb), "GIF", save_all=True, append_images=[Image.new("RGB", (32, 24))])}
+    found = {
+        "16 bit PNG": saved(Image.fromarray(grey.astype(np.uint16) * 257)),
+        "16 bit TIFF": saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+        "RGBA": saved(Image.fromarray(alpha)),
+        "LA": saved(Image.fromarray(np.ascontiguousarray(alpha[..., :2]), "LA")),
+        "palette": saved(Image.fromarray(rgb).quantize(16)),
+        "clear palette": saved(Image.fromarray(rgb).quantize(8), transparency=0),
+        "clear colour": saved(Image.fromarray(rgb), transparency=tuple(map(int, rgb[0, 0]))),
+        "one bit": saved(Image.fromarray(grey > 100)),
+        "CMYK": saved(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100),
+        "GIF": saved(Image.fromarray(rgb), "GIF", save_all=True, append_images=[Image.new("RGB", (32, 24))]),
+    }
     for orientation in range(2, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        found |= {f"{kind} {orientation}": saved(Image.fromarray(rgb), kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")}
+        found |= {
+            f"{kind} {orientation}": saved(Image.fromarray(rgb), kind, exif=exif)
+            for kind in ("JPEG", "PNG", "WEBP", "TIFF")
+        }
     return found
 
 
@@ -87,13 +110,17 @@ def test_an_opened_picture_is_read_as_its_file_is(name, tmp_path):
         assert np.array_equal(read_image(opened), by_path)
     loaded = Image.open(tmp_path / "photo")
     loaded.load()
-    assert np.array_equal(read_image(loaded), by_path) and np.array_equal(read_image(loaded), by_path), "and read again"
+    assert np.array_equal(read_image(loaded), by_path) and np.array_equal(read_image(loaded), by_path), (
+        "and read again"
+    )
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo"))
     assert np.array_equal(read_image(upright), by_path), "what was brought upright is not turned twice"
 
 
 def test_an_opened_picture_is_refused_as_its_file_is(tmp_path):
-    jpeg = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG")
+    jpeg = saved(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG"
+    )
     (tmp_path / "cut.jpg").write_bytes(jpeg[:-900])
     with pytest.raises(ImageError, match="cut.jpg: corrupt image"):
         read_image(Image.open(tmp_path / "cut.jpg"))
@@ -101,13 +128,32 @@ def test_an_opened_picture_is_refused_as_its_file_is(tmp_path):
         read_image(Image.new("RGB", (100, 100)), max_pixels=9999)
 
 
-@given(st.lists(st.text("aAbB_~/.\u00e9\u0301\u00df\u6f22" + "s", min_size=1, max_size=12).map("x{}.jpg".format) | st.sampled_from(
-    ["a/b.jpg", "a__b.jpg", "x.jpg", "x.jpg.webp", "x.png", "X.JPG", "a/b.jpg.jpg", "y" * 300 + ".jpg"]), unique=True, max_size=12))
+@given(
+    st.lists(
+        st.text("aAbB_~/.\u00e9\u0301\u00df\u6f22" + "s", min_size=1, max_size=12).map("x{}.jpg".format)
+        | st.sampled_from(
+            [
+                "a/b.jpg",
+                "a__b.jpg",
+                "x.jpg",
+                "x.jpg.webp",
+                "x.png",
+                "X.JPG",
+                "a/b.jpg.jpg",
+                "y" * 300 + ".jpg",
+            ]
+        ),
+        unique=True,
+        max_size=12,
+    )
+)
 def test_no_two_photographs_share_a_name(paths):
     names = faces.flat_names(paths)
     assert len({unicodedata.normalize("NFD", name.casefold()) for name in names}) == len(paths)
     assert all("/" not in name and len(name.encode()) < 200 for name in names)
-    assert len({name.casefold() for name in faces.flat_names(paths, r"[^\w-]")}) == len(paths), "nor where characters are replaced"
+    assert len({name.casefold() for name in faces.flat_names(paths, r"[^\w-]")}) == len(paths), (
+        "nor where characters are replaced"
+    )
 
 
 def test_a_hundred_thousand_names_take_less_than_a_second():
@@ -119,17 +165,38 @@ def test_a_hundred_thousand_names_take_less_than_a_second():
 
 
 def test_what_is_no_photograph_of_a_folder(tmp_path):
-    for name in ("a.jpg", "b/c.PNG", "b/._c.png", ".thumbs/a.jpg", "b/.x/y/z.jpg", "crops/a.jpg", "crops/mine.jpg", "other/d.jpg", "n.txt"):
+    for name in (
+        "a.jpg",
+        "b/c.PNG",
+        "b/._c.png",
+        ".thumbs/a.jpg",
+        "b/.x/y/z.jpg",
+        "crops/a.jpg",
+        "crops/mine.jpg",
+        "other/d.jpg",
+        "n.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "crops/crops.csv").write_text("file,crop,status\nphotos/a.jpg,a.jpg,success\n../x.jpg,../a.jpg,success\nphotos/e.jpg,,no face\n")
+    (tmp_path / "crops/crops.csv").write_text(
+        "file,crop,status\nphotos/a.jpg,a.jpg,success\n../x.jpg,../a.jpg,success\nphotos/e.jpg,,no face\n"
+    )
     (tmp_path / "other/crops.csv").write_text("field,crop\n7,wheat\n")
+
     def seen(*where, **options):
-        return [p.relative_to(tmp_path).as_posix() for p in faces.visible_files(tmp_path.joinpath(*where), **options) if faces.is_photograph(p)]
+        return [
+            p.relative_to(tmp_path).as_posix()
+            for p in faces.visible_files(tmp_path.joinpath(*where), **options)
+            if faces.is_photograph(p)
+        ]
+
     assert seen() == ["a.jpg", "b/c.PNG", "crops/mine.jpg", "other/d.jpg"]
     assert seen(leave_out=tmp_path / "b") == ["a.jpg", "crops/mine.jpg", "other/d.jpg"]
     assert seen("crops") == ["crops/a.jpg", "crops/mine.jpg"], "a folder of crops that is asked for itself"
-    assert faces.listed_crops(tmp_path / "crops") == {"a.jpg": "photos/a.jpg"} and faces.listed_crops(tmp_path / "b") == {}
+    assert (
+        faces.listed_crops(tmp_path / "crops") == {"a.jpg": "photos/a.jpg"}
+        and faces.listed_crops(tmp_path / "b") == {}
+    )
     with pytest.raises(ValueError, match="other/crops.csv is no list of crops"):
         faces.listed_crops(tmp_path / "other")
 
@@ -138,7 +205,10 @@ def test_alpha_lies_on_white():
     rgb = gradient()
     alpha = np.zeros(rgb.shape[:2], np.uint8)
     alpha[:, 8:16], alpha[:, 16:] = 128, 255
-    for image in (Image.fromarray(np.dstack([rgb, alpha])), Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA")):
+    for image in (
+        Image.fromarray(np.dstack([rgb, alpha])),
+        Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"),
+    ):
         found = read_image(saved(image)).astype(int)
         solid = np.asarray(image.convert("RGBA"))[..., :3].astype(int)
         assert (found[:, :8] == 255).all() and np.array_equal(found[:, 16:], solid[:, 16:])
@@ -149,14 +219,30 @@ def test_alpha_lies_on_white():
     assert (read_image(saved(palette, transparency=0))[clear] == 255).all()
 
 
-@pytest.mark.parametrize("kind, reason", [
-    ("missing", "missing file"), ("folder", "unreadable file"), ("empty", "empty file"), ("text", "not an image"),
-    ("cut", "corrupt image"), ("cut png", "corrupt image"), ("huge", "too many pixels")])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("missing", "missing file"),
+        ("folder", "unreadable file"),
+        ("empty", "empty file"),
+        ("text", "not an image"),
+        ("cut", "corrupt image"),
+        ("cut png", "corrupt image"),
+        ("huge", "too many pixels"),
+    ],
+)
 def test_bad_files_have_a_named_reason(tmp_path, kind, reason):
     path = tmp_path / "photo.jpg"
-    jpeg = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG")
-    content = {"empty": b"", "text": b"<html>404</html>", "cut": jpeg[:-900], "huge": jpeg,
-               "cut png": saved(Image.fromarray(gradient(99, 99)))[:-200]}
+    jpeg = saved(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG"
+    )
+    content = {
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "cut": jpeg[:-900],
+        "huge": jpeg,
+        "cut png": saved(Image.fromarray(gradient(99, 99)))[:-200],
+    }
     if kind == "folder":
         path.mkdir()
     elif kind != "missing":
@@ -189,10 +275,17 @@ def test_square_is_twice_the_longer_side_and_centred():
             face_square(box)
 
 
-@pytest.mark.parametrize("box, reason", [
-    ((100, 100, 200, 200), None), ((50, 50, 150, 150), None), ((49.9, 50, 149.9, 150), "leaves the picture"),
-    ((150, 150, 250, 250), None), ((150, 150.5, 250, 250.5), "leaves the picture"),
-    ((140, 140, 239, 239), "too small")])
+@pytest.mark.parametrize(
+    "box, reason",
+    [
+        ((100, 100, 200, 200), None),
+        ((50, 50, 150, 150), None),
+        ((49.9, 50, 149.9, 150), "leaves the picture"),
+        ((150, 150, 250, 250), None),
+        ((150, 150.5, 250, 250.5), "leaves the picture"),
+        ((140, 140, 239, 239), "too small"),
+    ],
+)
 def test_border_and_size(box, reason):
     rgb = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
     if reason is None:
@@ -204,22 +297,33 @@ def test_border_and_size(box, reason):
 
 
 def test_strayed_squares_stay_in_the_picture():
-    "Far from every limit the moves are normal with the promised deviations; near one they stop there."
+    """Far from every limit the moves are normal with the promised deviations; near one they stop there."""
     free = np.array([faces.stray_square((400, 400, 200), 0.1, seed, 1000, 1000, 10) for seed in range(4000)])
     centre, logs = free[:, :2] + free[:, 2:] / 2, np.log(free[:, 2] / 200)
     np.testing.assert_allclose([logs.mean(), logs.std()], [0, 0.1], atol=0.005)
     np.testing.assert_allclose([*centre.mean(0), *centre.std(0)], [500, 500, 10, 10], atol=0.5)
     assert np.abs(np.corrcoef(np.c_[centre, logs].T) - np.eye(3)).max() < 0.06
     tight = np.array([faces.stray_square((10, 20, 250), 0.1, seed, 270, 300, 240) for seed in range(500)])
-    assert (tight[:, :2] >= 0).all() and (tight[:, 0] + tight[:, 2] <= 270 + 1e-9).all() and (tight[:, 1] + tight[:, 2] <= 300 + 1e-9).all()
+    assert (
+        (tight[:, :2] >= 0).all()
+        and (tight[:, 0] + tight[:, 2] <= 270 + 1e-9).all()
+        and (tight[:, 1] + tight[:, 2] <= 300 + 1e-9).all()
+    )
     assert tight[:, 2].min() == 240 and tight[:, 2].max() == 270
 
 
 def test_stray_moves_the_crop_by_its_seed_and_refuses_as_without():
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 320, 3), dtype=np.uint8))
-    plain, *moved = (crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100, stray=s, seed=k) for s, k in ((0, 3), (0.1, 3), (0.1, 3), (0.1, 4)))
+    plain, *moved = (
+        crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100, stray=s, seed=k)
+        for s, k in ((0, 3), (0.1, 3), (0.1, 3), (0.1, 4))
+    )
     assert np.array_equal(plain, crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100))
-    assert np.array_equal(moved[0], moved[1]) and not np.array_equal(moved[0], moved[2]) and not np.array_equal(moved[0], plain)
+    assert (
+        np.array_equal(moved[0], moved[1])
+        and not np.array_equal(moved[0], moved[2])
+        and not np.array_equal(moved[0], plain)
+    )
     with pytest.raises(CropError, match="leaves the picture"):
         crop_image(rgb, (0, 120, 156, 170), size=112, min_side=100, stray=0.1)
     framed = [crop_image(rgb, size=112, min_side=100, framing="dataset", stray=s) for s in (0, 0.1)]
@@ -232,7 +336,7 @@ def test_crop_without_scaling_copies_pixels():
 
 
 def test_subpixel_geometry():
-    "A linear ramp stays linear: pixel i of the crop shows the ramp at x0 + (i + 1/2) side / size."
+    """A linear ramp stays linear: pixel i of the crop shows the ramp at x0 + (i + 1/2) side / size."""
     ramp = np.repeat(np.repeat(np.linspace(0, 255, 400)[None, :, None], 400, 0), 3, 2)
     box, size = (130.3, 150.0, 230.7, 240.0), 50
     x0, _, side = face_square(box)
@@ -246,7 +350,9 @@ def test_reduced_decode_matches_the_full_one(orientation):
     noise = np.random.default_rng(1).normal(128, 50, (150, 190, 3)).clip(0, 255).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(Image.fromarray(noise).resize((1901, 1503), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=exif)
+    data = saved(
+        Image.fromarray(noise).resize((1901, 1503), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=exif
+    )
     box = (501.5, 500, 1002.5, 1000)  # a square of 1002 pixels
     reduced = crop_image(open_image(data), box, size=100, min_side=100)
     assert faces._reduction(open_image(data), 1002, 100) == (4 if orientation == 1 else 1)
@@ -254,7 +360,9 @@ def test_reduced_decode_matches_the_full_one(orientation):
     difference = np.abs(reduced.astype(int) - full)
     assert difference.mean() < 1.5 and difference.max() < 20
     shifted = crop_face(read_image(data), [value + 8 for value in box], size=100)
-    assert np.abs(reduced.astype(int) - shifted).mean() > 4 * difference.mean(), "the test sees a shift of 0.8 pixels"
+    assert np.abs(reduced.astype(int) - shifted).mean() > 4 * difference.mean(), (
+        "the test sees a shift of 0.8 pixels"
+    )
 
 
 def test_dropped_pictures_are_not_decoded(monkeypatch):
@@ -270,16 +378,25 @@ def test_dataset_framing_is_the_centred_square():
     assert np.array_equal(found, rgb[:, 30:130])
 
 
-@pytest.mark.parametrize("width, height, box, used", [
-    (300, 300, (100, 100, 200, 200), {"paper": "paper", "shift": "paper", "pad": "paper", "auto": "paper"}),
-    (300, 300, (20, 100, 120, 200), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
-    (300, 200, (100, 0, 200, 100), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
-    (300, 199, (100, 0, 200, 99), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
-    (150, 150, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "as-is"}),
-    (151, 151, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
-    (150, 149, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"})])
+@pytest.mark.parametrize(
+    "width, height, box, used",
+    [
+        (
+            300,
+            300,
+            (100, 100, 200, 200),
+            {"paper": "paper", "shift": "paper", "pad": "paper", "auto": "paper"},
+        ),
+        (300, 300, (20, 100, 120, 200), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
+        (300, 200, (100, 0, 200, 100), {"paper": None, "shift": "shift", "pad": "pad", "auto": "shift"}),
+        (300, 199, (100, 0, 200, 99), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
+        (150, 150, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "as-is"}),
+        (151, 151, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
+        (150, 149, (20, 10, 120, 110), {"paper": None, "shift": None, "pad": "pad", "auto": "pad"}),
+    ],
+)
 def test_each_framing_takes_what_it_says(width, height, box, used):
-    "A face fills a square picture from two thirds of its side on."
+    """A face fills a square picture from two thirds of its side on."""
     for framing, expected in used.items():
         if expected is None:
             with pytest.raises(CropError, match="leaves the picture"):
@@ -310,14 +427,18 @@ def test_least_side_is_that_of_the_paper_in_the_papers_framing_only():
         with pytest.raises(CropError, match="too small"):
             faces.frame_square(box, 300, 300, framing, min_side=301)
     assert faces.frame_square(box, 300, 300, "auto")[1] == "paper"
-    with pytest.raises(ValueError, match="'papre' is unknown, expected one of paper, shift, pad, as-is, auto"):
+    with pytest.raises(
+        ValueError, match="'papre' is unknown, expected one of paper, shift, pad, as-is, auto"
+    ):
         faces.frame_square(box, 300, 300, "papre")
 
 
-@pytest.mark.parametrize("square", [(-40, -30, 200), (60, 70, 200), (-20, 20, 150), (20, -100.5, 333.3), (10, 10, 100)])
+@pytest.mark.parametrize(
+    "square", [(-40, -30, 200), (60, 70, 200), (-20, 20, 150), (20, -100.5, 333.3), (10, 10, 100)]
+)
 @pytest.mark.parametrize("size", [50, 224])
 def test_padding_repeats_the_edge(square, size):
-    "As padding the picture before the resampling gives it, but for the pixels of the crop that the border cuts."
+    """As padding the picture before the resampling gives it, but for the pixels of the crop that the border cuts."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8))
     rgb = np.asarray(noise.resize((180, 160), Image.Resampling.BICUBIC))
     found = faces.resample_padded(Image.fromarray(rgb), square, size)
@@ -340,7 +461,13 @@ def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(dete
     tight, low = drawn.crop((150, 130, 362, 380)), drawn.crop((0, 200, 512, 512))
     (box,) = [face.box for face in detector.detect(np.asarray(drawn))]
     plain = frame_one(drawn, detector=detector)
-    assert (plain.status, plain.framing, plain.faces, plain.advice, plain.others) == ("success", "paper", 1, "", ())
+    assert (plain.status, plain.framing, plain.faces, plain.advice, plain.others) == (
+        "success",
+        "paper",
+        1,
+        "",
+        (),
+    )
     assert plain.face.box == box and np.array_equal(plain.crop, crop_face(np.asarray(drawn), box))
     square = tight.resize((250, 250))
     refused = frame_one(square, detector=detector)
@@ -348,7 +475,9 @@ def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(dete
     assert refused.others == ("pad", "as-is", "auto")
     assert refused.advice.endswith("in 250 x 250; --framing pad, as-is or auto would use it")
     for other in faces.FRAMINGS:
-        assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), other
+        assert (frame_one(square, other, detector=detector).crop is not None) == (other in refused.others), (
+            other
+        )
     whole = frame_one(square, "as-is", size=250, detector=None)
     assert np.array_equal(whole.crop, np.asarray(square)) and whole.faces is None and whole.face is None
     assert "use --framing auto" in frame_one(low, "as-is").advice
@@ -361,22 +490,31 @@ def test_a_photograph_becomes_a_crop_or_names_the_framing_that_would_use_it(dete
 
 
 class Seen:
-    "A detector that sees faces where it is told."
+    """A detector that sees faces where it is told."""
 
     def __init__(self, *boxes):
         self.boxes = boxes
 
     def detect(self, rgb):
-        return [faces.Face(box, 0.9 - i / 10, np.zeros((6, 2), np.float32)) for i, box in enumerate(self.boxes)]
+        return [
+            faces.Face(box, 0.9 - i / 10, np.zeros((6, 2), np.float32)) for i, box in enumerate(self.boxes)
+        ]
 
 
 BORDER, SMALL, LARGE = (0.0, 0, 60, 60), (100.0, 100, 150, 150), (200.0, 200, 300, 300)
 
 
-@pytest.mark.parametrize("boxes, face, framing, expected", [
-    ([SMALL, LARGE], "surest", "paper", SMALL), ([SMALL, LARGE], "largest", "paper", LARGE),
-    ([BORDER, SMALL, LARGE], "surest", "paper", SMALL), ([BORDER, SMALL, LARGE], "surest", "shift", BORDER),
-    ([SMALL, (380.0, 0, 500, 120)], "largest", "paper", SMALL), ([SMALL, BORDER], "largest", "pad", BORDER)])
+@pytest.mark.parametrize(
+    "boxes, face, framing, expected",
+    [
+        ([SMALL, LARGE], "surest", "paper", SMALL),
+        ([SMALL, LARGE], "largest", "paper", LARGE),
+        ([BORDER, SMALL, LARGE], "surest", "paper", SMALL),
+        ([BORDER, SMALL, LARGE], "surest", "shift", BORDER),
+        ([SMALL, (380.0, 0, 500, 120)], "largest", "paper", SMALL),
+        ([SMALL, BORDER], "largest", "pad", BORDER),
+    ],
+)
 def test_the_next_face_where_the_first_does_not_fit(boxes, face, framing, expected):
     framed = frame_one(Image.new("RGB", (500, 500)), framing, face, min_side=1, detector=Seen(*boxes))
     assert framed.face.box == expected and framed.faces == len(boxes) and framed.crop.shape == (224, 224, 3)
@@ -391,7 +529,9 @@ def test_all_faces_and_what_is_said_where_none_fits():
     assert np.array_equal(found[1].crop, crop_face(gradient(400, 500), SMALL, min_side=1))
     wide = (0.0, 0, 300, 300)
     refused = frame_one(picture, "paper", min_side=1, detector=Seen(wide, BORDER))
-    assert refused.face.box == wide and refused.others == ("shift", "pad", "auto"), "what any of the faces allows"
+    assert refused.face.box == wide and refused.others == ("shift", "pad", "auto"), (
+        "what any of the faces allows"
+    )
     assert frame_one(picture, "paper", min_side=1, detector=Seen(wide)).others == ("pad", "auto")
     with pytest.raises(ValueError, match="'biggest' is unknown, expected one of surest, largest, all"):
         faces.frame_faces(picture, face="biggest")
@@ -403,9 +543,15 @@ def cartoon(x=256, y=256, unit=1.0, size=512):
     image = Image.new("RGB", (size, size), (150, 170, 190))
     pen = ImageDraw.Draw(image)
     for x0, y0, x1, y1, colour in [
-            (-95, -130, 95, 130, (70, 50, 35)), (-80, -105, 80, 120, (224, 178, 150)),
-            (-52, -28, -16, -8, (245, 240, 235)), (16, -28, 52, -8, (245, 240, 235)), (-43, -27, -25, -9, (50, 35, 25)),
-            (25, -27, 43, -9, (50, 35, 25)), (-13, -15, 13, 40, (205, 155, 130)), (-32, 58, 32, 80, (180, 90, 85))]:
+        (-95, -130, 95, 130, (70, 50, 35)),
+        (-80, -105, 80, 120, (224, 178, 150)),
+        (-52, -28, -16, -8, (245, 240, 235)),
+        (16, -28, 52, -8, (245, 240, 235)),
+        (-43, -27, -25, -9, (50, 35, 25)),
+        (25, -27, 43, -9, (50, 35, 25)),
+        (-13, -15, 13, 40, (205, 155, 130)),
+        (-32, 58, 32, 80, (180, 90, 85)),
+    ]:
         pen.ellipse((x + x0 * unit, y + y0 * unit, x + x1 * unit, y + y1 * unit), fill=colour)
     return np.asarray(image.filter(ImageFilter.GaussianBlur(3 * unit)))
 
@@ -422,7 +568,12 @@ def test_detector_takes_views_and_refuses_others(detector):
     flipped = cartoon()[:, ::-1]
     assert detector.detect(flipped)[0].score > 0.5
     assert detector.detect(np.zeros((40, 60, 3), np.uint8)) == []
-    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8), "a.jpg"):
+    for wrong in (
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        "a.jpg",
+    ):
         with pytest.raises(ValueError, match="uint8 array"):
             detector.detect(wrong)
     with pytest.raises(ValueError, match="short"):
@@ -437,7 +588,10 @@ def test_threshold_is_used():
 
 
 def test_the_surest_face_wins(detector, monkeypatch):
-    found = [faces.Face((10.0, 10, 20, 20), 0.6, np.zeros((6, 2))), faces.Face((100.0, 100, 200, 200), 0.9, None)]
+    found = [
+        faces.Face((10.0, 10, 20, 20), 0.6, np.zeros((6, 2))),
+        faces.Face((100.0, 100, 200, 200), 0.9, None),
+    ]
     detections = [type("D", (), {"bounding_box": None})] * 2
     monkeypatch.setattr(detector._task, "detect", lambda picture: type("R", (), {"detections": detections}))
     left = iter(found)
@@ -454,6 +608,7 @@ def test_no_face():
 def test_model_offline_says_what_to_do(tmp_path, monkeypatch):
     def offline():
         raise OSError("no network")
+
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "find_root", lambda: tmp_path)
     monkeypatch.setattr(faces.Path, "home", lambda: tmp_path)

@@ -48,6 +48,7 @@ from mefem.features import Features
 
 # --- regions
 
+
 @pytest.mark.parametrize("size", [32, 112, 224])
 def test_regions_share_out_the_picture(size):
     regions = face_regions(size)
@@ -77,10 +78,18 @@ def test_what_is_hidden_cannot_change_what_is_seen():
 
 # --- skin tone
 
-@pytest.mark.parametrize(("rgb", "lab"), [
-    ((255, 255, 255), (100, 0, 0)), ((0, 0, 0), (0, 0, 0)), ((255, 0, 0), (53.24, 80.09, 67.20)),
-    ((0, 255, 0), (87.73, -86.18, 83.18)), ((0, 0, 255), (32.30, 79.19, -107.86)), ((119, 119, 119), (50.03, 0, 0)),
-])
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),
+    [
+        ((255, 255, 255), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 255, 0), (87.73, -86.18, 83.18)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+        ((119, 119, 119), (50.03, 0, 0)),
+    ],
+)
 def test_lab_of_known_colours(rgb, lab):
     np.testing.assert_allclose(to_lab(rgb), lab, atol=0.02)
 
@@ -96,7 +105,10 @@ def test_typology_angle_by_hand():
 
 
 def test_typology_angle_orders_and_refuses():
-    light, brown, grey, blue = (typology_angle(picture(c))[0] for c in ((240, 215, 195), (95, 60, 40), (128, 128, 128), (90, 100, 160)))
+    light, brown, grey, blue = (
+        typology_angle(picture(c))[0]
+        for c in ((240, 215, 195), (95, 60, 40), (128, 128, 128), (90, 100, 160))
+    )
     assert light > 41 > -30 > brown and np.isnan(grey) and np.isnan(blue)
 
 
@@ -106,8 +118,19 @@ def test_only_the_cheeks_count():
     assert typology_angle(changed) == typology_angle(picture((224, 172, 105)))
 
 
-@pytest.mark.parametrize(("angle", "name"), [(-90, "dark"), (-30.1, "dark"), (-29, "brown"), (10.1, "tan"), (28.1, "intermediate"),
-                                             (41.1, "light"), (55.1, "very light"), (90, "very light")])
+@pytest.mark.parametrize(
+    ("angle", "name"),
+    [
+        (-90, "dark"),
+        (-30.1, "dark"),
+        (-29, "brown"),
+        (10.1, "tan"),
+        (28.1, "intermediate"),
+        (41.1, "light"),
+        (55.1, "very light"),
+        (90, "very light"),
+    ],
+)
 def test_tone_classes(angle, name):
     assert tone_classes([angle])[0] == name
 
@@ -116,9 +139,18 @@ def test_real_skin_is_ordered(shared):
     from PIL import Image
 
     from mefem.faces import crop_face
+
     listed = pd.read_csv(shared / "frll" / "labels.csv")
-    listed["angle"] = [typology_angle(crop_face(np.asarray(Image.open(shared / "frll" / f).convert("RGB").resize((675, 675))),
-                                                min_side=1, size=112)[None])[0] for f in listed.file]
+    listed["angle"] = [
+        typology_angle(
+            crop_face(
+                np.asarray(Image.open(shared / "frll" / f).convert("RGB").resize((675, 675))),
+                min_side=1,
+                size=112,
+            )[None]
+        )[0]
+        for f in listed.file
+    ]
     median = listed.groupby(listed.ethnicity.str.lower()).angle.median()
     assert listed.angle.notna().mean() > 0.9
     assert median["black"] < median["white"] - 20
@@ -126,31 +158,52 @@ def test_real_skin_is_ordered(shared):
 
 # --- groups
 
+
 def test_attributes_are_of_people():
-    labels = pd.DataFrame({"key": list("abcd"), "person": ["p", "p", "p", "q"], "sex": ["male", "male", "male", None],
-                           "age": [29.0, 29, 30, 60], "race_name": ["White", "White", "White", "Black"]})
+    labels = pd.DataFrame(
+        {
+            "key": list("abcd"),
+            "person": ["p", "p", "p", "q"],
+            "sex": ["male", "male", "male", None],
+            "age": [29.0, 29, 30, 60],
+            "race_name": ["White", "White", "White", "Black"],
+        }
+    )
     tones = pd.Series({"a": 60.0, "b": 45.0, "c": 44.0, "d": np.nan})
     people = attributes(labels, tones)
     assert list(people.columns) == ["sex", "age band", "ancestry", "skin tone"]
     assert list(people.loc["p"]) == ["male", "18 to 29", "White", "light"]
-    assert people["age band"]["q"] == "60 and over" and pd.isna(people["skin tone"]["q"]) and pd.isna(people["sex"]["q"])
+    assert (
+        people["age band"]["q"] == "60 and over"
+        and pd.isna(people["skin tone"]["q"])
+        and pd.isna(people["sex"]["q"])
+    )
 
 
 def test_by_group_is_a_plain_mean_with_scipys_interval():
     from scipy.stats import bootstrap
+
     predictions, labels = toy_predictions(60)
-    table = by_group(person_terms(predictions), attributes(labels), replicates=4000).set_index(["attribute", "group"])
+    table = by_group(person_terms(predictions), attributes(labels), replicates=4000).set_index(
+        ["attribute", "group"]
+    )
     errors = (predictions.prediction - predictions.target).abs()
     men = (labels.sex == "male").to_numpy()
     row = table.loc[("sex", "male")]
     assert row.error == pytest.approx(errors[men].mean()) and row.persons == labels.person[men].nunique()
     assert row.photographs == men.sum()
-    of_person = errors[men].groupby(labels.person[men]).mean().to_numpy()             # two photographs each: means of means agree
-    low, high = bootstrap((of_person,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+    of_person = (
+        errors[men].groupby(labels.person[men]).mean().to_numpy()
+    )  # two photographs each: means of means agree
+    low, high = bootstrap(
+        (of_person,), np.mean, method="percentile", n_resamples=4000, rng=0
+    ).confidence_interval
     assert row.error_low == pytest.approx(low, abs=0.12) and row.error_high == pytest.approx(high, abs=0.12)
 
 
-@pytest.mark.parametrize(("band", "shift", "side"), [("60 and over", -3.0, "least"), ("18 to 29", 3.0, "most")])
+@pytest.mark.parametrize(
+    ("band", "shift", "side"), [("60 and over", -3.0, "least"), ("18 to 29", 3.0, "most")]
+)
 def test_a_planted_bias_is_found_and_named(band, shift, side):
     predictions, labels = toy_predictions(300, biased={band: shift})
     gaps = adjust_gaps(all_gaps(person_terms(predictions), attributes(labels), replicates=1000))
@@ -173,7 +226,9 @@ def test_without_a_bias_nothing_is_flagged_more_often_than_chance():
     flagged, smallest = 0, []
     for seed in range(40):
         predictions, labels = toy_predictions(120, seed=seed)
-        gaps = adjust_gaps(all_gaps(person_terms(predictions), attributes(labels), replicates=200, seed=seed, min_persons=15))
+        gaps = adjust_gaps(
+            all_gaps(person_terms(predictions), attributes(labels), replicates=200, seed=seed, min_persons=15)
+        )
         flagged += gaps.beyond_noise.any()
         smallest += list(gaps.p)
     assert flagged <= 6, "5 % of 40 reports are 2; 7 and more would happen once in 300 series"
@@ -189,17 +244,30 @@ def test_small_groups_do_not_compete():
 
 # --- calibration
 
+
 @pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.5, 13.0), (2.0, -20.0)])
 def test_calibration_recovers_the_line(slope, offset):
     rng = np.random.default_rng(0)
     p = rng.normal(26, 4, 600)
-    predictions = pd.DataFrame({"person": [f"{i // 2}" for i in range(600)], "prediction": p, "target": offset + slope * p + rng.normal(0, 1, 600)})
+    predictions = pd.DataFrame(
+        {
+            "person": [f"{i // 2}" for i in range(600)],
+            "prediction": p,
+            "target": offset + slope * p + rng.normal(0, 1, 600),
+        }
+    )
     line = calibration(predictions, 500)
-    assert line["slope_low"] < slope < line["slope_high"] and line["intercept_low"] < offset < line["intercept_high"]
-    np.testing.assert_allclose([line["slope"], line["intercept"]], np.polyfit(p, predictions.target, 1), rtol=1e-9)
+    assert (
+        line["slope_low"] < slope < line["slope_high"]
+        and line["intercept_low"] < offset < line["intercept_high"]
+    )
+    np.testing.assert_allclose(
+        [line["slope"], line["intercept"]], np.polyfit(p, predictions.target, 1), rtol=1e-9
+    )
 
 
 # --- conformal
+
 
 def test_margin_is_the_finite_sample_quantile():
     rng = np.random.default_rng(0)
@@ -238,12 +306,14 @@ def test_everybody_gets_an_interval_and_never_from_their_own_photographs():
 
 # --- shortcut
 
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """Crops in which the background alone holds the label, and an encoder fitted on others."""
     from mefem.encoders import PixelEncoder
     from mefem.faces import encode_crop
     from mefem.shards import write_manifest, write_shard
+
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("planted") / "bmi"
 
     def draw(labels):
@@ -252,12 +322,26 @@ def planted(tmp_path_factory):
         return x.clip(0, 255).astype(np.uint8)
 
     label = rng.integers(60, 200, 120)
-    meta = [{"key": f"{i:04d}", "person": f"p{i}", "bmi": float(v), "sex": "male" if i % 2 else "female", "age": 20.0 + i % 60}
-            for i, v in enumerate(label)]
-    stats = write_shard(folder, 0, [(m["key"], encode_crop(x), m) for m, x in zip(meta, draw(label), strict=True)],
-                        [{**m, "status": "success"} for m in meta])
+    meta = [
+        {
+            "key": f"{i:04d}",
+            "person": f"p{i}",
+            "bmi": float(v),
+            "sex": "male" if i % 2 else "female",
+            "age": 20.0 + i % 60,
+        }
+        for i, v in enumerate(label)
+    ]
+    stats = write_shard(
+        folder,
+        0,
+        [(m["key"], encode_crop(x), m) for m, x in zip(meta, draw(label), strict=True)],
+        [{**m, "status": "success"} for m in meta],
+    )
     write_manifest(folder, "bmi", 120, [stats], {"size": 48}, simulated=True)
-    return folder, PixelEncoder(components=8, image_size=48, device="cpu").fit(draw(rng.integers(60, 200, 150)))
+    return folder, PixelEncoder(components=8, image_size=48, device="cpu").fit(
+        draw(rng.integers(60, 200, 150))
+    )
 
 
 QUICK = {"folds": 3, "epochs": 40, "batch": 16, "lrs": (0.03,), "weight_decays": (0.01,), "progress": False}
@@ -281,9 +365,13 @@ def test_no_share_of_nothing():
     assert left.share.isna().all()
     assert "too little is read" in page([], left)
     predictions, _ = toy_predictions(800)
-    little = predictions.assign(prediction=predictions.target.mean() + 0.015 * (predictions.target - predictions.target.mean()))
+    little = predictions.assign(
+        prediction=predictions.target.mean() + 0.015 * (predictions.target - predictions.target.mean())
+    )
     left = remaining({"whole picture": little, "background and clothes": little}, 200)
-    assert 0 < left.r2_low[0] and left.r2[0] < 0.05 and left.share.isna().all()  # told from 0, and still next to nothing
+    assert (
+        0 < left.r2_low[0] and left.r2[0] < 0.05 and left.share.isna().all()
+    )  # told from 0, and still next to nothing
 
 
 def test_sees_only_leaves_the_encoder_alone(planted):
@@ -311,8 +399,10 @@ def test_skin_tones_come_by_key(planted):
 
 # --- the whole
 
+
 def extract(planted, out):
     from mefem.features import extract_features
+
     folder, encoder = planted
     return extract_features(encoder, folder, out, progress=False)
 
@@ -320,7 +410,15 @@ def extract(planted, out):
 def test_audit_of_an_encoder_end_to_end(planted, tmp_path):
     folder, _ = planted
     extract(planted, tmp_path / "features")
-    audits = audit_encoder(tmp_path / "features", tmp_path / "results", folder.parent, tmp_path / "out", "cls", bootstrap=200, **QUICK)
+    audits = audit_encoder(
+        tmp_path / "features",
+        tmp_path / "results",
+        folder.parent,
+        tmp_path / "out",
+        "cls",
+        bootstrap=200,
+        **QUICK,
+    )
     assert [one.state for one in audits] == ["present", "present", "label absent"]
     kept = pd.read_parquet(tmp_path / "out" / "bmi.parquet")
     assert len(kept) == 120 and {"key", "person", "fold", "target", "prediction", "low", "high"} <= set(kept)
@@ -330,7 +428,9 @@ def test_audit_of_an_encoder_end_to_end(planted, tmp_path):
     for name in ("who_it_works_for.md", "who_it_works_for.png"):
         assert 0 < (tmp_path / "figures" / name).stat().st_size < 500_000
     everybody = audits[0].errors.iloc[0]
-    assert f"{everybody.error:.2f}" in text and f"{audits[0].score}" in text, "the page's numbers are the tables'"
+    assert f"{everybody.error:.2f}" in text and f"{audits[0].score}" in text, (
+        "the page's numbers are the tables'"
+    )
 
 
 def test_the_audit_is_of_all_sources_of_the_body_mass_index(planted, tmp_path, monkeypatch):
@@ -348,23 +448,46 @@ def test_the_audit_is_of_all_sources_of_the_body_mass_index(planted, tmp_path, m
     for name in ("bmi", "mcd-rppg"):
         shutil.copytree(folder, faces / name)
     measured = []
-    tones = {"bmi": pd.Series(20.0, labels.key, name="angle"), "mcd-rppg": pd.Series(60.0, "m" + labels.key, name="angle")}
+    tones = {
+        "bmi": pd.Series(20.0, labels.key, name="angle"),
+        "mcd-rppg": pd.Series(60.0, "m" + labels.key, name="angle"),
+    }
     monkeypatch.setattr(fairness, "skin_tones", lambda path: measured.append(path.name) or tones[path.name])
-    audits = audit_encoder(features, tmp_path / "results", faces, tmp_path / "out", "cls", bootstrap=200, **QUICK)
-    assert audits[0].errors.iloc[0].photographs == 240 and audits[0].errors.iloc[0].persons == 2 * labels.person.nunique()
+    audits = audit_encoder(
+        features, tmp_path / "results", faces, tmp_path / "out", "cls", bootstrap=200, **QUICK
+    )
+    assert (
+        audits[0].errors.iloc[0].photographs == 240
+        and audits[0].errors.iloc[0].persons == 2 * labels.person.nunique()
+    )
     assert measured == ["bmi", "mcd-rppg"]  # once each, though two targets are read from them
     toned = audits[0].errors[audits[0].errors.attribute == "skin tone"]
     assert dict(zip(toned.group, toned.photographs, strict=True)) == {"tan": 120, "very light": 120}
-    assert {p.name for p in (tmp_path / "out").glob("tones.*")} == {"tones.bmi.parquet", "tones.mcd-rppg.parquet"}
+    assert {p.name for p in (tmp_path / "out").glob("tones.*")} == {
+        "tones.bmi.parquet",
+        "tones.mcd-rppg.parquet",
+    }
 
 
 def test_kept_predictions_are_taken_and_strangers_refused(planted, tmp_path):
     extract(planted, tmp_path / "features")
     (tmp_path / "results").mkdir()
     labels = pd.read_parquet(tmp_path / "features" / "bmi.parquet")
-    kept = pd.DataFrame({"key": labels.key, "person": labels.person, "fold": "fold 0", "seed": 0, "target": labels.bmi, "prediction": 1.0})
+    kept = pd.DataFrame(
+        {
+            "key": labels.key,
+            "person": labels.person,
+            "fold": "fold 0",
+            "seed": 0,
+            "target": labels.bmi,
+            "prediction": 1.0,
+        }
+    )
     kept.to_parquet(tmp_path / "results" / "bmi.cls.parquet")
-    assert (predictions_of(tmp_path / "features", tmp_path / "results", TARGETS[0], "cls").predictions.prediction == 1.0).all()
+    assert (
+        predictions_of(tmp_path / "features", tmp_path / "results", TARGETS[0], "cls").predictions.prediction
+        == 1.0
+    ).all()
     kept.assign(key="stranger").to_parquet(tmp_path / "results" / "bmi.cls.parquet")
     with pytest.raises(ValueError, match="stranger"):
         predictions_of(tmp_path / "features", tmp_path / "results", TARGETS[0], "cls")
@@ -373,7 +496,9 @@ def test_kept_predictions_are_taken_and_strangers_refused(planted, tmp_path):
 @pytest.mark.parametrize("state", ["data absent", "weights absent"])
 def test_what_is_absent_travels_into_the_page(tmp_path, state):
     (tmp_path / "features").mkdir()
-    (tmp_path / "features" / "bmi.json").write_text(json.dumps({"state": state, "dataset": "bmi", "reason": "why"}))
+    (tmp_path / "features" / "bmi.json").write_text(
+        json.dumps({"state": state, "dataset": "bmi", "reason": "why"})
+    )
     audits = audit_encoder(tmp_path / "features", tmp_path / "results", tmp_path / "faces", tmp_path / "out")
     assert {one.state for one in audits} == {state}
     text = write_page(tmp_path, audits, None, reason=state)
@@ -386,14 +511,21 @@ def test_the_headline_names_the_gap_and_its_absence():
     fair, _ = toy_predictions(300)
     people = attributes(labels)
     assert "*60 and over*" in headline(adjust_all([audit("bmi", biased, people, replicates=300)]))
-    assert "No gap" in headline(adjust_all([audit("bmi", fair, attributes(toy_predictions(300)[1]), replicates=300)]))
+    assert "No gap" in headline(
+        adjust_all([audit("bmi", fair, attributes(toy_predictions(300)[1]), replicates=300)])
+    )
     assert headline([Audit(HAEMOGLOBIN, "data absent")]) == "Nothing has been run."
 
 
 def test_gaps_of_a_large_set_are_adjusted_beside_a_set_that_has_none():
     predictions, labels = toy_predictions(300)
     few, few_labels = toy_predictions(15)
-    audits = adjust_all([audit("bmi", predictions, attributes(labels), replicates=100), audit("bmi", few, attributes(few_labels), replicates=100)])
+    audits = adjust_all(
+        [
+            audit("bmi", predictions, attributes(labels), replicates=100),
+            audit("bmi", few, attributes(few_labels), replicates=100),
+        ]
+    )
     assert len(audits[0].gaps) and not len(audits[1].gaps) and audits[0].gaps.p_adjusted.between(0, 1).all()
 
 
@@ -406,16 +538,20 @@ def test_a_classification_is_refused():
 def test_a_useless_probe_is_called_so():
     predictions, labels = toy_predictions(100)
     useless = predictions.assign(prediction=np.random.default_rng(0).normal(26, 0.1, len(predictions)))
-    assert "It does not read body mass index" in page(adjust_all([audit("bmi", useless, attributes(labels), replicates=200)]))
+    assert "It does not read body mass index" in page(
+        adjust_all([audit("bmi", useless, attributes(labels), replicates=200)])
+    )
 
 
 def test_the_figure_is_the_same_each_time():
     from mefem.fairness import figure_who
+
     predictions, labels = toy_predictions(60)
     one = adjust_all([audit("bmi", predictions, attributes(labels), replicates=100)])
 
     import tempfile
     from pathlib import Path
+
     with tempfile.TemporaryDirectory() as folder:
         a, b = (figure_who(Path(folder) / f"{n}.png", one).read_bytes() for n in "ab")
     assert a == b and io.BytesIO(a).read(4) == b"\x89PNG"

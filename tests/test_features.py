@@ -1,4 +1,5 @@
 """Embeddings in memory, in scikit-learn and on disk."""
+
 import io
 import json
 import os
@@ -40,7 +41,9 @@ from mefem.shards import ShardError, load_images, write_manifest, write_shard
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    model = create_encoder("vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    model = create_encoder(
+        "vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3
+    )
     return freeze("small", model, IMAGENET_MEAN, IMAGENET_STD, device="cpu")
 
 
@@ -61,7 +64,10 @@ def make_faces(folder, count=7, dataset="bmi"):
             folder,
             i,
             [(k, jpeg(CROPS[int(k)]), {}) for k in part],
-            [{"key": k, "person": k, "bmi": 20.0 + int(k), "status": "success", "error_message": None} for k in part],
+            [
+                {"key": k, "person": k, "bmi": 20.0 + int(k), "status": "success", "error_message": None}
+                for k in part
+            ],
         )
         for i, part in enumerate((keys[:half], keys[half:]))
     ]
@@ -73,9 +79,12 @@ def test_select_tokens():
     tokens = np.arange(2 * 5 * 3).reshape(2, 5, 3)
     assert np.shares_memory(select_tokens(tokens, "patches", True), tokens)
     assert (select_tokens(tokens, "patches", True) == tokens[:, 1:]).all()
-    for feature_set, has_cls, data, words in (("mean", True, tokens, "patches"), ("cls", False, tokens, "no CLS"),
-                                              ("patches+cls", False, tokens, "no CLS"),
-                                              ("patches", True, tokens[:, :1], "one vector")):
+    for feature_set, has_cls, data, words in (
+        ("mean", True, tokens, "patches"),
+        ("cls", False, tokens, "no CLS"),
+        ("patches+cls", False, tokens, "no CLS"),
+        ("patches", True, tokens[:, :1], "one vector"),
+    ):
         with pytest.raises(ValueError, match=words):
             select_tokens(data, feature_set, has_cls)
 
@@ -97,7 +106,11 @@ def test_embed_takes_what_is_at_hand(encoder, tmp_path):
 def test_an_opened_picture_gives_the_embedding_of_its_file(encoder, tmp_path, name):
     with Image.open(io.BytesIO(DISGUISES[name])) as image:
         square = [0, 0, 24, 24]
-        image.crop(square).save(tmp_path / "photo", image.format, **{k: image.info[k] for k in ("exif", "transparency") if k in image.info})
+        image.crop(square).save(
+            tmp_path / "photo",
+            image.format,
+            **{k: image.info[k] for k in ("exif", "transparency") if k in image.info},
+        )
     path = tmp_path / "photo"
     by_path, opened = embed([path], encoder, "patches+cls"), embed([Image.open(path)], encoder, "patches+cls")
     assert np.array_equal(by_path, opened)
@@ -107,8 +120,12 @@ def test_an_opened_picture_gives_the_embedding_of_its_file(encoder, tmp_path, na
 
 def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
     Image.fromarray(CROPS[1][:20]).save(tmp_path / "wide.png")
-    for wide, name in ((CROPS[1][:20], "picture 4 "), (tmp_path / "wide.png", "wide.png"), (Image.open(tmp_path / "wide.png"), "wide.png"),
-                       (Image.fromarray(CROPS[1][:20]), "picture 4 ")):
+    for wide, name in (
+        (CROPS[1][:20], "picture 4 "),
+        (tmp_path / "wide.png", "wide.png"),
+        (Image.open(tmp_path / "wide.png"), "wide.png"),
+        (Image.fromarray(CROPS[1][:20]), "picture 4 "),
+    ):
         pictures = [*CROPS[:4], wide, *CROPS[5:]]
         with pytest.raises(CropError, match=f"{name}.*not square.*32 x 20 pixels"):
             embed(pictures, encoder, batch=3)
@@ -123,13 +140,22 @@ def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
 
 # --- folders of photographs ------------------------------------------------------------------------------------------
 
-COLOURS = {"a/b.jpg": "red", "a__b.jpg": "green", "x.jpg": "blue", "x.jpg.webp": "yellow", "Anna.png": "white", "anna.jpg": "black",
-           "plain.png": "grey", "a/._b.jpg": "pink", ".thumbs/x.jpg": "pink"}
+COLOURS = {
+    "a/b.jpg": "red",
+    "a__b.jpg": "green",
+    "x.jpg": "blue",
+    "x.jpg.webp": "yellow",
+    "Anna.png": "white",
+    "anna.jpg": "black",
+    "plain.png": "grey",
+    "a/._b.jpg": "pink",
+    ".thumbs/x.jpg": "pink",
+}
 SEEN = [name for name in COLOURS if "/." not in name and name[0] != "."]
 
 
 def save_face(path, colour):
-    "A face in a frame of that colour, by which its crop is known."
+    """A face in a frame of that colour, by which its crop is known."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", (700, 700), colour)
     image.paste(Image.fromarray(cartoon()).crop((140, 100, 372, 402)), (234, 194))
@@ -144,16 +170,19 @@ def photos(tmp_path):
 
 
 def crop_all(photos, out, **options):
-    "Counts, and the list of crops by the photographs' names."
+    """Counts, and the list of crops by the photographs' names."""
     counts = module.crop_photographs(photos, out, size=64, jobs=1, progress=False, **options)
     table = pd.read_csv(out / "crops.csv", dtype=str, keep_default_na=False)
     return counts, {Path(row.file).relative_to(photos).as_posix(): row for row in table.itertuples()}
 
 
 def colour_of(crop):
-    "The colour of the crop's corner."
+    """The colour of the crop's corner."""
     corner = tuple(np.asarray(Image.open(crop))[0, 0].astype(int))
-    return min(set(COLOURS.values()), key=lambda name: sum(abs(a - b) for a, b in zip(ImageColor.getrgb(name), corner, strict=True)))
+    return min(
+        set(COLOURS.values()),
+        key=lambda name: sum(abs(a - b) for a, b in zip(ImageColor.getrgb(name), corner, strict=True)),
+    )
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -161,7 +190,9 @@ def test_each_photograph_has_its_own_crop(photos, tmp_path, inside):
     out = photos / "the crops" if inside else tmp_path / "crops"
     counts, rows = crop_all(photos, out)
     assert counts == {"usable": 7} and sorted(rows) == sorted(SEEN)
-    assert {name: colour_of(out / row.crop) for name, row in rows.items()} == {name: COLOURS[name] for name in SEEN}
+    assert {name: colour_of(out / row.crop) for name, row in rows.items()} == {
+        name: COLOURS[name] for name in SEEN
+    }
     assert len({row.crop.lower() for row in rows.values()}) == 7 and rows["plain.png"].crop == "plain.jpg"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert crop_all(photos, out) == (counts, rows), "a second run crops no crop"
@@ -177,7 +208,11 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
     Image.new("RGB", (700, 700)).save(photos / "a/b.jpg")  # and one that shows no face any more
     counts, rows = crop_all(photos, out)
     assert counts == {"usable": 5, "no face": 1} and rows["a/b.jpg"].crop == ""
-    assert {path.name for path in out.iterdir()} == {"crops.csv", "mine.png", *(row.crop for row in rows.values() if row.crop)}
+    assert {path.name for path in out.iterdir()} == {
+        "crops.csv",
+        "mine.png",
+        *(row.crop for row in rows.values() if row.crop),
+    }
     assert {"plain.jpg", before["a/b.jpg"].crop}.isdisjoint(path.name for path in out.iterdir())
     table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
     assert len(table) == 6 and (table.status == "success").all()
@@ -185,7 +220,11 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
 
 def test_a_run_that_was_stopped_is_taken_up(photos, tmp_path, monkeypatch):
     out, real = tmp_path / "crops", module._crop_file
-    monkeypatch.setattr(module, "_crop_file", lambda path, *rest, **crop: 1 / 0 if path.name == "plain.png" else real(path, *rest, **crop))
+    monkeypatch.setattr(
+        module,
+        "_crop_file",
+        lambda path, *rest, **crop: 1 / 0 if path.name == "plain.png" else real(path, *rest, **crop),
+    )
     with pytest.raises(ZeroDivisionError):
         crop_all(photos, out)
     monkeypatch.undo()
@@ -199,6 +238,7 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
         with pytest.raises(ValueError, match=words):
             module.crop_photographs(source, out, jobs=1, progress=False)
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
     refused(photos, photos, "is the folder of the photographs")
     refused(photos / "x.jpg", photos, "is the folder of the photographs")
     refused(photos, photos / "x.jpg", "is a file")
@@ -213,7 +253,7 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
-    "Photographs of which each is for another framing."
+    """Photographs of which each is for another framing."""
     folder, face = tmp_path_factory.mktemp("frames"), Image.fromarray(cartoon())
     face.save(folder / "portrait.png")
     face.crop((0, 120, 512, 512)).save(folder / "low.png")
@@ -225,10 +265,12 @@ def frames(tmp_path_factory):
 
 
 FRAMED = {  # framing -> what it does with each photograph of `frames`
-    "paper": {"portrait.png": "paper"}, "shift": {"portrait.png": "paper", "low.png": "shift"},
+    "paper": {"portrait.png": "paper"},
+    "shift": {"portrait.png": "paper", "low.png": "shift"},
     "pad": {"portrait.png": "paper", "low.png": "pad", "tight.png": "pad", "upright.png": "pad"},
     "as-is": {"portrait.png": "as-is", "tight.png": "as-is", "grey.png": "as-is"},
-    "auto": {"portrait.png": "paper", "low.png": "shift", "tight.png": "as-is", "upright.png": "pad"}}
+    "auto": {"portrait.png": "paper", "low.png": "shift", "tight.png": "as-is", "upright.png": "pad"},
+}
 
 
 @pytest.mark.parametrize("framing", FRAMED)
@@ -236,14 +278,20 @@ def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
     counts = module.crop_photographs(frames, tmp_path / "crops", 64, framing=framing, jobs=1, progress=False)
     crops = pd.read_csv(tmp_path / "crops/crops.csv", dtype=str, keep_default_na=False)
     table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, progress=False)
-    assert [Path(name).name for name in crops.file] == table.file.tolist() and counts["usable"] == len(FRAMED[framing])
+    assert [Path(name).name for name in crops.file] == table.file.tolist() and counts["usable"] == len(
+        FRAMED[framing]
+    )
     for column in ("status", "framing", "reason", "other_framings"):
         assert crops[column].tolist() == table[column].tolist(), column
     assert {row.file: row.framing for row in table.itertuples() if row.status == "success"} == FRAMED[framing]
     for row in table[table.status != "success"].itertuples():
         assert row.reason and not row.framing, "a refusal names a remedy"
         would = [other for other in FRAMED if other != framing and row.file in FRAMED[other]]
-        assert framing == "as-is" or row.other_framings.split() == would and all(other in row.reason for other in would)
+        assert (
+            framing == "as-is"
+            or row.other_framings.split() == would
+            and all(other in row.reason for other in would)
+        )
     how = {"framing": framing, "min_side": 150, "progress": False}
     few = module.crop_photographs(frames, tmp_path / "few", 64, jobs=1, **how)
     again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", **how)
@@ -252,20 +300,24 @@ def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
 
 
 def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder, tmp_path):
-    "Pictures of equal and of different sizes go the same way to the encoder's size."
+    """Pictures of equal and of different sizes go the same way to the encoder's size."""
     (tmp_path / "p").mkdir()
     for i in range(3):
         Image.fromarray(CROPS[i]).resize((90, 90)).save(tmp_path / f"p/{i}.png")
+
     def embedded():
-        module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+        module.embed_photographs(
+            tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False
+        )
         return read_table(tmp_path / "e.parquet")[2]
+
     alone = embedded()
     Image.fromarray(CROPS[3]).resize((70, 70)).save(tmp_path / "p/3.png")
     assert np.allclose(alone, embedded()[:3], atol=1e-5)
 
 
 def test_names_that_are_no_text(tmp_path, encoder):
-    "A name from an old archive, in Latin-1."
+    """A name from an old archive, in Latin-1."""
     odd = os.path.join(os.fsencode(tmp_path), b"ren\xe9.png")
     save_face(tmp_path / "a.png", "red")
     os.rename(tmp_path / "a.png", odd)
@@ -277,8 +329,9 @@ def test_names_that_are_no_text(tmp_path, encoder):
 
 # --- tables of embeddings --------------------------------------------------------------------------------------------
 
+
 def read_table(path):
-    "(files, status, embeddings float32) of a table, as somebody else would read it."
+    """(files, status, embeddings float32) of a table, as somebody else would read it."""
     if path.suffix == ".npz":
         with np.load(path) as found:
             return found["file"].tolist(), found["status"].tolist(), found["embedding"]
@@ -287,7 +340,11 @@ def read_table(path):
         return table.file.tolist(), table.status.tolist(), table.filter(regex=r"^e\d+$").to_numpy(np.float32)
     table = pd.read_parquet(path)
     width = max(len(vector) for vector in table.embedding if vector is not None)
-    return table.file.tolist(), table.status.tolist(), np.stack([np.full(width, np.nan) if v is None else v for v in table.embedding])
+    return (
+        table.file.tolist(),
+        table.status.tolist(),
+        np.stack([np.full(width, np.nan) if v is None else v for v in table.embedding]),
+    )
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "E.NPZ"])
@@ -300,18 +357,25 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
     for _ in range(2):  # the second time over a table of ours
         out = tmp_path / name
-        module.embed_photographs(tmp_path / "crops", encoder, out, features, framing="as-is", batch=2, progress=False)
+        module.embed_photographs(
+            tmp_path / "crops", encoder, out, features, framing="as-is", batch=2, progress=False
+        )
     path = (tmp_path / name).rename(tmp_path / name.lower())
     files, status, embedding = read_table(path)
     assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
-    assert status == ["success"] * 3 + ["not an image", "not square"], "one picture that is not square is a row like any other"
-    assert np.array_equal(embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True) or np.allclose(
-        embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
+    assert status == ["success"] * 3 + ["not an image", "not square"], (
+        "one picture that is not square is a row like any other"
+    )
+    assert np.array_equal(
+        embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True
+    ) or np.allclose(embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
     assert np.isnan(embedding[3:].astype(float)).all()
 
 
 def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
-    vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(-9, 11)[:, None].astype(np.float32)
+    vectors = np.random.default_rng(0).standard_normal((20, 7)).astype(np.float32) * np.float32(
+        10.0
+    ) ** np.arange(-9, 11)[:, None].astype(np.float32)
     kinds = {"string": "a", "float64": 0.1, "int64": 7}
     row = {name: kinds[kind] for name, kind in module._TYPES.items()}
     parts = [tmp_path / "0", tmp_path / "1"]
@@ -321,7 +385,9 @@ def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
     for name, write in module._WRITERS.items():
         write(parts, tmp_path / f"t{name}", 7)
         found = read_table(tmp_path / f"t{name}")[2].astype(np.float32)
-        assert np.array_equal(np.delete(found, [13, 21], 0), vectors) and np.isnan(found[[13, 21]]).all(), name
+        assert np.array_equal(np.delete(found, [13, 21], 0), vectors) and np.isnan(found[[13, 21]]).all(), (
+            name
+        )
     assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 2
 
 
@@ -362,30 +428,40 @@ module.embed_photographs(source, encoder, out, framing="as-is", batch=2, device=
 
 @pytest.fixture
 def ten(tmp_path):
-    "Ten pictures, and an encoder in a file."
+    """Ten pictures, and an encoder in a file."""
     (tmp_path / "p").mkdir()
     for i in range(10):
         Image.fromarray(CROPS[i % 7] // (i + 1)).save(tmp_path / f"p/{i}.png")
     (tmp_path / "p/3.png").write_bytes(b"no picture")
     kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
-    encoder = save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    encoder = save_encoder(
+        tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs
+    )
     return tmp_path / "p", encoder
 
 
-@pytest.mark.parametrize("moment, ending, left", [
-    ("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0), ("removing", ".parquet", 0)])
+@pytest.mark.parametrize(
+    "moment, ending, left",
+    [("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0), ("removing", ".parquet", 0)],
+)
 def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
     monkeypatch.setattr(module, "_PART_ROWS", 4)
     whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
-    torch.set_num_threads(torch.get_num_threads())  # told, as the killed process is: untold, MKL may take fewer
+    torch.set_num_threads(
+        torch.get_num_threads()
+    )  # told, as the killed process is: untold, MKL may take fewer
     module.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *map(str, ten), str(out), str(torch.get_num_threads())])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, *map(str, ten), str(out), str(torch.get_num_threads())]
+    )
     assert killed.returncode == -signal.SIGKILL and out.exists() == (moment == "removing")
     seen, real = [], module.frame_faces
     monkeypatch.setattr(module, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
     table = module.embed_photographs(*ten, out, framing="as-is", batch=2, device="cpu", progress=False)
     assert len(seen) == left and len(table) == 10 and (table.status == "success").sum() == 9
-    assert out.read_bytes() == whole.read_bytes() and [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() == whole.read_bytes() and [path.name for path in out.parent.iterdir()] == [
+        out.name
+    ]
 
 
 def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path, monkeypatch, capsys):
@@ -400,7 +476,8 @@ def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path
         with pytest.raises(ZeroDivisionError):
             module.embed_photographs(photographs, encoder, out, **options)
         return sorted(path.name for path in out.parent.iterdir())
-    first, = stopped()
+
+    (first,) = stopped()
     assert stopped() == [first], "stopped again, it has one folder still"
     others = [stopped(features="cls"), stopped(min_side=5), stopped(batch=4)]
     monkeypatch.setattr(module, "code_hash", lambda *_: "another")
@@ -419,29 +496,47 @@ def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path
 
 
 def test_parts_are_small_and_whole_batches():
-    for batch, width, size in ((32, 768, 256), (100, 768, 200), (512, 768, 512), (32, 150_000, 96), (32, 1 << 30, 32)):
+    for batch, width, size in (
+        (32, 768, 256),
+        (100, 768, 200),
+        (512, 768, 512),
+        (32, 150_000, 96),
+        (32, 1 << 30, 32),
+    ):
         assert module._part_size(batch, width) == size
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
 def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     (tmp_path / "p").mkdir()
-    two = np.concatenate([cartoon()[:, 130:382], cartoon(unit=0.8)[:, 130:382]], axis=1)  # the smaller one is the surer
+    two = np.concatenate(
+        [cartoon()[:, 130:382], cartoon(unit=0.8)[:, 130:382]], axis=1
+    )  # the smaller one is the surer
     Image.fromarray(two).save(tmp_path / "p/two.png")
     Image.new("RGB", (80, 80)).save(tmp_path / "p/black.png")
     (tmp_path / "p/zero.jpg").write_bytes(b"")
+
     def embedded(face):
-        return module.embed_photographs(tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False)
+        return module.embed_photographs(
+            tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False
+        )
+
     table = embedded("all")
     assert list(table.columns) == module._TABLE
     found = FaceDetector().detect(two)
     assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
     assert table.status.tolist() == ["no face", "success", "success", "empty file"]
-    assert table.faces.tolist()[:3] == [0, 2, 2] and np.isnan(table.faces[3]) and table.features.unique() == ["mean"]
+    assert (
+        table.faces.tolist()[:3] == [0, 2, 2]
+        and np.isnan(table.faces[3])
+        and table.features.unique() == ["mean"]
+    )
     assert np.allclose(table.score[1:3], [face.score for face in found]) and table.score[[0, 3]].isna().all()
     assert np.allclose(table[["x0", "y0", "x1", "y1"]][1:3], [face.box for face in found])
     assert table.framing.tolist() == ["", "shift", "shift", ""]
-    assert table.reason[0].startswith("--framing as-is") and table.reason[3] == "copy it again from its source"
+    assert (
+        table.reason[0].startswith("--framing as-is") and table.reason[3] == "copy it again from its source"
+    )
     if name.endswith("npz"):
         with np.load(tmp_path / name) as arrays:
             written = pd.DataFrame({column: list(arrays[column]) for column in module._TABLE})
@@ -449,7 +544,10 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
         written = (pd.read_csv if name.endswith("csv") else pd.read_parquet)(tmp_path / name)[module._TABLE]
     for column in module._TABLE:
         assert written[column].fillna("").tolist() == table[column].fillna("").tolist(), column
-    for face, file in (("surest", found[0]), ("largest", max(found, key=lambda one: one.box[2] - one.box[0]))):
+    for face, file in (
+        ("surest", found[0]),
+        ("largest", max(found, key=lambda one: one.box[2] - one.box[0])),
+    ):
         one = embedded(face)
         assert len(one) == 3 and one.x0[1] == file.box[0] and (face == "surest") == (file is found[0])
 
@@ -462,11 +560,20 @@ def test_a_table_of_an_earlier_version_is_replaced(encoder, tmp_path):
     assert len(pd.read_csv(tmp_path / "e.csv").filter(regex=r"^e\d+$").columns) == 24
 
 
-@pytest.mark.parametrize("name, words", [
-    ("e.tsv", "expected a file ending in .parquet, .csv, .npz"), ("e", "expected a file ending in"), ("folder.csv", "is no table of embeddings"),
-    ("labels.csv", "is no table of embeddings"), ("labels.parquet", "is no table of embeddings"), ("labels.npz", "is no table of embeddings"),
-    ("old.csv", "is no table of embeddings"), ("labels.csv/e.csv", "cannot be written: (Not a directory|File exists)"),
-    ("/proc/nowhere/e.csv", "/proc/nowhere/e.csv cannot be written")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("e.tsv", "expected a file ending in .parquet, .csv, .npz"),
+        ("e", "expected a file ending in"),
+        ("folder.csv", "is no table of embeddings"),
+        ("labels.csv", "is no table of embeddings"),
+        ("labels.parquet", "is no table of embeddings"),
+        ("labels.npz", "is no table of embeddings"),
+        ("old.csv", "is no table of embeddings"),
+        ("labels.csv/e.csv", "cannot be written: (Not a directory|File exists)"),
+        ("/proc/nowhere/e.csv", "/proc/nowhere/e.csv cannot be written"),
+    ],
+)
 def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeypatch, name, words):
     Image.fromarray(CROPS[0]).save(tmp_path / "a.png")
     (tmp_path / "folder.csv").mkdir()
@@ -493,7 +600,9 @@ def test_scikit_learn_conventions(encoder):
     with pytest.raises(Exception, match="not fitted"):
         FaceEmbedder(encoder).transform(list(CROPS))
     assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder, "cls"), atol=1e-5)
-    pipeline = make_pipeline(FaceEmbedder(encoder, framing="as-is"), Ridge(alpha=1e-3)).fit(list(CROPS), np.arange(7.0))
+    pipeline = make_pipeline(FaceEmbedder(encoder, framing="as-is"), Ridge(alpha=1e-3)).fit(
+        list(CROPS), np.arange(7.0)
+    )
     assert pipeline.score(list(CROPS), np.arange(7.0)) > 0.9
     for wrong in ({"features": "meen"}, {"framing": "papre"}, {"on_error": "drop"}):
         with pytest.raises(ValueError, match="{}='{}' must be one of".format(*next(iter(wrong.items())))):
@@ -504,14 +613,20 @@ def test_the_default_is_one_named_vector_per_picture(encoder):
     tokens = encoder.tokens_of(CROPS).numpy()
     embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
     rows = embedder.transform(list(CROPS))
-    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(embed(CROPS, encoder, "mean"), rows, atol=1e-5)
+    assert np.allclose(rows, tokens[:, 1:].mean(1), atol=1e-5) and np.allclose(
+        embed(CROPS, encoder, "mean"), rows, atol=1e-5
+    )
     framed = FaceEmbedder(encoder, framing="as-is", features="cls").set_output(transform="pandas")
     frame = framed.fit_transform(list(CROPS))
-    assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(frame, tokens[:, 0], atol=1e-5)
+    assert list(frame.columns) == [f"cls{i}" for i in range(24)] and np.allclose(
+        frame, tokens[:, 0], atol=1e-5
+    )
     assert embedder.get_feature_names_out()[-1] == "mean23"
     with pytest.raises(ValueError, match="several vectors per picture"):
         embedder.set_params(features="patches").get_feature_names_out()
-    assert np.array_equal(module.pool_tokens(tokens[:, :1], "mean", True), tokens[:, 0]), "one vector is its own mean"
+    assert np.array_equal(module.pool_tokens(tokens[:, :1], "mean", True), tokens[:, 0]), (
+        "one vector is its own mean"
+    )
     assert np.allclose(module.pool_tokens(tokens[:, 1:], "mean", False), rows, atol=1e-5)
     with pytest.raises(ValueError, match="'meen' are unknown, expected one of mean, cls"):
         module.pool_tokens(tokens, "meen", True)
@@ -541,16 +656,18 @@ def test_pictures_without_a_face(encoder, tmp_path):
 
 
 def test_pixels_are_fitted_by_the_transformer():
-    rows = FaceEmbedder(PixelEncoder(components=3, image_size=16, device="cpu"), framing="as-is").fit_transform(
-        list(CROPS)
-    )
+    rows = FaceEmbedder(
+        PixelEncoder(components=3, image_size=16, device="cpu"), framing="as-is"
+    ).fit_transform(list(CROPS))
     assert rows.shape == (7, 3) and np.abs(rows.mean(0)).max() < 1e-3
 
 
 def test_real_photographs(encoder, shared):
     paths = sorted((shared / "frll").glob("*.jpg"))
     rows = FaceEmbedder(encoder).fit(None).transform(paths)
-    assert rows.shape == (24, 24) and np.isfinite(rows).all() and np.unique(rows.round(3), axis=0).shape[0] == 24
+    assert (
+        rows.shape == (24, 24) and np.isfinite(rows).all() and np.unique(rows.round(3), axis=0).shape[0] == 24
+    )
 
 
 def test_decoding_ahead_keeps_order_and_bounds():
@@ -563,7 +680,7 @@ def test_decoding_ahead_keeps_order_and_bounds():
 
     batches = decode_ahead(samples(), 8, batch=4, threads=3, ahead=2)
     first = next(batches)
-    assert len(drawn) <= 12                                   # no more than the batches in flight have been read
+    assert len(drawn) <= 12  # no more than the batches in flight have been read
     found = np.concatenate([first, *batches])[:, 0, 0, 0]
     assert np.abs(found.astype(int) - 6 * np.arange(40)).max() <= 2
     with pytest.raises(ShardError, match="broken"):
@@ -574,7 +691,11 @@ def test_extraction_and_back(encoder, tmp_path):
     faces = make_faces(tmp_path / "faces")
     meta = extract_features(encoder, faces, tmp_path / "out", batch=3, progress=False, source="here")
     loaded = load_features(tmp_path / "out", "bmi")
-    assert loaded.state == "present" and loaded.tokens.dtype == np.float16 and isinstance(loaded.tokens, np.memmap)
+    assert (
+        loaded.state == "present"
+        and loaded.tokens.dtype == np.float16
+        and isinstance(loaded.tokens, np.memmap)
+    )
     assert meta == loaded.meta and meta["n"] == 7 and meta["simulated"] and meta["source"] == "here"
     assert list(loaded.labels.bmi) == [20.0 + i for i in range(7)]
     assert np.allclose(loaded.tokens, encoder.tokens_of(load_images(faces)), atol=5e-3)
@@ -590,13 +711,22 @@ def test_features_are_kept_until_encoder_crops_or_code_change(encoder, tmp_path,
     assert {"encoder_hash", "faces_hash", "made_from", "key"} <= set(meta)
     monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("extracted again"))
     assert extract_features(encoder, faces, out, progress=False) == meta
-    other = freeze("small", create_encoder("vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3),
-                   IMAGENET_MEAN, IMAGENET_STD, device="cpu")
-    for change in (lambda: extract_features(other, faces, out, progress=False),
-                   lambda: extract_features(encoder, make_faces(tmp_path / "fewer", 6), out, progress=False)):
+    other = freeze(
+        "small",
+        create_encoder(
+            "vit_small_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3
+        ),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        device="cpu",
+    )
+    for change in (
+        lambda: extract_features(other, faces, out, progress=False),
+        lambda: extract_features(encoder, make_faces(tmp_path / "fewer", 6), out, progress=False),
+    ):
         with pytest.raises(pytest.fail.Exception, match="again"):
             change()
-        write_json(out / "bmi.json", meta)                              # a failure took the account away
+        write_json(out / "bmi.json", meta)  # a failure took the account away
     monkeypatch.setattr(module, "code_hash", lambda *_: "another")
     with pytest.raises(pytest.fail.Exception, match="again"):
         extract_features(encoder, faces, out, progress=False)
@@ -605,7 +735,7 @@ def test_features_are_kept_until_encoder_crops_or_code_change(encoder, tmp_path,
 def test_a_failure_leaves_nothing_that_calls_itself_finished(encoder, tmp_path, monkeypatch):
     faces, out = make_faces(tmp_path / "faces"), tmp_path / "out"
     extract_features(encoder, faces, out, progress=False)
-    (out / "bmi.parquet").unlink()                     # no longer whole, so it has to be made again
+    (out / "bmi.parquet").unlink()  # no longer whole, so it has to be made again
     calls = iter(range(10))
     monkeypatch.setattr(module, "to_half", lambda t: to_half(t) if next(calls) == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -631,9 +761,12 @@ def test_absence_travels(encoder, tmp_path):
     assert load_features(tmp_path / "out", "bmi").state == "data absent"
     never = features_of("pixels", [tmp_path / "celeba"], tmp_path / "n", progress=False)
     assert never["celeba"]["state"] == "data absent" and "never cropped" in never["celeba"]["reason"]
-    found = features_of("buffalo:gone.onnx", [make_faces(tmp_path / "faces2")], tmp_path / "b", progress=False)
+    found = features_of(
+        "buffalo:gone.onnx", [make_faces(tmp_path / "faces2")], tmp_path / "b", progress=False
+    )
     assert (
-        found["bmi"]["state"] == "weights absent" and "licence" in load_features(tmp_path / "b", "bmi").meta["reason"]
+        found["bmi"]["state"] == "weights absent"
+        and "licence" in load_features(tmp_path / "b", "bmi").meta["reason"]
     )
     assert (
         features_of("pixels", [tmp_path / "here"], tmp_path / "p", [tmp_path / "faces"])["bmi"]["state"]
@@ -643,7 +776,9 @@ def test_absence_travels(encoder, tmp_path):
 
 def test_pixels_in_the_graph(tmp_path):
     faces, train = make_faces(tmp_path / "faces"), make_faces(tmp_path / "train", 5, "facecaption")
-    meta = features_of("pixels", [faces], tmp_path / "out", fit_on=[train], device="cpu", progress=False)["bmi"]
+    meta = features_of("pixels", [faces], tmp_path / "out", fit_on=[train], device="cpu", progress=False)[
+        "bmi"
+    ]
     assert meta["tokens"] == 1 and meta["dim"] == 4 and (tmp_path / "out" / "pixels.safetensors").is_file()
     assert load_features(tmp_path / "out", "bmi").select("cls").shape == (7, 4)
 
@@ -665,4 +800,7 @@ def test_detect_false_is_framing_as_is_and_a_function_keeps_cls_as_its_default(e
     pictures = list(CROPS[:3])
     plain = FaceEmbedder(encoder, detect=False).fit(pictures).transform(pictures)
     assert np.array_equal(plain, FaceEmbedder(encoder, framing="as-is").fit(pictures).transform(pictures))
-    assert np.array_equal(embed(CROPS[:3], encoder), embed(CROPS[:3], encoder, "cls")) and plain.shape == (3, encoder.dim)
+    assert np.array_equal(embed(CROPS[:3], encoder), embed(CROPS[:3], encoder, "cls")) and plain.shape == (
+        3,
+        encoder.dim,
+    )

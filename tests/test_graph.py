@@ -22,25 +22,38 @@ def stages() -> dict:
 def test_every_stage_is_described_and_runs_papermill_plainly():
     for name, stage in stages().items():
         assert stage["desc"], name
-        assert stage["cmd"].startswith(("papermill nbs/stages/", "python tools/stage_code.py", "mefem info weights")), name
+        assert stage["cmd"].startswith(
+            ("papermill nbs/stages/", "python tools/stage_code.py", "mefem info weights")
+        ), name
 
 
 def test_stages_depend_on_code_not_on_notebooks():
     for name, stage in stages().items():
         if name != "code":
-            assert not [d for d in stage.get("deps", []) if str(d).startswith("nbs") and str(d).endswith(("stages", ".ipynb"))], name
+            assert not [
+                d
+                for d in stage.get("deps", [])
+                if str(d).startswith("nbs") and str(d).endswith(("stages", ".ipynb"))
+            ], name
         if stage["cmd"].startswith("papermill"):
             notebook = Path(stage["cmd"].split()[1]).stem
             assert f"data/code/{notebook}.json" in stage["deps"], name
-            assert not [d for d in stage["deps"] if d.startswith("mefem")], "code counts by its syntax tree: tests/test_made_from.py"
+            assert not [d for d in stage["deps"] if d.startswith("mefem")], (
+                "code counts by its syntax tree: tests/test_made_from.py"
+            )
 
 
 def test_a_directory_is_an_output_where_it_can_be():
-    "No list of files is kept by hand: beside the executed notebook, leaks.json and README.md, every output is a folder."
+    """No list of files is kept by hand: beside the executed notebook, leaks.json and README.md, every output is a folder."""
     for name, stage in stages().items():
-        outs = [next(iter(out)).replace("${item.run}-${item.seed}", "x").replace("${item}", "x") for out in stage["outs"]]
+        outs = [
+            next(iter(out)).replace("${item.run}-${item.seed}", "x").replace("${item}", "x")
+            for out in stage["outs"]
+        ]
         files = [out for out in outs if Path(out).suffix]
-        assert all(f.startswith("data/notebooks/") or f in ("data/faces/leaks.json", "README.md") for f in files), (name, files)
+        assert all(
+            f.startswith("data/notebooks/") or f in ("data/faces/leaks.json", "README.md") for f in files
+        ), (name, files)
 
 
 def test_a_row_of_table_4_is_a_stage_of_its_own():
@@ -57,9 +70,13 @@ def test_stage_notebooks_are_papermills(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert "nbdev" not in cell.source and "#| export" not in cell.source
-            defined = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+            defined = [
+                n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+            ]
             assert not defined, "a stage shows, it does not define"
-            assert not cell.outputs, "stage notebooks are committed without outputs: their executed copies are the outputs"
+            assert not cell.outputs, (
+                "stage notebooks are committed without outputs: their executed copies are the outputs"
+            )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -74,6 +91,17 @@ def test_notebooks_read_like_chapters(path):
 def test_dvc_reads_the_graph():
     if not shutil.which("dvc"):
         pytest.skip("dvc is not on PATH: the graph was not checked by dvc itself")
-    listed = subprocess.run(["dvc", "stage", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in ("simulate@bmi", "crop@fairface", "pretrain@main", "ablation@stripes2-0", "features", "probe", "tables", "readme"):
+    listed = subprocess.run(
+        ["dvc", "stage", "list"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in (
+        "simulate@bmi",
+        "crop@fairface",
+        "pretrain@main",
+        "ablation@stripes2-0",
+        "features",
+        "probe",
+        "tables",
+        "readme",
+    ):
         assert name in listed

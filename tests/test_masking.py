@@ -5,13 +5,19 @@ import pytest
 import torch
 from scipy import stats
 
-from mefem.masking import MultiblockMasking, QuadrantMasking, StripeMasking, create_masking, stripe_probabilities
+from mefem.masking import (
+    MultiblockMasking,
+    QuadrantMasking,
+    StripeMasking,
+    create_masking,
+    stripe_probabilities,
+)
 
 GRID = 14
 
 
 def stripe_of(row: torch.Tensor, cls: bool) -> tuple[int, int]:
-    "Direction and first line of the stripe in one source row, found from the patches alone."
+    """Direction and first line of the stripe in one source row, found from the patches alone."""
     patches = (row[row > 0] - 1) if cls else row
     r, c = patches // GRID, patches % GRID
     horizontal = len(set(c.tolist())) == GRID
@@ -34,7 +40,7 @@ def test_splits_are_static_disjoint_and_complete(width, p):
 
 
 def centre_law(k: float) -> np.ndarray:
-    "P(i_c = i) of eq. 4 by scipy: the truncated normal's mass over each rounding cell."
+    """P(i_c = i) of eq. 4 by scipy: the truncated normal's mass over each rounding cell."""
     mean, sd = (GRID - 1) / 2, GRID * k
     law = stats.truncnorm((0 - mean) / sd, (GRID - 1 - mean) / sd, mean, sd)
     return np.diff(law.cdf(np.clip(np.arange(GRID + 1) - 0.5, 0, GRID - 1)))
@@ -46,7 +52,7 @@ def test_stripe_probabilities_are_scipys(k):
 
 
 def lines_of(split) -> tuple[np.ndarray, np.ndarray]:
-    "Whether each stripe without CLS is horizontal, and its first line, by neighbours alone: [B] each."
+    """Whether each stripe without CLS is horizontal, and its first line, by neighbours alone: [B] each."""
     first, second = split.source[:, 0].numpy(), split.source[:, 1].numpy()
     last = split.source[:, -1].numpy()
     width = split.source.shape[1] // GRID
@@ -76,8 +82,11 @@ def test_cls_coin_is_independent_of_the_stripe():
     coin = (split.source[:, 0] == 0).numpy()
     assert stats.binomtest(int(coin.sum()), len(coin), 0.3).pvalue > 1e-3
     first = np.where(coin, (split.source[:, 1] - 1).numpy(), (split.source[:, 0] - 1).numpy())
-    horizontal = np.where(coin, (split.source[:, 12] - split.source[:, 1]).numpy() == 11,
-                          (split.source[:, 11] - split.source[:, 0]).numpy() == 11)
+    horizontal = np.where(
+        coin,
+        (split.source[:, 12] - split.source[:, 1]).numpy() == 11,
+        (split.source[:, 11] - split.source[:, 0]).numpy() == 11,
+    )
     cut = np.where(horizontal, first // GRID, GRID + first % GRID)
     table = np.array([np.bincount(cut[coin == side], minlength=2 * GRID) for side in (False, True)])
     assert stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
@@ -109,8 +118,12 @@ def test_samples_are_independent_and_reproducible():
     assert torch.equal(a.source, b.source) and len({tuple(row.tolist()) for row in a.source}) > 10
 
 
-@pytest.mark.parametrize("masking", [StripeMasking(width=w, cls_in_source=None) for w in range(1, 7)]
-                         + [QuadrantMasking(cls_in_source=None), MultiblockMasking()], ids=[*(f"stripes {w}" for w in range(1, 7)), "quadrant", "multiblock"])
+@pytest.mark.parametrize(
+    "masking",
+    [StripeMasking(width=w, cls_in_source=None) for w in range(1, 7)]
+    + [QuadrantMasking(cls_in_source=None), MultiblockMasking()],
+    ids=[*(f"stripes {w}" for w in range(1, 7)), "quadrant", "multiblock"],
+)
 def test_no_border_artefact(masking):
     # Over all splits of a step, every patch can be source and can be target, and mirrored patches equally often.
     counts = torch.zeros(2, GRID * GRID)
@@ -123,7 +136,9 @@ def test_no_border_artefact(masking):
         error = 5 * side.max().sqrt()
         if isinstance(masking, StripeMasking) and masking.width % 2 == 0:
             continue  # i_c - width // 2 puts even stripes half a patch towards the top left (O8)
-        mirrors = (side.flip(0), side.flip(1)) + ((side.T,) if not isinstance(masking, MultiblockMasking) else ())  # aspect 0.75 to 1.5
+        mirrors = (side.flip(0), side.flip(1)) + (
+            (side.T,) if not isinstance(masking, MultiblockMasking) else ()
+        )  # aspect 0.75 to 1.5
         for mirrored in mirrors:
             assert (side - mirrored).abs().max() < 2 * error
 
@@ -136,7 +151,11 @@ def test_quadrants_are_equally_likely():
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_cls_has_one_side_in_every_masking(p):
-    for masking in (StripeMasking(cls_in_source=p), QuadrantMasking(cls_in_source=p), MultiblockMasking(cls_in_source=p)):
+    for masking in (
+        StripeMasking(cls_in_source=p),
+        QuadrantMasking(cls_in_source=p),
+        MultiblockMasking(cls_in_source=p),
+    ):
         for split in masking.sample_all(4000, torch.Generator().manual_seed(1)):
             source, target = (split.source == 0).sum(1), (split.target == 0).sum(1)
             assert (source + target == 1).all()
@@ -156,7 +175,9 @@ def test_multiblock_is_static_and_reaches_every_line():
                 assert set((patches // GRID).tolist()) == set((patches % GRID).tolist()) == set(range(GRID))
 
 
-@pytest.mark.parametrize("bad", [dict(width=0), dict(width=14), dict(cls_in_source=1.5), dict(k=0), dict(kind="circle")])
+@pytest.mark.parametrize(
+    "bad", [dict(width=0), dict(width=14), dict(cls_in_source=1.5), dict(k=0), dict(kind="circle")]
+)
 def test_impossible_maskings_are_refused(bad):
     with pytest.raises(ValueError):
         create_masking(**({"kind": "stripes"} | bad))

@@ -1,4 +1,5 @@
 """The metrics against scikit-learn, the bootstrap against scipy and against plain loops."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,10 +29,21 @@ def predictions(people=120, photos=1, noise=3.0, seed=0, seeds=1):
     person = np.repeat(np.arange(people), photos)
     target = (26 + 5 * rng.standard_normal(people))[person]
     common = 2 * rng.standard_normal(people)[person]
-    frames = [pd.DataFrame({"key": np.arange(len(person)).astype(str), "person": person.astype(str), "seed": s,
-                            "target": target, "prediction": 26 + 0.7 * (target - 26) + common
-                            + noise * np.random.default_rng([seed, s]).standard_normal(len(person))})
-              for s in range(seeds)]
+    frames = [
+        pd.DataFrame(
+            {
+                "key": np.arange(len(person)).astype(str),
+                "person": person.astype(str),
+                "seed": s,
+                "target": target,
+                "prediction": 26
+                + 0.7 * (target - 26)
+                + common
+                + noise * np.random.default_rng([seed, s]).standard_normal(len(person)),
+            }
+        )
+        for s in range(seeds)
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -55,12 +67,21 @@ def test_bootstrap_agrees_with_scipy(metric, reference):
         p["target"] = rng.integers(0, 3, len(p))
         p["prediction"] = np.where(rng.random(len(p)) < 0.6, p.target, (p.target + 1) % 3)
     ours = bootstrap_interval(p, metric, replicates=8000)
-    theirs = stats.bootstrap((p.target, p.prediction), reference, paired=True, vectorized=False, n_resamples=2500,
-                             method="percentile", rng=np.random.default_rng(5))
+    theirs = stats.bootstrap(
+        (p.target, p.prediction),
+        reference,
+        paired=True,
+        vectorized=False,
+        n_resamples=2500,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    )
     low, high = theirs.confidence_interval
     tolerance = 0.12 * (high - low)
     assert abs(ours.low - low) < tolerance and abs(ours.high - high) < tolerance
-    assert np.isclose(np.std(resampled(person_sums(p, metric), metric, 8000)), theirs.standard_error, rtol=0.06)
+    assert np.isclose(
+        np.std(resampled(person_sums(p, metric), metric, 8000)), theirs.standard_error, rtol=0.06
+    )
 
 
 def test_every_replicate_is_the_metric_of_the_drawn_photographs():
@@ -83,7 +104,11 @@ def test_people_are_the_unit():
     once, thrice = predictions(), pd.concat([predictions()] * 3, ignore_index=True)
     thrice["key"] = np.arange(len(thrice)).astype(str)
     a, b = bootstrap_interval(once, "mae"), bootstrap_interval(thrice, "mae")
-    assert np.allclose([a.value, a.low, a.high], [b.value, b.low, b.high]) and b.n == 3 * a.n and b.persons == a.persons
+    assert (
+        np.allclose([a.value, a.low, a.high], [b.value, b.low, b.high])
+        and b.n == 3 * a.n
+        and b.persons == a.persons
+    )
 
 
 def test_paired_difference_against_a_plain_loop():
@@ -93,12 +118,20 @@ def test_paired_difference_against_a_plain_loop():
     gaps, order = [], sorted(first.person.unique())
     for counts in np.concatenate(list(draws(20, 60, seed=2))):
         pick = np.concatenate(
-            [np.flatnonzero(first.person == who) for who, t in zip(order, counts, strict=True) for _ in range(int(t))]
+            [
+                np.flatnonzero(first.person == who)
+                for who, t in zip(order, counts, strict=True)
+                for _ in range(int(t))
+            ]
         )
-        gaps.append(mae(first.target.iloc[pick], first.prediction.iloc[pick])
-                    - mae(second.target.iloc[pick], second.prediction.iloc[pick]))
+        gaps.append(
+            mae(first.target.iloc[pick], first.prediction.iloc[pick])
+            - mae(second.target.iloc[pick], second.prediction.iloc[pick])
+        )
     assert np.allclose([found.low, found.high], np.quantile(gaps, [0.025, 0.975]))
-    assert np.isclose(found.value, mae(first.target, first.prediction) - mae(second.target, second.prediction))
+    assert np.isclose(
+        found.value, mae(first.target, first.prediction) - mae(second.target, second.prediction)
+    )
 
 
 def test_better_knows_which_way_is_up():
@@ -110,12 +143,13 @@ def test_better_knows_which_way_is_up():
 
 def test_seeds_are_drawn_as_well():
     p = predictions(seeds=4)
-    p.loc[p.seed == 3, "prediction"] = 26.0           # one seed that failed makes the result less certain
+    p.loc[p.seed == 3, "prediction"] = 26.0  # one seed that failed makes the result less certain
     interval = bootstrap_interval(p, "r2")
     per_seed = [r2(part.target, part.prediction) for _, part in p.groupby("seed")]
     assert np.isclose(interval.value, np.mean(per_seed)) and interval.n == 120
     assert interval.high - interval.low > 1.3 * np.ptp(
-        [bootstrap_interval(predictions(), "r2").low, bootstrap_interval(predictions(), "r2").high])
+        [bootstrap_interval(predictions(), "r2").low, bootstrap_interval(predictions(), "r2").high]
+    )
 
 
 def test_bad_input_is_refused():
@@ -162,26 +196,45 @@ def attributes(people=40, photos=2, seed=0):
     """Predictions of three attributes, of which nobody has the third in this test part."""
     rng = np.random.default_rng(seed)
     n = people * photos
-    parts = [pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // photos).astype(str), "label": name,
-                           "target": (rng.random(n) < share).astype(float)}) for name, share in (("A", 0.3), ("B", 0.5), ("C", 0))]
+    parts = [
+        pd.DataFrame(
+            {
+                "key": np.arange(n).astype(str),
+                "person": (np.arange(n) // photos).astype(str),
+                "label": name,
+                "target": (rng.random(n) < share).astype(float),
+            }
+        )
+        for name, share in (("A", 0.3), ("B", 0.5), ("C", 0))
+    ]
     p = pd.concat(parts, ignore_index=True)
     p["prediction"] = np.where(rng.random(len(p)) < 0.8, p.target, 1 - p.target)
     return p.assign(fold="test", balanced=p.prediction)
 
 
-@pytest.mark.parametrize("metric, reference", [("accuracy", accuracy_score), ("balanced_accuracy", balanced_accuracy_score)])
+@pytest.mark.parametrize(
+    "metric, reference", [("accuracy", accuracy_score), ("balanced_accuracy", balanced_accuracy_score)]
+)
 def test_mean_over_attributes_and_its_bootstrap(metric, reference):
     """Point and interval against a plain loop: the same drawn people for every attribute, then the mean."""
     import warnings
 
     p = attributes()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")              # scikit-learn remarks on predictions of a class that nobody has
+        warnings.simplefilter("ignore")  # scikit-learn remarks on predictions of a class that nobody has
         whole = np.mean([reference(part.target, part.prediction) for _, part in p.groupby("label")])
         order, values = sorted(p.person.unique()), []
         for counts in np.concatenate(list(draws(40, 60, seed=3))):
-            drawn = pd.concat([p[p.person == who] for who, times in zip(order, counts, strict=True) for _ in range(int(times))])
-            values.append(np.mean([reference(part.target, part.prediction) for _, part in drawn.groupby("label")]))
+            drawn = pd.concat(
+                [
+                    p[p.person == who]
+                    for who, times in zip(order, counts, strict=True)
+                    for _ in range(int(times))
+                ]
+            )
+            values.append(
+                np.mean([reference(part.target, part.prediction) for _, part in drawn.groupby("label")])
+            )
     found = bootstrap_interval(p, metric, replicates=60, seed=3)
     assert np.allclose([found.value, found.low, found.high], [whole, *np.quantile(values, [0.025, 0.975])])
     assert (found.n, found.persons) == (80, 40)
@@ -194,8 +247,12 @@ def test_attributes_are_kept_each():
     for name in "ABC":
         part = p[p.label == name]
         assert np.isclose(values[f"accuracy/{name}"]["value"], accuracy_score(part.target, part.prediction))
-        assert np.isclose(values[f"accuracy/{name}"]["majority"], max(part.target.mean(), 1 - part.target.mean()))
-    assert np.isclose(values["accuracy"]["majority"], np.mean([values[f"accuracy/{name}"]["majority"] for name in "ABC"]))
+        assert np.isclose(
+            values[f"accuracy/{name}"]["majority"], max(part.target.mean(), 1 - part.target.mean())
+        )
+    assert np.isclose(
+        values["accuracy"]["majority"], np.mean([values[f"accuracy/{name}"]["majority"] for name in "ABC"])
+    )
 
 
 def test_all_pairs_at_once_are_the_pairs_one_by_one():
@@ -205,7 +262,9 @@ def test_all_pairs_at_once_are_the_pairs_one_by_one():
     for (a, b), gap in found.items():
         assert gap == paired_difference(frames[a], frames[b], "r2", 300, seed=1)
     with pytest.raises(ValueError, match="same photographs.*'3'"):
-        paired_difference(frames["1.0"], frames["2.0"].assign(person=lambda f: f.person.where(f.key != "3", "else")), "r2")
+        paired_difference(
+            frames["1.0"], frames["2.0"].assign(person=lambda f: f.person.where(f.key != "3", "else")), "r2"
+        )
 
 
 @pytest.fixture
@@ -213,30 +272,70 @@ def folders(tmp_path):
     """Features of two made-up encoders of one set with few people."""
     rng = np.random.default_rng(0)
     n = 48
-    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": rng.standard_normal(n)})
+    labels = pd.DataFrame(
+        {
+            "key": np.arange(n).astype(str),
+            "person": (np.arange(n) // 2).astype(str),
+            "bmi": rng.standard_normal(n),
+        }
+    )
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "bmi.npy", rng.standard_normal((n, 5, 8)).astype(np.float16))
         labels.to_parquet(tmp_path / name / "bmi.parquet")
-        write_json(tmp_path / name / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
-                                                  "encoder": name, "encoder_hash": name * 12, "faces_hash": "f" * 12})
+        write_json(
+            tmp_path / name / "bmi.json",
+            {
+                "state": "present",
+                "n": n,
+                "has_cls": True,
+                "tokens": 5,
+                "heads": 2,
+                "encoder": name,
+                "encoder_hash": name * 12,
+                "faces_hash": "f" * 12,
+            },
+        )
     return {name: (tmp_path / name, tmp_path / "r" / name) for name in ("a", "b")}
 
 
-SHORT = dict(folds=2, epochs=2, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, hidden=4, progress=False)
+SHORT = dict(
+    folds=2,
+    epochs=2,
+    lrs=(1e-2,),
+    weight_decays=(0.1,),
+    validation=0.2,
+    bootstrap=100,
+    hidden=4,
+    progress=False,
+)
 
 
 def test_a_number_can_be_followed_to_encoder_crops_split_and_seed(folders):
     import json
 
     numbers = evaluate(folders, ("bmi",), jobs=1, seed=3, seeds=2, **SHORT)
-    assert set(numbers.features) == {"cls", "patches", "patches+cls"} and set(numbers["head"]) == {"mlp", "attentive", "linear"}
+    assert set(numbers.features) == {"cls", "patches", "patches+cls"} and set(numbers["head"]) == {
+        "mlp",
+        "attentive",
+        "linear",
+    }
     out = folders["a"][1]
-    assert {p.stem for p in out.glob("*.json")} == {"bmi.cls", "bmi.patches", "bmi.patches+cls", "bmi.cls.linear", "bmi.patches.linear"}
+    assert {p.stem for p in out.glob("*.json")} == {
+        "bmi.cls",
+        "bmi.patches",
+        "bmi.patches+cls",
+        "bmi.cls.linear",
+        "bmi.patches.linear",
+    }
     for path in out.glob("*.json"):
         found = json.loads(path.read_text())
         assert found["features"]["encoder_hash"] == "a" * 12 and found["features"]["faces_hash"] == "f" * 12
-        assert found["seeds"] == found["recipe"]["seeds"] == [3, 4] and len(found["splits"]) == 4 and len(found["key"]) == 12
+        assert (
+            found["seeds"] == found["recipe"]["seeds"] == [3, 4]
+            and len(found["splits"]) == 4
+            and len(found["key"]) == 12
+        )
         kept = pd.read_parquet(out / found["predictions"])
         assert (kept.groupby(["seed", "key"]).size() == 1).all() and len(kept) == 2 * 48
         again = np.mean([r2(part.target, part.prediction) for _, part in kept.groupby("seed")])
@@ -256,7 +355,7 @@ def test_results_are_kept_until_something_changes(folders, monkeypatch):
     assert files() == before and len(again) == 2 * 2 * 2
     monkeypatch.undo()
     evaluate(folders, ("bmi",), ("cls",), jobs=1, **(SHORT | {"epochs": 3}))
-    assert all(files()[p] != before[p] for p in before)                     # another setting, other numbers
+    assert all(files()[p] != before[p] for p in before)  # another setting, other numbers
     labels = folders["a"][0] / "bmi.parquet"
     pd.read_parquet(labels).assign(bmi=lambda f: f.bmi + 1).to_parquet(labels)
     evaluate(folders, ("bmi",), ("cls",), jobs=1, **(SHORT | {"epochs": 3}))
@@ -271,8 +370,12 @@ def test_processes_side_by_side_give_the_same_numbers(folders, tmp_path):
 
 def test_pairs_of_task_and_feature_set_can_be_left_out(folders):
     found = evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches+cls"]], **SHORT)
-    assert set(found.features) == {"cls", "patches"} and not (folders["a"][1] / "bmi.patches+cls.json").exists()
-    with pytest.raises(ValueError, match="'patches-cls' is unknown, expected one of cls, patches, patches.cls"):
+    assert (
+        set(found.features) == {"cls", "patches"} and not (folders["a"][1] / "bmi.patches+cls.json").exists()
+    )
+    with pytest.raises(
+        ValueError, match="'patches-cls' is unknown, expected one of cls, patches, patches.cls"
+    ):
         evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches-cls"]], **SHORT)
     with pytest.raises(ValueError, match="'bmj'"):
         evaluate(folders, ("bmi",), jobs=1, skip=[["bmj", "cls"]], **SHORT)
@@ -298,18 +401,31 @@ def test_errors_by_source_stand_in_the_results(folders):
     clinic.to_parquet(features / "mcd-rppg.parquet")
     write_json(features / "mcd-rppg.json", meta | {"n": 24})
     evaluate({"a": folders["a"]}, ("bmi",), ("patches",), linear=False, jobs=1, **SHORT)
-    found, kept = json.loads((out / "bmi.patches.json").read_text()), pd.read_parquet(out / "bmi.patches.parquet")
-    assert found["n"] == 72 and found["dataset"] == "bmi+mcd-rppg" and found["features"]["parts"]["mcd-rppg"]["n"] == 24
+    found, kept = (
+        json.loads((out / "bmi.patches.json").read_text()),
+        pd.read_parquet(out / "bmi.patches.parquet"),
+    )
+    assert (
+        found["n"] == 72
+        and found["dataset"] == "bmi+mcd-rppg"
+        and found["features"]["parts"]["mcd-rppg"]["n"] == 24
+    )
     for source, photographs in {"fiw-bmi": 20, "own": 28, "mcd-rppg": 24}.items():
         part = kept[kept.source == source]
         assert len(part) == photographs == found["values"][f"mae/{source}"]["n"]
-        assert np.isclose(found["values"][f"mae/{source}"]["value"], (part.target - part.prediction).abs().mean())
+        assert np.isclose(
+            found["values"][f"mae/{source}"]["value"], (part.target - part.prediction).abs().mean()
+        )
     assert found["values"]["r2"]["n"] == 72
     before = (out / "bmi.patches.json").read_bytes()
-    clinic.assign(bmi=20.0).to_parquet(features / "mcd-rppg.parquet")  # another label in any of the sets: another result
+    clinic.assign(bmi=20.0).to_parquet(
+        features / "mcd-rppg.parquet"
+    )  # another label in any of the sets: another result
     evaluate({"a": folders["a"]}, ("bmi",), ("patches",), linear=False, jobs=1, **SHORT)
     assert (out / "bmi.patches.json").read_bytes() != before
-    assert not any("mcd-rppg" in metric for metric in json.loads((out / "bmi.patches.json").read_text())["values"])  # no spread, no r2
+    assert not any(
+        "mcd-rppg" in metric for metric in json.loads((out / "bmi.patches.json").read_text())["values"]
+    )  # no spread, no r2
 
 
 def test_one_source_is_not_counted_twice(folders):

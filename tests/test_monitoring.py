@@ -8,23 +8,41 @@ import torch
 from torch import nn
 
 from mefem.config import Pretrain
-from mefem.monitoring import alpha_req, health, linear_probe, peak_operations, rankme, relative_spread, step_operations
+from mefem.monitoring import (
+    alpha_req,
+    health,
+    linear_probe,
+    peak_operations,
+    rankme,
+    relative_spread,
+    step_operations,
+)
 from mefem.training import build, train
 
-SMALL = dict(encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)), predictor=dict(dim=32, depth=1, heads=1),
-             batch=8, steps=200, checkpoint_every=200, log_every=20, precision="fp32", device="cpu")
+SMALL = dict(
+    encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)),
+    predictor=dict(dim=32, depth=1, heads=1),
+    batch=8,
+    steps=200,
+    checkpoint_every=200,
+    log_every=20,
+    precision="fp32",
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    "Smooth colours, each picture its own."
+    """Smooth colours, each picture its own."""
     rough = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (64, 3, 4, 4))).float()
     return nn.functional.interpolate(rough, size=112, mode="bilinear").permute(0, 2, 3, 1).byte().numpy()
 
 
 @pytest.mark.parametrize("shape", [(200, 30), (20, 60)])
 def test_rankme_and_alpha_against_numpy(shape):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * torch.arange(1, shape[1] + 1).pow(-0.7)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * torch.arange(1, shape[1] + 1).pow(
+        -0.7
+    )
     s = np.linalg.svd(x.double().numpy(), compute_uv=False)
     assert rankme(x) == pytest.approx(np.exp(-(s / s.sum() * np.log(s / s.sum())).sum()), rel=1e-9)
     values = np.linalg.eigvalsh(np.cov(x.double().numpy().T))[::-1]
@@ -51,7 +69,10 @@ def test_relative_spread_against_numpy():
     assert relative_spread(torch.zeros(4, 2, 2)) == 0
 
 
-@pytest.mark.parametrize("masking", [dict(), dict(cls_in_source=None), dict(kind="multiblock", cls_in_source=None), dict(kind="quadrant")])
+@pytest.mark.parametrize(
+    "masking",
+    [dict(), dict(cls_in_source=None), dict(kind="multiblock", cls_in_source=None), dict(kind="quadrant")],
+)
 @pytest.mark.parametrize("teacher_input", ["image", "targets"])
 def test_counted_operations_are_what_torch_counts(masking, teacher_input):
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,13 +80,26 @@ def test_counted_operations_are_what_torch_counts(masking, teacher_input):
 
     jepa = build(Pretrain(**SMALL | dict(masking=masking, teacher_input=teacher_input)))
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:  # written out as matrix products, which torch knows how to count
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):  # written out as matrix products, which torch knows how to count
         jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
-    assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()  # two pictures, two operations each
+    assert (
+        2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()
+    )  # two pictures, two operations each
 
 
-@pytest.mark.parametrize("changes", [dict(target_share=0.25), dict(target_share=0.25, teacher_input="targets"), dict(sigreg=0.05), dict(target_norm="whiten"),
-                                     dict(target_norm="whiten", masking=dict(kind="multiblock", cls_in_source=None))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(target_share=0.25),
+        dict(target_share=0.25, teacher_input="targets"),
+        dict(sigreg=0.05),
+        dict(target_norm="whiten"),
+        dict(target_norm="whiten", masking=dict(kind="multiblock", cls_in_source=None)),
+    ],
+)
 def test_counted_operations_of_the_options_are_what_torch_counts(changes):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -74,7 +108,9 @@ def test_counted_operations_of_the_options_are_what_torch_counts(changes):
     counter, splits = FlopCounterMode(display=False), len(jepa.masking.sample_all(1))
     with sdpa_kernel(SDPBackend.MATH), counter:
         jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
-    once_a_batch = 2 * 32**3 * splits if "target_norm" in changes else 0  # the whitening matrix is put together from its factors
+    once_a_batch = (
+        2 * 32**3 * splits if "target_norm" in changes else 0
+    )  # the whitening matrix is put together from its factors
     assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops() - once_a_batch
 
 
@@ -109,18 +145,26 @@ def test_health_names_what_is_wrong():
 
 
 class Mean(nn.Module):
-    "A predictor that is none: for every target the mean of the source."
+    """A predictor that is none: for every target the mean of the source."""
 
     def __init__(self, dim):
         super().__init__()
-        self.embed, self.blocks, self.scale = nn.Linear(dim, dim), nn.Sequential(), nn.Parameter(torch.ones(dim))
+        self.embed, self.blocks, self.scale = (
+            nn.Linear(dim, dim),
+            nn.Sequential(),
+            nn.Parameter(torch.ones(dim)),
+        )
 
     def forward(self, source, source_index, target_index):
         return (self.scale * source.mean(1, keepdim=True)).expand(-1, target_index.shape[1], -1)
 
 
-@pytest.mark.parametrize("target_norm", ["layer"])  # normalised over the batch, saying the same of everything solves nothing
-def test_a_collapsed_teacher_is_flagged_within_200_steps(tmp_path, pictures, capsys, monkeypatch, target_norm):
+@pytest.mark.parametrize(
+    "target_norm", ["layer"]
+)  # normalised over the batch, saying the same of everything solves nothing
+def test_a_collapsed_teacher_is_flagged_within_200_steps(
+    tmp_path, pictures, capsys, monkeypatch, target_norm
+):
     """Without a predictor and without an average, saying the same of everything is a solution, and the run finds it."""
     import mefem.training
 
@@ -134,7 +178,10 @@ def test_a_collapsed_teacher_is_flagged_within_200_steps(tmp_path, pictures, cap
     monkeypatch.setattr(mefem.training, "build", build_without_predictor)
     ill = SMALL | dict(target_norm=target_norm, optimiser=dict(ema=(0, 0), lr=1e-2, start_lr=1e-2))
     train(Pretrain(**ill), pictures, tmp_path / "ill", progress=False)
-    spreads = {name: [float(row["teacher_spread"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())] for name in ("healthy", "ill")}
+    spreads = {
+        name: [float(row["teacher_spread"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())]
+        for name in ("healthy", "ill")
+    }
     print(spreads)
     assert min(spreads["healthy"]) > 0.1
     assert "the teacher says the same of every picture" in capsys.readouterr().out

@@ -7,12 +7,40 @@ import time
 import zipfile
 from pathlib import Path
 
-ORDER = ["files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting", "models", "jepa", "monitoring", "training",
-         "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets", "readme", "cli", "__main__"]
+ORDER = [
+    "files",
+    "compute",
+    "made_from",
+    "config",
+    "faces",
+    "shards",
+    "simulate",
+    "datasets",
+    "provide",
+    "masking",
+    "weighting",
+    "models",
+    "jepa",
+    "monitoring",
+    "training",
+    "encoders",
+    "features",
+    "probing",
+    "metrics",
+    "own_labels",
+    "report",
+    "ablations",
+    "fairness",
+    "pictures",
+    "datasheets",
+    "readme",
+    "cli",
+    "__main__",
+]
 
 
 def imported(path: Path, root: Path) -> set[str]:
-    "Top-level mefem modules that a file imports, anywhere in it."
+    """Top-level mefem modules that a file imports, anywhere in it."""
     names = set()
     package = path.relative_to(root).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -45,15 +73,19 @@ def test_import_is_light():
 
 
 def test_public_names_need_neither_mediapipe_nor_anny():
-    loaded = run("import mefem, sys; mefem.FaceDetector, mefem.crop_face, mefem.load_encoder, mefem.embed, mefem.FaceEmbedder;"
-                 "mefem.masking.StripeMasking, mefem.training.pretrain, mefem.probing.AttentivePooler; print(sorted(sys.modules))")
+    loaded = run(
+        "import mefem, sys; mefem.FaceDetector, mefem.crop_face, mefem.load_encoder, mefem.embed, mefem.FaceEmbedder;"
+        "mefem.masking.StripeMasking, mefem.training.pretrain, mefem.probing.AttentivePooler; print(sorted(sys.modules))"
+    )
     assert all(f"'{heavy}'" not in loaded for heavy in ("mediapipe", "anny", "warp"))
 
 
 def test_core_imports_without_mediapipe_anny_and_webdataset():
     modules = "masking, weighting, models, jepa, training, monitoring, probing, metrics"
-    run("import sys\nfor name in ('mediapipe', 'anny', 'warp', 'webdataset', 'cv2'): sys.modules[name] = None\n"
-        f"from mefem import {modules}")
+    run(
+        "import sys\nfor name in ('mediapipe', 'anny', 'warp', 'webdataset', 'cv2'): sys.modules[name] = None\n"
+        f"from mefem import {modules}"
+    )
 
 
 def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
@@ -61,8 +93,26 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     import shutil
 
     source = tmp_path / "source"
-    shutil.copytree(root, source, ignore=shutil.ignore_patterns(".git", ".venv", ".dvc", "data", "nbs", ".work", "build", "*.egg-info"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    shutil.copytree(
+        root,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", ".dvc", "data", "nbs", ".work", "build", "*.egg-info"),
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            source,
+        ],
+        check=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -71,8 +121,12 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     ours = {str(p.relative_to(root)) for p in (root / "mefem").rglob("*.py")}
     assert {n for n in names if ".dist-info/" not in n} == ours
     assert "mefem = mefem.cli:app" in entry
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert required and not any(word in line for line in required for word in ("nbdev", "jupyter", "dvc", "papermill"))
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert required and not any(
+        word in line for line in required for word in ("nbdev", "jupyter", "dvc", "papermill")
+    )
 
 
 def test_constraints_pin_every_requirement(root):
@@ -80,19 +134,38 @@ def test_constraints_pin_every_requirement(root):
 
     config = ConfigParser(delimiters=["="])
     config.read(root / "settings.ini")
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (root / "constraints.txt").read_text().splitlines() if line}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (root / "constraints.txt").read_text().splitlines()
+        if line
+    }
     for key in ("requirements", "dev_requirements"):
         for requirement in config["DEFAULT"][key].split():
             assert requirement.split("<")[0].lower().replace("_", "-") in pinned, requirement
 
 
 def test_no_path_of_a_machine_and_no_big_file_is_committed(root):
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
+    listed = (
+        subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=True)
+        .stdout.decode()
+        .split("\0")
+    )
     for name in filter(None, listed):
         path = root / name
         if not path.exists():
             continue
         assert path.stat().st_size <= 5_000_000, name
-        if path.suffix in (".ipynb", ".py", ".md", ".yaml", ".json", ".csv", ".tex", ".lock", ".ini", ".toml"):
+        if path.suffix in (
+            ".ipynb",
+            ".py",
+            ".md",
+            ".yaml",
+            ".json",
+            ".csv",
+            ".tex",
+            ".lock",
+            ".ini",
+            ".toml",
+        ):
             text = path.read_text(encoding="utf-8", errors="replace")
             assert str(root) + "/" not in text, f"{name} names this machine's folder"

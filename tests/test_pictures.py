@@ -38,19 +38,26 @@ def test_colours_follow_the_tokens():
 
 def test_attention_is_the_poolers_softmax():
     torch.manual_seed(0)
-    pooler, tokens = AttentivePooler(8, 2, 1), np.random.default_rng(0).normal(size=(5, 9, 8)).astype(np.float32)
+    pooler, tokens = (
+        AttentivePooler(8, 2, 1),
+        np.random.default_rng(0).normal(size=(5, 9, 8)).astype(np.float32),
+    )
     for p in pooler.parameters():
         torch.nn.init.normal_(p)
     x = bare_norm(torch.from_numpy(tokens)).double().numpy()
     scale, shift = (getattr(pooler.norm_tokens, n)[0].detach().double().numpy() for n in ("scale", "shift"))
     query = (pooler.query @ pooler.to_query.weight + pooler.to_query.bias)[0, 0].detach().double().numpy()
-    keys = (x * scale + shift) @ pooler.to_key.weight[0].detach().double().numpy() + pooler.to_key.bias[0].detach().double().numpy()
+    keys = (x * scale + shift) @ pooler.to_key.weight[0].detach().double().numpy() + pooler.to_key.bias[
+        0
+    ].detach().double().numpy()
     expected = []
     for h in range(2):
-        logits = keys[..., 4 * h:4 * h + 4] @ query[4 * h:4 * h + 4] / 2
+        logits = keys[..., 4 * h : 4 * h + 4] @ query[4 * h : 4 * h + 4] / 2
         weights = np.exp(logits - logits.max(1, keepdims=True))
         expected.append(weights / weights.sum(1, keepdims=True))
-    np.testing.assert_allclose(attention_maps(pooler, tokens, batch=2).reshape(5, 9), np.mean(expected, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        attention_maps(pooler, tokens, batch=2).reshape(5, 9), np.mean(expected, 0), atol=1e-5
+    )
 
 
 def planted(n=400, patch=7, seed=0):
@@ -58,7 +65,9 @@ def planted(n=400, patch=7, seed=0):
     tokens, bmi = rng.normal(0, 1, (n, 16, 16)).astype(np.float32), rng.normal(26, 5, n)
     tokens[:, patch, :8] += 3
     tokens[:, patch, 8:] += 3 * (bmi[:, None] - 26) / 5
-    labels = pd.DataFrame({"key": [f"{i}" for i in range(n)], "person": [f"p{i}" for i in range(n)], "bmi": bmi})
+    labels = pd.DataFrame(
+        {"key": [f"{i}" for i in range(n)], "person": [f"p{i}" for i in range(n)], "bmi": bmi}
+    )
     return Features("present", tokens, labels, {"has_cls": False, "tokens": 16, "heads": 2})
 
 
@@ -123,30 +132,54 @@ def write_folder(tmp_path, simulated, people=24):
     from mefem.faces import encode_crop
     from mefem.features import extract_features
     from mefem.shards import write_manifest, write_shard
+
     rng, faces = np.random.default_rng(0), tmp_path / "faces" / "bmi"
-    meta = [{"key": f"{i:03d}", "person": f"p{i // 2}", "bmi": float(rng.normal(26, 4)), "age": 20.0 + i, "sex": "female" if i % 4 < 2 else "male"}
-            for i in range(2 * people)]
+    meta = [
+        {
+            "key": f"{i:03d}",
+            "person": f"p{i // 2}",
+            "bmi": float(rng.normal(26, 4)),
+            "age": 20.0 + i,
+            "sex": "female" if i % 4 < 2 else "male",
+        }
+        for i in range(2 * people)
+    ]
     pictures = rng.integers(0, 256, (len(meta), 32, 32, 3), np.uint8)
-    stats = write_shard(faces, 0, [(m["key"], encode_crop(x), m) for m, x in zip(meta, pictures, strict=True)],
-                        [{**m, "status": "success"} for m in meta])
+    stats = write_shard(
+        faces,
+        0,
+        [(m["key"], encode_crop(x), m) for m, x in zip(meta, pictures, strict=True)],
+        [{**m, "status": "success"} for m in meta],
+    )
     write_manifest(faces, "bmi", len(meta), [stats], {"size": 32}, simulated=simulated)
-    extract_features("random:vit_tiny_patch16_224", faces, tmp_path / "features", device="cpu", progress=False)
+    extract_features(
+        "random:vit_tiny_patch16_224", faces, tmp_path / "features", device="cpu", progress=False
+    )
     return tmp_path / "features", faces
 
 
 @pytest.mark.parametrize("simulated", [True, False])
 def test_both_figures_from_folders(tmp_path, simulated, monkeypatch):
     import mefem.pictures as module
+
     drawn = {}
-    monkeypatch.setattr(module, "figure_sees", lambda path, crops, few, maps, near, **k: (
-        drawn.update(near=near, maps=maps), figure_sees(path, crops, few, maps, near, **k))[1])
+    monkeypatch.setattr(
+        module,
+        "figure_sees",
+        lambda path, crops, few, maps, near, **k: (
+            drawn.update(near=near, maps=maps),
+            figure_sees(path, crops, few, maps, near, **k),
+        )[1],
+    )
     features, faces = write_folder(tmp_path, simulated)
     about = write_pictures(features, faces, tmp_path / "figures", epochs=1, folds=2, batch=16)
     assert about["state"] == "present" and about["people"] == 24 and about["simulated"] is simulated
     assert set(drawn["maps"]) == {"body mass index", "age", "sex"} and 0 < about["neighbour_ratio"]["age"] < 3
     assert (drawn["near"] is None) == (not simulated), "no face of a real person is drawn"
     for name in ("what_it_sees.png", "embedding_map.png"):
-        assert 0 < (tmp_path / "figures" / name).stat().st_size < 1_000_000  # crops of noise, which no PNG makes small
+        assert (
+            0 < (tmp_path / "figures" / name).stat().st_size < 1_000_000
+        )  # crops of noise, which no PNG makes small
 
 
 @pytest.mark.parametrize("meta", [{"state": "data absent"}, {"state": "weights absent"}])

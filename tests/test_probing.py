@@ -1,4 +1,5 @@
 """The heads against PyTorch's own layers, the batched grid against separate runs, and the rules on who may be where."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,10 +57,13 @@ def reference(head, c, x):
         attention.in_proj_bias.copy_(torch.cat([layer.bias[c, 0] for layer in layers]))
         attention.out_proj.weight.copy_(torch.eye(dim))
         attention.out_proj.bias.zero_()
+
     def norm(layer, y):
         return nn.functional.layer_norm(y, (dim,), layer.scale[c, 0], layer.shift[c, 0])
+
     def linear(layer, y):
         return nn.functional.linear(y, layer.weight[c].T, layer.bias[c, 0])
+
     q, tokens = head.query[c].expand(len(x), 1, dim), norm(head.norm_tokens, x)
     y = q + attention(q, tokens, tokens, need_weights=False)[0]
     y = y + linear(head.contract, nn.functional.gelu(linear(head.expand, norm(head.norm_query, y))))
@@ -88,7 +92,7 @@ def test_pooler_by_hand():
             layer.weight.copy_(torch.eye(2))
         head.head.weight.copy_(torch.tensor([[1.0], [10.0]]))
         head.head.bias.fill_(0.5)
-    x = torch.tensor([[[3.0, 1.0], [0.0, 4.0]]], dtype=torch.float64)     # layer norm: (1, -1) and (-1, 1)
+    x = torch.tensor([[[3.0, 1.0], [0.0, 4.0]]], dtype=torch.float64)  # layer norm: (1, -1) and (-1, 1)
     u = 1 / (1 + 1e-5) ** 0.5
     v = 2 / (4 + 1e-5) ** 0.5
     a = np.exp(2 * u / 2**0.5) / (np.exp(2 * u / 2**0.5) + np.exp(-2 * v / 2**0.5))
@@ -102,7 +106,9 @@ def test_pooler_gradients_are_those_of_the_plain_formula():
     wanted = [p for p in head.parameters() if p is not head.to_key.bias]
     ours = torch.autograd.grad(head(x).square().sum(), wanted)
     attention_free = []
-    for c in range(2):      # the reference copies weights into a module, so its gradient is taken by finite differences
+    for c in range(
+        2
+    ):  # the reference copies weights into a module, so its gradient is taken by finite differences
         attention_free.append(reference(head, c, x).square().sum())
     base = torch.stack(attention_free).sum()
     rng = np.random.default_rng(0)
@@ -141,10 +147,10 @@ def test_folds_keep_people_whole_and_balanced(people, photos, folds):
     assert pd.Series(fold).groupby(persons).nunique().max() == 1 and set(fold) == set(range(folds))
     sizes = np.bincount([fold[persons == p][0] for p in set(persons)])
     assert np.ptp(sizes) <= 1
-    ranked = sorted(value, key=value.get)                 # each run of `folds` neighbours covers all folds
+    ranked = sorted(value, key=value.get)  # each run of `folds` neighbours covers all folds
     of = dict(zip(persons, fold, strict=True))
     for start in range(0, people - folds + 1, folds):
-        assert {of[p] for p in ranked[start:start + folds]} == set(range(folds))
+        assert {of[p] for p in ranked[start : start + folds]} == set(range(folds))
     assert np.array_equal(fold, person_folds(persons, targets, folds, seed=1))
     with pytest.raises(ValueError, match="folds"):
         person_folds(persons, targets, people + 1)
@@ -152,8 +158,11 @@ def test_folds_keep_people_whole_and_balanced(people, photos, folds):
 
 def test_a_planted_person_is_refused():
     persons = ["ada", "ben", "cid", "dan", "ada"]
-    for train, validation, test, parts in (([0], [1], [4], "train and test"), ([0], [4], [1], "train and validation"),
-                                           ([1], [0], [4], "validation and test")):
+    for train, validation, test, parts in (
+        ([0], [1], [4], "train and test"),
+        ([0], [4], [1], "train and validation"),
+        ([1], [0], [4], "validation and test"),
+    ):
         with pytest.raises(PersonLeak, match=f"both {parts}.*ada"):
             check_split(persons, Split("official", *(np.array(v) for v in (train, validation, test))))
     labels = pd.DataFrame({"person": ["a", "b", "c", "d", "a"], "split": ["train"] * 4 + ["validation"]})
@@ -187,11 +196,13 @@ QUICK = dict(folds=3, epochs=4, lrs=(3e-3, 1e-2), weight_decays=(0.0, 0.1), prog
 
 
 def source_of(name, n=60, seed=0, **meta):
-    "`toy` features whose keys and people are a source's own."
+    """`toy` features whose keys and people are a source's own."""
     f = toy(n=n, seed=seed)
     f.labels["source"] = name
     f.labels["key"], f.labels["person"] = f"{name}_" + f.labels.key, f"{name}/" + f.labels.person
-    f.meta.update({"n": n, "state": "present", "encoder_hash": "e" * 12, "faces_hash": name, "simulated": False} | meta)
+    f.meta.update(
+        {"n": n, "state": "present", "encoder_hash": "e" * 12, "faces_hash": name, "simulated": False} | meta
+    )
     return f
 
 
@@ -207,7 +218,9 @@ def test_joined_rows_are_the_concatenation_and_no_copy():
     with pytest.raises(IndexError):
         joined[2:, 1]
     parts[2][0] = 7.0  # seen through the join: what it holds are the arrays themselves
-    assert (joined[5:6] == 7.0).all() and all(cut.base is part for cut, part in zip(joined[:, 1:].parts, parts, strict=True))
+    assert (joined[5:6] == 7.0).all() and all(
+        cut.base is part for cut, part in zip(joined[:, 1:].parts, parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 0])
@@ -217,11 +230,16 @@ def test_a_probe_of_joined_sources_is_that_of_one_set_with_their_rows(memory):
     assert isinstance(joined.tokens, JoinedRows)
     copied = Features("present", np.concatenate([a.tokens, b.tokens]), joined.labels, joined.meta)
     for feature_set in ("patches", "cls"):
-        one, two = (probe(f, "bmi", feature_set, memory=memory, **QUICK).predictions for f in (joined, copied))
+        one, two = (
+            probe(f, "bmi", feature_set, memory=memory, **QUICK).predictions for f in (joined, copied)
+        )
         pd.testing.assert_frame_equal(one, two)
         assert one.groupby("source").key.nunique().to_dict() == {"own": 60, "mcd-rppg": 60}
         assert (one.source == one.key.str.partition("_")[0]).all()
-        assert one.groupby("person").fold.nunique().max() == 1 and (one.groupby("source").fold.nunique() == 3).all()
+        assert (
+            one.groupby("person").fold.nunique().max() == 1
+            and (one.groupby("source").fold.nunique() == 3).all()
+        )
 
 
 def test_labels_that_a_source_lacks_are_missing_there():
@@ -242,7 +260,9 @@ def test_a_person_or_photograph_of_two_sources_is_refused():
     b.labels.loc[3, "key"] = "own_5"
     with pytest.raises(ValueError, match="key 'own_5' is in several sources"):
         join_features({"bmi": a, "mcd-rppg": b})
-    with pytest.raises(ValueError, match="source 'mcd-rppg' is in several data sets: bmi, mcd-rppg"):  # put into data/raw/bmi as well
+    with pytest.raises(
+        ValueError, match="source 'mcd-rppg' is in several data sets: bmi, mcd-rppg"
+    ):  # put into data/raw/bmi as well
         join_features({"bmi": source_of("mcd-rppg"), "mcd-rppg": source_of("mcd-rppg")})
     with pytest.raises(ValueError, match="bmi and mcd-rppg are of different encoders"):
         join_features({"bmi": a, "mcd-rppg": source_of("mcd-rppg", encoder_hash="f" * 12)})
@@ -256,7 +276,11 @@ def test_the_account_of_a_join_has_what_all_agree_on_and_every_part():
     assert meta["parts"]["mcd-rppg"]["faces_hash"] == "mcd-rppg" and meta["parts"]["bmi"]["n"] == 60
     without = Features("data absent", None, None, {"state": "data absent", "reason": "no db.csv"})
     alone = join_features({"bmi": a, "mcd-rppg": without})
-    assert alone.tokens is a.tokens and alone.meta["faces_hash"] == "own" and alone.meta["parts"]["mcd-rppg"]["reason"] == "no db.csv"
+    assert (
+        alone.tokens is a.tokens
+        and alone.meta["faces_hash"] == "own"
+        and alone.meta["parts"]["mcd-rppg"]["reason"] == "no db.csv"
+    )
     assert set(probe(alone, "bmi", "cls", **QUICK).predictions.source) == {"own"}
     nothing = probe(join_features({"bmi": without, "mcd-rppg": without}), "bmi", "cls", **QUICK)
     assert nothing.state == "data absent" and nothing.info["reason"] == "bmi: no db.csv; mcd-rppg: no db.csv"
@@ -287,7 +311,7 @@ def test_every_photograph_is_predicted_once_by_people_unseen(head):
     result = probe(features, "bmi", "cls" if head != "attentive" else "patches", head=head, **QUICK)
     assert sorted(result.predictions.key) == sorted(features.labels.key)
     assert result.predictions.groupby("person").fold.nunique().max() == 1
-    assert [len(s["validation"]) for s in result.info["splits"]] == [8] * 3          # 2 rates x 2 decays x 2 starts
+    assert [len(s["validation"]) for s in result.info["splits"]] == [8] * 3  # 2 rates x 2 decays x 2 starts
 
 
 def test_repeatable_and_seeded():
@@ -310,11 +334,16 @@ def test_candidates_side_by_side_equal_separate_runs_of_torch_adamw():
         alone = MLPProbe(6, 5, 1)
         with torch.no_grad():
             for p, s in zip(alone.parameters(), start, strict=True):
-                p.copy_(s[c:c + 1])
+                p.copy_(s[c : c + 1])
         weights = [p for n, p in alone.named_parameters() if n.endswith("weight")]
         biases = [p for n, p in alone.named_parameters() if n.endswith("bias")]
-        plain = torch.optim.AdamW([{"params": weights, "weight_decay": candidate.weight_decay},
-                                   {"params": biases, "weight_decay": 0.0}], lr=candidate.lr)
+        plain = torch.optim.AdamW(
+            [
+                {"params": weights, "weight_decay": candidate.weight_decay},
+                {"params": biases, "weight_decay": 0.0},
+            ],
+            lr=candidate.lr,
+        )
         for _ in range(7):
             plain.zero_grad()
             (alone(x)[:, 0] - y).square().mean().backward()
@@ -384,8 +413,12 @@ def test_fairface_is_scored_by_group_on_the_official_split():
 
 
 def test_absent_features_are_a_state_not_an_error():
-    result = probe(Features("weights absent", None, None, {"reason": "no file", "encoder": "farl"}), "bmi", "cls")
-    assert result.state == "weights absent" and result.info["reason"] == "no file" and result.predictions.empty
+    result = probe(
+        Features("weights absent", None, None, {"reason": "no file", "encoder": "farl"}), "bmi", "cls"
+    )
+    assert (
+        result.state == "weights absent" and result.info["reason"] == "no file" and result.predictions.empty
+    )
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", torch.device("cpu")])
@@ -436,7 +469,9 @@ def quiz(**kwargs):
     bald = (rng.random(300) < 0.1).repeat(2)
     f.tokens[:, :, 1] += 3 * bald[:, None].astype(np.float16)
     f.labels["Bald"], f.labels["Smiling"] = bald, rng.random(600) < 0.5
-    f.labels["split"] = np.select([np.arange(600) < 400, np.arange(600) < 480], ["train", "validation"], "test")
+    f.labels["split"] = np.select(
+        [np.arange(600) < 400, np.arange(600) < 480], ["train", "validation"], "test"
+    )
     return f
 
 
@@ -452,7 +487,10 @@ def test_attributes_are_predicted_at_once_on_the_official_split():
     assert hit["Bald"] > 0.95 and 0.3 < hit["Smiling"] < 0.7
 
 
-@pytest.mark.parametrize("write", [lambda a: a, lambda a: a.astype(int), lambda a: 2 * a.astype(int) - 1, lambda a: a.astype(object)])
+@pytest.mark.parametrize(
+    "write",
+    [lambda a: a, lambda a: a.astype(int), lambda a: 2 * a.astype(int) - 1, lambda a: a.astype(object)],
+)
 def test_attributes_as_their_publishers_write_them(write):
     labels = quiz().labels
     wanted = labels[["Bald", "Smiling"]].to_numpy(float)
@@ -501,21 +539,33 @@ def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
     yes = (logits[:, 1] - logits[:, 0])[:, None]
     found = answers_of(yes, "multilabel", shares[1:])
     assert x[found["prediction"].argmax()] > 1.9 and abs(x[found["balanced"].argmax()]) < 0.011
-    assert np.allclose(class_shares(np.array([[1, 0], [1, 0], [0, 0]]), 2), [3 / 5, 1 / 5])       # one more of each
+    assert np.allclose(
+        class_shares(np.array([[1, 0], [1, 0], [0, 0]]), 2), [3 / 5, 1 / 5]
+    )  # one more of each
 
 
 def test_rare_attributes_are_found_when_asked_for():
-    p = probe(quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,), "starts": ("standardise",)})).predictions  # too short to be sure of itself
+    p = probe(
+        quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,), "starts": ("standardise",)})
+    ).predictions  # too short to be sure of itself
     rare = p[(p.label == "Bald") & (p.target == 1)]
     assert (rare.balanced == 1).mean() > 0.8 > 0.5 > (rare.prediction == 1).mean()
 
 
 def test_the_papers_tasks():
-    assert len(set(CELEBA_ATTRIBUTES)) == 40 and {"Male", "Young", "5_o_Clock_Shadow", "No_Beard"} < set(CELEBA_ATTRIBUTES)
+    assert len(set(CELEBA_ATTRIBUTES)) == 40 and {"Male", "Young", "5_o_Clock_Shadow", "No_Beard"} < set(
+        CELEBA_ATTRIBUTES
+    )
     assert TASKS["celeba"].outputs == 40 and TASKS["celeba"].split == "official"
     columns = {t.target: t.unit for t in TASKS.values() if t.dataset == "mcd-rppg"}
-    assert columns == {"hemoglobin": "mmol/l", "glycated_hemoglobin": "%", "cholesterol": "mmol/l", "upper_ap": "mmHg",
-                       "lower_ap": "mmHg", "saturation": "%"}
+    assert columns == {
+        "hemoglobin": "mmol/l",
+        "glycated_hemoglobin": "%",
+        "cholesterol": "mmol/l",
+        "upper_ap": "mmHg",
+        "lower_ap": "mmHg",
+        "saturation": "%",
+    }
 
 
 def test_too_few_people_is_an_error_of_its_own():
@@ -527,7 +577,12 @@ def test_too_few_people_is_an_error_of_its_own():
 
 def test_heads_on_one_vector_see_the_mean_of_the_patches():
     f = toy()
-    g = Features("present", np.asarray(f.tokens[:, 1:], np.float32).mean(1, keepdims=True), f.labels, f.meta | {"tokens": 1})
+    g = Features(
+        "present",
+        np.asarray(f.tokens[:, 1:], np.float32).mean(1, keepdims=True),
+        f.labels,
+        f.meta | {"tokens": 1},
+    )
     a, b = (probe(x, "bmi", s, head="linear", **QUICK).predictions for x, s in ((f, "patches"), (g, "cls")))
     assert np.allclose(a.prediction, b.prediction, atol=1e-4)
 
@@ -563,15 +618,24 @@ def test_features_larger_than_memory(tmp_path):
     import subprocess
     import sys
 
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "tokens.npy")], capture_output=True, text=True, timeout=200)
-    assert done.stdout.splitlines() == ["60 predicted", "in memory it does not fit"], done.stdout + done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "tokens.npy")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout.splitlines() == ["60 predicted", "in memory it does not fit"], (
+        done.stdout + done.stderr[-2000:]
+    )
 
 
 def skewed_tokens(n=40):
-    "Tokens [n, 9, 12] whose features differ in scale, go together, and depend on the place."
+    """Tokens [n, 9, 12] whose features differ in scale, go together, and depend on the place."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(n, 9, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-    return mixed * torch.linspace(0.1, 3, 12) + torch.arange(12) + 5 * torch.randn(1, 9, 12, generator=generator)
+    return (
+        mixed * torch.linspace(0.1, 3, 12) + torch.arange(12) + 5 * torch.randn(1, 9, 12, generator=generator)
+    )
 
 
 def test_starting_points_against_numpy():
@@ -580,15 +644,19 @@ def test_starting_points_against_numpy():
     x = tokens.double().numpy()
     assert np.allclose(centre, x.mean((0, 1)), atol=1e-5) and set(found) == set(probing.STARTS)
     assert np.allclose(found["standardise"], np.diag(1 / x.std((0, 1))), rtol=1e-4)
-    away = ((x - x.mean(0)) / x.std((0, 1))).reshape(-1, 12)               # features in units of their deviations
+    away = ((x - x.mean(0)) / x.std((0, 1))).reshape(-1, 12)  # features in units of their deviations
     values, vectors = np.linalg.eigh(away.T @ away / len(away))
     whiten = found["whiten"].double().numpy()
     around = np.linalg.inv(away.T @ away / len(away) + 0.3 * values.mean() * np.eye(12))
-    assert np.allclose(whiten @ whiten.T, around / np.outer(x.std((0, 1)), x.std((0, 1))), rtol=1e-3, atol=1e-6)
+    assert np.allclose(
+        whiten @ whiten.T, around / np.outer(x.std((0, 1)), x.std((0, 1))), rtol=1e-3, atol=1e-6
+    )
     seen = (away * x.std((0, 1))) @ whiten
     assert np.allclose(seen.T @ seen / len(seen), np.diag(values / (values + 0.3 * values.mean())), atol=1e-4)
-    vectors = skewed_tokens()[:, 0]                                        # one vector a picture: its plain covariance
-    seen = np.cov((vectors @ probing.starting_points([vectors], floor=1e-9)[1]["whiten"]).double().numpy().T, bias=True)
+    vectors = skewed_tokens()[:, 0]  # one vector a picture: its plain covariance
+    seen = np.cov(
+        (vectors @ probing.starting_points([vectors], floor=1e-9)[1]["whiten"]).double().numpy().T, bias=True
+    )
     assert np.allclose(seen, np.eye(12), atol=1e-3)
 
 
@@ -601,7 +669,9 @@ def test_pooler_sees_tokens_as_its_start_has_them():
     for copy, start in enumerate(starts):
         plain = AttentivePooler(12, 3, 1, copies=2)
         plain.load_state_dict(dict(pooler.named_parameters()) | dict(plain.named_buffers()))
-        assert torch.allclose(pooler.predict(normed)[copy], plain.predict((normed - centre) @ found[start])[copy], atol=1e-4)
+        assert torch.allclose(
+            pooler.predict(normed)[copy], plain.predict((normed - centre) @ found[start])[copy], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("head", [MLPProbe(12, 5, 1, copies=2), LinearProbe(12, 1, copies=2)])
@@ -611,24 +681,38 @@ def test_heads_on_one_vector_see_it_as_their_start_has_it(head):
     plain, whitened = head.see(x)
     assert torch.allclose(plain, (x - x.mean(0)) / x.std(0, correction=0), atol=1e-4)
     values = torch.linalg.eigvalsh(torch.corrcoef(x.T))
-    assert torch.allclose(torch.cov(whitened.T, correction=0).diagonal(), values / (values + 0.3 * values.mean()), atol=1e-3)
+    assert torch.allclose(
+        torch.cov(whitened.T, correction=0).diagonal(), values / (values + 0.3 * values.mean()), atol=1e-3
+    )
     assert head(x).shape == (2, 40, 1)
 
 
 def test_a_feature_that_never_changes_is_only_shifted():
     x = torch.stack([torch.arange(6.0), torch.full((6,), 3.0)], -1)
     centre, found = probing.starting_points([x[:2], x[2:]])
-    assert centre[1] == 3 and found["standardise"][1, 1] == 1 and abs(found["standardise"][0, 0] * x[:, 0].std(correction=0) - 1) < 1e-6
+    assert (
+        centre[1] == 3
+        and found["standardise"][1, 1] == 1
+        and abs(found["standardise"][0, 0] * x[:, 0].std(correction=0) - 1) < 1e-6
+    )
     assert torch.isfinite(found["whiten"]).all()
     assert torch.equal(probing.starting_points([torch.ones(4, 2)])[1]["whiten"].abs().sum(0), torch.ones(2))
 
 
 def test_a_start_is_chosen_on_validation_people():
-    "Every feature shows one thing that all pictures differ in most; the target lies in what is left: whitened, it is found sooner."
+    """Every feature shows one thing that all pictures differ in most; the target lies in what is left: whitened, it is found sooner."""
     generator = torch.Generator().manual_seed(0)
     common, own = torch.randn(300, 1, generator=generator), torch.randn(300, 40, generator=generator)
     tokens, y = (common + 0.1 * own)[:, None].expand(-1, 4, -1).numpy(), own[:, :2].sum(1)
     split = Split("fold 0", np.arange(200), np.arange(200, 250), np.arange(250, 300))
-    recipe = probing.Recipe("linear", tuple(Candidate(1e-2, 0.0, start) for start in probing.STARTS), 1, 8, 30, 32, 30)
-    answer, account = probing.probe_split(y.numpy(), probing.get_task("bmi"), split, recipe, TokenStore(tokens, probing.mean_token))
-    assert account["chosen"] == 1 and account["validation"][1] < 0.5 * account["validation"][0] and np.corrcoef(answer["prediction"], y[250:])[0, 1] > 0.6
+    recipe = probing.Recipe(
+        "linear", tuple(Candidate(1e-2, 0.0, start) for start in probing.STARTS), 1, 8, 30, 32, 30
+    )
+    answer, account = probing.probe_split(
+        y.numpy(), probing.get_task("bmi"), split, recipe, TokenStore(tokens, probing.mean_token)
+    )
+    assert (
+        account["chosen"] == 1
+        and account["validation"][1] < 0.5 * account["validation"][0]
+        and np.corrcoef(answer["prediction"], y[250:])[0, 1] > 0.6
+    )

@@ -1,4 +1,5 @@
 """Table 2 as a whole: every row of the paper, honest states, marks that follow the paired bootstrap, stable bytes."""
+
 import csv
 import json
 import re
@@ -59,7 +60,11 @@ def test_the_papers_numbers():
     found = [[r.model, r.size, r.features, *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
     assert {(r.encoder, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
-        ("random", "cls"), ("random", "patches"), ("random", "patches+cls"), ("pixels", "cls")}
+        ("random", "cls"),
+        ("random", "patches"),
+        ("random", "patches+cls"),
+        ("pixels", "cls"),
+    }
 
 
 def results(root, noise):
@@ -76,7 +81,12 @@ def results(root, noise):
                 "fold": "fold 0",
                 "seed": 0,
             }
-            info = {"state": "present", "feature_set": feature_set, "encoder": encoder, "features": {"simulated": True}}
+            info = {
+                "state": "present",
+                "feature_set": feature_set,
+                "encoder": encoder,
+                "features": {"simulated": True},
+            }
             write_result(
                 root / encoder,
                 ProbeResult(
@@ -105,15 +115,24 @@ def results(root, noise):
     for encoder in ("farl", "franca", "buffalo"):
         for task in ("bmi", "fairface-age"):
             for feature_set in FEATURE_SETS:
-                write_json(root / encoder / f"{task}.{feature_set}.json", {"state": "weights absent", "values": {}})
+                write_json(
+                    root / encoder / f"{task}.{feature_set}.json", {"state": "weights absent", "values": {}}
+                )
     return root
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = results(tmp_path_factory.mktemp("results"), {"mefem": 1.0, "random": 3.0, "pixels": 1.0})
-    text = write_table2(root, root / "figures", "demo", model="width 128, depth 4", pretraining="1,600 simulated photographs",
-                        replicates=300, size=size_of(370_000))
+    text = write_table2(
+        root,
+        root / "figures",
+        "demo",
+        model="width 128, depth 4",
+        pretraining="1,600 simulated photographs",
+        replicates=300,
+        size=size_of(370_000),
+    )
     return root, text
 
 
@@ -127,7 +146,9 @@ def test_every_cell_has_a_value_or_a_reason(run):
         elif row["model"] in ("FaRL", "Franca", "Buffalo"):
             assert row["state"] == "weights absent"
         else:
-            assert row["state"] == "present" and float(row["low"]) <= float(row["value"]) <= float(row["high"])
+            assert row["state"] == "present" and float(row["low"]) <= float(row["value"]) <= float(
+                row["high"]
+            )
         assert (row["state"] == "present") == bool(row["value"])
 
 
@@ -148,20 +169,25 @@ def test_marks_follow_the_paired_bootstrap(run):
     root, _ = run
     cells, pairs = results_table(root, TABLE2, replicates=300)
     cells = cells.set_index(["row", "column"])
-    ours, chance, pixels = (pd.read_parquet(root / e / "bmi.cls.parquet") for e in ("mefem", "random", "pixels"))
+    ours, chance, pixels = (
+        pd.read_parquet(root / e / "bmi.cls.parquet") for e in ("mefem", "random", "pixels")
+    )
     for column, metric in (("BMI r2", "r2"), ("BMI MAE", "mae")):
         cell = cells.loc[("MeFEm / CLS", column)]
         assert cell.beats_random is True and paired_difference(ours, chance, metric, 300).better
         assert cell.beats_pixels is paired_difference(ours, pixels, metric, 300).better
-    assert cells.loc[("MeFEm / CLS", "BMI r2")].beats_pixels is False     # same noise, so no mark
+    assert cells.loc[("MeFEm / CLS", "BMI r2")].beats_pixels is False  # same noise, so no mark
     assert pd.isna(cells.loc[("Random encoder / CLS", "BMI r2")].beats_random)
 
 
 def test_every_pair_is_compared_and_the_best_is_found(run):
     root, _ = run
     cells, pairs = results_table(root, TABLE2, replicates=300)
-    frames = {f"{r.model} / {r.features}": pd.read_parquet(root / r.encoder / f"bmi.{r.feature_set}.parquet")
-              for r in TABLE2_ROWS if r.encoder in ("mefem", "random", "pixels")}
+    frames = {
+        f"{r.model} / {r.features}": pd.read_parquet(root / r.encoder / f"bmi.{r.feature_set}.parquet")
+        for r in TABLE2_ROWS
+        if r.encoder in ("mefem", "random", "pixels")
+    }
     found = pairs[pairs.column == "BMI MAE"]
     assert len(found) == len(frames) * (len(frames) - 1) // 2
     for pair in found.itertuples():
@@ -169,7 +195,7 @@ def test_every_pair_is_compared_and_the_best_is_found(run):
         assert (pair.difference, pair.low, pair.high) == (gap.value, gap.low, gap.high)
         assert pair.better == ("" if not gap.beyond_noise else pair.first if gap.better else pair.second)
     column = cells[(cells.column == "BMI MAE") & (cells.state == "present")].set_index("row")
-    best = column.value.astype(float).idxmin()                             # of an error, the least is the best
+    best = column.value.astype(float).idxmin()  # of an error, the least is the best
     assert column.best[best] is True and column.best.astype(bool).sum() == 1
     for row in column.index.drop(best):
         gap = paired_difference(frames[row], frames[best], "mae", 300)
@@ -181,31 +207,58 @@ def test_every_pair_is_compared_and_the_best_is_found(run):
 def test_markdown_names_the_scale_and_lines_up(run):
     _, text = run
     head, body = text.split("\n\n")[:2]
-    for part in ("profile demo", "120 photographs of 60 simulated people", "width 128", "1,600 simulated photographs",
-                 "not comparable with the paper"):
+    for part in (
+        "profile demo",
+        "120 photographs of 60 simulated people",
+        "width 128",
+        "1,600 simulated photographs",
+        "not comparable with the paper",
+    ):
         assert part in head
     lines = body.splitlines()
-    assert len(lines) == 2 + len(TABLE2_ROWS) and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert (
+        len(lines) == 2 + len(TABLE2_ROWS)
+        and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    )
     assert lines[0].count("paper") == len(TABLE2_COLUMNS)
     farl = next(line for line in lines if "FaRL" in line)
     assert farl.count("not run: weights absent") == 4 and "not run: no result" in farl and "0.380" in farl
     assert next(line for line in lines if "MeFEm" in line).count("not run: data absent") == 1
-    assert "not distinguishable from the best" in text and "is indistinguishable from always predicting the mean" in text
+    assert (
+        "not distinguishable from the best" in text
+        and "is indistinguishable from always predicting the mean" in text
+    )
     assert re.search(r"MeFEm .*\] a", body) and "most frequent answer" in text and body.count("**") == 2 * 4
 
 
 def test_the_size_is_the_one_that_ran_and_the_papers_stands_at_its_numbers(run):
     root, text = run
-    rows = {line.split("|")[1].strip() + line.split("|")[3].strip(): line for line in text.splitlines() if line.startswith("|")}
+    rows = {
+        line.split("|")[1].strip() + line.split("|")[3].strip(): line
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
     ours, absent = rows["MeFEmPatches"], rows["FaRLPatches"]
-    assert ours.split("|")[2].strip() == "0.37 M" and ours.count("(Base)") == len(TABLE2_COLUMNS) and "0.506 (Base)" in ours
+    assert (
+        ours.split("|")[2].strip() == "0.37 M"
+        and ours.count("(Base)") == len(TABLE2_COLUMNS)
+        and "0.506 (Base)" in ours
+    )
     assert absent.split("|")[2].strip() == "Base" and "(Base)" not in absent
     latex = (root / "figures" / "table2.tex").read_text()
-    assert r"MeFEm & 0.37 M & Patches &" in latex and "0.506 (Base)" in latex and "FaRL & Base & Patches" in latex
+    assert (
+        r"MeFEm & 0.37 M & Patches &" in latex
+        and "0.506 (Base)" in latex
+        and "FaRL & Base & Patches" in latex
+    )
     cells = pd.read_csv(root / "figures" / "table2.csv").set_index("row")
-    assert set(cells.loc["MeFEm / CLS", "size"]) == {"0.37 M"} and set(cells.loc["MeFEm / CLS", "paper_size"]) == {"Base"}
+    assert set(cells.loc["MeFEm / CLS", "size"]) == {"0.37 M"} and set(
+        cells.loc["MeFEm / CLS", "paper_size"]
+    ) == {"Base"}
     assert size_of(22_000_000) == "22 M" and size_of(5_700_000) == "5.7 M" and size_of(48_000) == "0.048 M"
-    nothing, _ = results_table(root / "nowhere", TABLE2, size="0.37 M")      # a row that was not run keeps the paper's
+    nothing, _ = results_table(
+        root / "nowhere", TABLE2, size="0.37 M"
+    )  # a row that was not run keeps the paper's
     assert set(nothing[nothing.model == "MeFEm"]["size"]) == {"Base"}
 
 
@@ -214,13 +267,34 @@ def test_cells_and_verdicts_for_prose(run):
     rows = json.loads((root / "figures" / "table2_cells.json").read_text())["rows"]
     _, pairs = results_table(root, TABLE2, replicates=300)
     ours = rows["MeFEm / CLS"]["BMI MAE"]
-    assert ours["random"]["verdict"] == "beats" and ours["random"]["row"] == "Random encoder / CLS" and ours["random"]["difference"] < 0
-    assert ours["pixels"]["verdict"] == "inconclusive" and (ours["n"], ours["persons"], ours["simulated"]) == (120, 60, True)
-    pair = pairs[(pairs.column == "BMI MAE") & (pairs["first"] == "MeFEm / CLS") & (pairs["second"] == "Random encoder / CLS")].iloc[0]
-    assert ours["random"]["low"] == pytest.approx(pair.low, abs=1e-6) and ours["low"] <= ours["value"] <= ours["high"]
-    assert "random" not in rows["Random encoder / CLS"]["BMI MAE"] and rows["FaRL / CLS"]["BMI MAE"] == {"state": "weights absent", "size": "Base"}
-    turned = pairs.rename(columns={"first": "second", "second": "first"}).assign(   # the pair stands the other way round: signs turn
-        difference=-pairs.difference, low=-pairs.high, high=-pairs.low)
+    assert (
+        ours["random"]["verdict"] == "beats"
+        and ours["random"]["row"] == "Random encoder / CLS"
+        and ours["random"]["difference"] < 0
+    )
+    assert ours["pixels"]["verdict"] == "inconclusive" and (
+        ours["n"],
+        ours["persons"],
+        ours["simulated"],
+    ) == (120, 60, True)
+    pair = pairs[
+        (pairs.column == "BMI MAE")
+        & (pairs["first"] == "MeFEm / CLS")
+        & (pairs["second"] == "Random encoder / CLS")
+    ].iloc[0]
+    assert (
+        ours["random"]["low"] == pytest.approx(pair.low, abs=1e-6)
+        and ours["low"] <= ours["value"] <= ours["high"]
+    )
+    assert "random" not in rows["Random encoder / CLS"]["BMI MAE"] and rows["FaRL / CLS"]["BMI MAE"] == {
+        "state": "weights absent",
+        "size": "Base",
+    }
+    turned = pairs.rename(
+        columns={"first": "second", "second": "first"}
+    ).assign(  # the pair stands the other way round: signs turn
+        difference=-pairs.difference, low=-pairs.high, high=-pairs.low
+    )
     cells, _ = results_table(root, TABLE2, replicates=300)
     assert cells_json(cells, turned) == cells_json(cells, pairs)
     losing = pairs.assign(better=pairs["second"])
@@ -228,8 +302,12 @@ def test_cells_and_verdicts_for_prose(run):
 
 
 def test_real_people_are_called_real():
-    cells = pd.DataFrame({"state": ["present"], "column": ["BMI r2"], "n": [10], "persons": [5], "simulated": [False]})
-    assert "10 photographs of 5 real people" in scale_of(cells, "paper") and "Simulated" not in scale_of(cells, "paper")
+    cells = pd.DataFrame(
+        {"state": ["present"], "column": ["BMI r2"], "n": [10], "persons": [5], "simulated": [False]}
+    )
+    assert "10 photographs of 5 real people" in scale_of(cells, "paper") and "Simulated" not in scale_of(
+        cells, "paper"
+    )
     assert "nothing has been run" in scale_of(cells.assign(state="data absent"), "paper")
 
 
@@ -237,9 +315,19 @@ def test_latex(run):
     root, _ = run
     text = (root / "figures" / "table2.tex").read_text()
     assert text.count(r"\textbf{0.") + text.count(r"\textbf{1.") == 4 and text.count(r"\begin{tabular}") == 1
-    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){4-7}", r"\multicolumn{4}{c}{BMI dataset}"):
+    for part in (
+        r"\toprule",
+        r"\midrule",
+        r"\bottomrule",
+        r"\cmidrule(lr){4-7}",
+        r"\multicolumn{4}{c}{BMI dataset}",
+    ):
         assert part in text
-    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "&" in line and "multicolumn" not in line]
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.endswith(r"\\") and "&" in line and "multicolumn" not in line
+    ]
     assert {line.count("&") - line.count(r"\&") for line in rows} == {2 + 2 * len(TABLE2_COLUMNS)}
     assert text.count("{") == text.count("}") and text.isascii()
     assert re.search(r"\\midrule\nRandom encoder", text)
@@ -253,30 +341,60 @@ def test_table3_from_probe_to_paper(tmp_path):
     labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str)})
     for column in ("hemoglobin", "glycated_hemoglobin", "cholesterol", "upper_ap", "lower_ap"):
         labels[column] = 5 + rng.standard_normal(n)
-    labels["saturation"] = 98.0                                            # nothing to regress
+    labels["saturation"] = 98.0  # nothing to regress
     tokens = rng.standard_normal((n, 5, 8)).astype(np.float16)
     tokens[:, :, 0] += (labels.hemoglobin - 5).to_numpy(np.float16)[:, None] * 2
     for name in ("mefem", "random"):
         (tmp_path / name).mkdir()
-        np.save(tmp_path / name / "mcd-rppg.npy", tokens if name == "mefem" else rng.standard_normal(tokens.shape).astype(np.float16))
+        np.save(
+            tmp_path / name / "mcd-rppg.npy",
+            tokens if name == "mefem" else rng.standard_normal(tokens.shape).astype(np.float16),
+        )
         labels.to_parquet(tmp_path / name / "mcd-rppg.parquet")
-        write_json(tmp_path / name / "mcd-rppg.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
-                                                       "encoder": name, "simulated": True})
+        write_json(
+            tmp_path / name / "mcd-rppg.json",
+            {
+                "state": "present",
+                "n": n,
+                "has_cls": True,
+                "tokens": 5,
+                "heads": 2,
+                "encoder": name,
+                "simulated": True,
+            },
+        )
     (tmp_path / "pixels").mkdir()
-    write_json(tmp_path / "pixels" / "mcd-rppg.json", {"state": "data absent", "reason": "not there", "tokens": 1})
+    write_json(
+        tmp_path / "pixels" / "mcd-rppg.json", {"state": "data absent", "reason": "not there", "tokens": 1}
+    )
     tasks = tuple(dict.fromkeys(column.task for column in TABLE3_COLUMNS))
-    evaluate({name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")}, tasks, linear=False,
-             jobs=1, folds=2, epochs=40, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, progress=False)
+    evaluate(
+        {name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")},
+        tasks,
+        linear=False,
+        jobs=1,
+        folds=2,
+        epochs=40,
+        lrs=(1e-2,),
+        weight_decays=(0.1,),
+        validation=0.2,
+        bootstrap=100,
+        progress=False,
+    )
     text = write_table3(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
     blocks = [block for block in text.split("\n\n") if block.startswith("| Model")]
     assert len(blocks) == 2 and all(len(block.splitlines()) == 2 + len(TABLE3_ROWS) for block in blocks)
     assert "Haemoglobin (mmol/l) r²" in blocks[0] and "Saturation (%) MAE" in blocks[1]
     baseline = next(line for line in blocks[1].splitlines() if "Baseline" in line)
-    assert [c.strip() for c in baseline.split("|")[1:-1]] == ["Baseline", "—", "Video superpixels", *["", "", "", "12.8", "", "", "", "8.39",
-                                                                                               "", "", "", "0.9"]]
+    assert [c.strip() for c in baseline.split("|")[1:-1]] == [
+        "Baseline",
+        "—",
+        "Video superpixels",
+        *["", "", "", "12.8", "", "", "", "8.39", "", "", "", "0.9"],
+    ]
     cells = pd.read_csv(tmp_path / "figures" / "table3.csv").set_index(["row", "column"])
     cell = cells.loc[("MeFEm / Patches", "Haemoglobin (mmol/l) r2")]
-    assert cell.state == "present" and cell.beats_random == True and cell.paper == 0.233   # noqa: E712
+    assert cell.state == "present" and cell.beats_random == True and cell.paper == 0.233  # noqa: E712
     assert cells.loc[("MeFEm / CLS", "Saturation (%) r2")].state == "too few labels"
     assert cells.loc[("PCA of pixels / Components", "Saturation (%) r2")].state == "data absent"
     assert cells.loc[("Baseline / Video superpixels", "Saturation (%) r2")].state == "as published"
@@ -287,10 +405,16 @@ def test_table3_from_probe_to_paper(tmp_path):
 
 
 def test_what_pretraining_adds_by_two_heads(tmp_path):
-    "MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; there is no column of the paper's."
+    """MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; there is no column of the paper's."""
     rng, n = np.random.default_rng(0), 60
-    labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str), "bmi": 26 + 5 * rng.standard_normal(n),
-                           "age": 40 + 9 * rng.standard_normal(n)})
+    labels = pd.DataFrame(
+        {
+            "key": np.arange(n).astype(str),
+            "person": (np.arange(n) // 2).astype(str),
+            "bmi": 26 + 5 * rng.standard_normal(n),
+            "age": 40 + 9 * rng.standard_normal(n),
+        }
+    )
     for name, tokens in (("mefem", 5), ("random", 5), ("pixels", 1)):
         found = rng.standard_normal((n, tokens, 8)).astype(np.float16)
         if name == "mefem":
@@ -298,21 +422,61 @@ def test_what_pretraining_adds_by_two_heads(tmp_path):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "bmi.npy", found)
         labels.to_parquet(tmp_path / name / "bmi.parquet")
-        write_json(tmp_path / name / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": tokens, "heads": 2, "encoder": name,
-                                                  "simulated": True})
-    evaluate({name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")}, ("bmi", "bmi-age"), jobs=1, folds=2,
-             epochs=40, lrs=(1e-2,), weight_decays=(0.1,), validation=0.2, bootstrap=100, progress=False)
+        write_json(
+            tmp_path / name / "bmi.json",
+            {
+                "state": "present",
+                "n": n,
+                "has_cls": True,
+                "tokens": tokens,
+                "heads": 2,
+                "encoder": name,
+                "simulated": True,
+            },
+        )
+    evaluate(
+        {name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")},
+        ("bmi", "bmi-age"),
+        jobs=1,
+        folds=2,
+        epochs=40,
+        lrs=(1e-2,),
+        weight_decays=(0.1,),
+        validation=0.2,
+        bootstrap=100,
+        progress=False,
+    )
     text = write_learned(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert [c.strip() for c in lines[0].split("|")[1:-1]] == ["Model", "Features", "BMI r²", "BMI MAE", "Age (years) r²", "Age (years) MAE"]
-    assert len(lines) == 2 + len(LEARNED_ROWS) and "not run" not in text and "no result" not in text and "aper' columns" not in text
+    assert [c.strip() for c in lines[0].split("|")[1:-1]] == [
+        "Model",
+        "Features",
+        "BMI r²",
+        "BMI MAE",
+        "Age (years) r²",
+        "Age (years) MAE",
+    ]
+    assert (
+        len(lines) == 2 + len(LEARNED_ROWS)
+        and "not run" not in text
+        and "no result" not in text
+        and "aper' columns" not in text
+    )
     cells = pd.read_csv(tmp_path / "figures" / "learned.csv").set_index(["row", "column"])
     cell = cells.loc[("MeFEm / Linear probe", "BMI r2")]
-    assert cell.beats_random == True and cell.beats_pixels == True and cell.value > 0.1   # noqa: E712
-    assert cells.loc[("MeFEm / Linear probe", "Age (years) r2")].value < 0.1 and cells.file.nunique() == 2 * len(LEARNED_ROWS)
+    assert cell.beats_random == True and cell.beats_pixels == True and cell.value > 0.1  # noqa: E712
+    assert cells.loc[
+        ("MeFEm / Linear probe", "Age (years) r2")
+    ].value < 0.1 and cells.file.nunique() == 2 * len(LEARNED_ROWS)
     latex = (tmp_path / "figures" / "learned.tex").read_text()
-    rows = [line for line in latex.splitlines() if line.startswith(("MeFEm &", "Random encoder &", "PCA of pixels &"))]
-    assert len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {6} and r"{lllllll}" in latex
+    rows = [
+        line
+        for line in latex.splitlines()
+        if line.startswith(("MeFEm &", "Random encoder &", "PCA of pixels &"))
+    ]
+    assert (
+        len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {6} and r"{lllllll}" in latex
+    )
 
 
 def test_equal_results_give_equal_bytes(run, tmp_path):
@@ -331,13 +495,40 @@ def test_evaluate_encoder(tmp_path):
     (tmp_path / "f").mkdir()
     n = 60
     np.save(tmp_path / "f" / "bmi.npy", rng.standard_normal((n, 5, 8)).astype(np.float16))
-    pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str),
-                  "bmi": 26 + rng.standard_normal(n)}).to_parquet(tmp_path / "f" / "bmi.parquet")
-    write_json(tmp_path / "f" / "bmi.json", {"state": "present", "n": n, "has_cls": True, "tokens": 5, "heads": 2,
-                                             "encoder": "e", "simulated": True})
+    pd.DataFrame(
+        {
+            "key": np.arange(n).astype(str),
+            "person": (np.arange(n) // 2).astype(str),
+            "bmi": 26 + rng.standard_normal(n),
+        }
+    ).to_parquet(tmp_path / "f" / "bmi.parquet")
+    write_json(
+        tmp_path / "f" / "bmi.json",
+        {
+            "state": "present",
+            "n": n,
+            "has_cls": True,
+            "tokens": 5,
+            "heads": 2,
+            "encoder": "e",
+            "simulated": True,
+        },
+    )
     write_json(tmp_path / "f" / "fairface.json", {"state": "data absent", "reason": "not there"})
-    settings = dict(folds=2, epochs=2, batch=32, lrs=(1e-3,), weight_decays=(0.1,), starts=("whiten",), validation=0.2, hidden=4, heads=2)
-    frame = evaluate_encoder(tmp_path / "f", tmp_path / "r", bootstrap=100, seed=3, progress=False, **settings)
+    settings = dict(
+        folds=2,
+        epochs=2,
+        batch=32,
+        lrs=(1e-3,),
+        weight_decays=(0.1,),
+        starts=("whiten",),
+        validation=0.2,
+        hidden=4,
+        heads=2,
+    )
+    frame = evaluate_encoder(
+        tmp_path / "f", tmp_path / "r", bootstrap=100, seed=3, progress=False, **settings
+    )
     assert {p.name for p in (tmp_path / "r").iterdir()} == {
         f"{t}.{s}.json" for t in ("bmi", "fairface-age") for s in FEATURE_SETS
     } | {f"bmi.{s}.parquet" for s in FEATURE_SETS}
@@ -348,7 +539,7 @@ def test_evaluate_encoder(tmp_path):
     assert len(frame[frame.task == "bmi"]) == 6
     write_json(tmp_path / "f" / "bmi.json", {"state": "weights absent", "reason": "gone"})
     evaluate_encoder(tmp_path / "f", tmp_path / "r", bootstrap=100, progress=False, **settings)
-    assert not list((tmp_path / "r").glob("*.parquet"))            # no stale predictions beside an absent result
+    assert not list((tmp_path / "r").glob("*.parquet"))  # no stale predictions beside an absent result
 
 
 def test_learning_curve(tmp_path):
@@ -371,10 +562,17 @@ def test_provenance(root):
 
 def test_provenance_tells_changed_sources_from_what_a_run_writes(tmp_path):
     def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
 
     (tmp_path / "figures").mkdir()
-    figure, lock, page, params = files = [tmp_path / name for name in ("figures/table2.md", "dvc.lock", "README.md", "params.yaml")]
+    figure, lock, page, params = files = [
+        tmp_path / name for name in ("figures/table2.md", "dvc.lock", "README.md", "params.yaml")
+    ]
     for file in files:
         file.write_text("as committed")
     git("init")

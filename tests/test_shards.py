@@ -1,4 +1,5 @@
-"Shards and manifests: bytes, counts, resumption and damage; webdataset is the independent reader."
+"""Shards and manifests: bytes, counts, resumption and damage; webdataset is the independent reader."""
+
 import hashlib
 import io
 import json
@@ -40,7 +41,10 @@ def make(folder, shards=2, each=5, settings=None):
     for index in range(shards):
         keys = [f"{index}_{number}" for number in range(each)]
         samples = [(key, jpeg(index * 100 + number), {"key": key}) for number, key in enumerate(keys)]
-        rows = [{"key": key, "status": "success", "value": index * 100 + number} for number, key in enumerate(keys)]
+        rows = [
+            {"key": key, "status": "success", "value": index * 100 + number}
+            for number, key in enumerate(keys)
+        ]
         rows.insert(2, {"key": f"{index}_x", "status": "no face", "value": -1, "error_message": "nothing"})
         stats.append(write_shard(folder, index, samples, rows, settings))
     return write_manifest(folder, "made", shards * (each + 1), stats, {"size": 48})
@@ -91,7 +95,9 @@ def test_webdataset_reads_it(tmp_path):
 
 def test_labels_of_unequal_shards_are_joined(tmp_path):
     first = write_shard(tmp_path, 0, [("a", jpeg(0), {})], [{"key": "a", "status": "success", "age": None}])
-    second = write_shard(tmp_path, 1, [("b", jpeg(1), {})], [{"key": "b", "status": "success", "age": 4.5, "sex": "f"}])
+    second = write_shard(
+        tmp_path, 1, [("b", jpeg(1), {})], [{"key": "b", "status": "success", "age": 4.5, "sex": "f"}]
+    )
     write_manifest(tmp_path, "made", 2, [first, second], {"size": 48})
     labels = read_labels(tmp_path)
     assert np.isnan(labels["age"][0]) and labels["age"][1] == 4.5 and labels["sex"][1] == "f"
@@ -182,7 +188,9 @@ def test_a_picture_that_is_not_in_the_tar(tmp_path):
 
 
 def test_absent_data_say_why(tmp_path):
-    write_manifest(tmp_path, "celeba", 0, [], {"size": 224}, state="absent", reason="no files in data/raw/celeba")
+    write_manifest(
+        tmp_path, "celeba", 0, [], {"size": 224}, state="absent", reason="no files in data/raw/celeba"
+    )
     for use in (read_labels, load_images, lambda folder: list(iter_samples(folder))):
         with pytest.raises(DataAbsent, match="celeba.*no files"):
             use(tmp_path)
@@ -192,7 +200,11 @@ def test_older_shards_are_removed(tmp_path):
     make(tmp_path, shards=3)
     remove_shards_from(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00000.parquet", "00000.tar", "00000_stats.json", "manifest.json"]
+        "00000.parquet",
+        "00000.tar",
+        "00000_stats.json",
+        "manifest.json",
+    ]
 
 
 def test_open_tar_reads_foreign_formats(tmp_path):

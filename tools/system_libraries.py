@@ -20,7 +20,7 @@ LIBRARIES = {
 
 
 def missing() -> list[str]:
-    "Debian packages of the libraries that do not load."
+    """Debian packages of the libraries that do not load."""
     absent = []
     for library, package in LIBRARIES.items():
         try:
@@ -32,7 +32,10 @@ def missing() -> list[str]:
 
 def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on whatever Python there is
-        print(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...", file=sys.stderr)
+        print(
+            f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...",
+            file=sys.stderr,
+        )
         return 1
     if not sys.platform.startswith("linux"):
         return 0  # elsewhere the wheels bring what they need
@@ -48,7 +51,10 @@ def main() -> int:
         packages = missing()
         if not packages:
             return 0
-    print(f"MediaPipe needs system libraries that are not here. Type this, then run make again:\n\n    sudo {line}\n", file=sys.stderr)
+    print(
+        f"MediaPipe needs system libraries that are not here. Type this, then run make again:\n\n    sudo {line}\n",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -27,7 +27,7 @@ EVERY = 0.5  # seconds between looks at dvc.lock
 
 
 def stages_of(text: str) -> dict | None:
-    "The stages of a dvc.lock; None where the text is not a whole one."
+    """The stages of a dvc.lock; None where the text is not a whole one."""
     if not text.endswith("\n"):
         return None
     try:
@@ -35,15 +35,20 @@ def stages_of(text: str) -> dict | None:
     except yaml.YAMLError:
         return None
     stages = found.get("stages") if isinstance(found, dict) and found.get("schema") == "2.0" else None
-    whole = isinstance(stages, dict) and all(isinstance(s, dict) and "cmd" in s and _files(s) for s in stages.values())
+    whole = isinstance(stages, dict) and all(
+        isinstance(s, dict) and "cmd" in s and _files(s) for s in stages.values()
+    )
     return stages if whole else None
 
 
 def _files(stage: dict) -> bool:
-    "Whether every dependency and output has a path and a hash."
+    """Whether every dependency and output has a path and a hash."""
     listed = [stage.get(kind, []) for kind in ("deps", "outs")]
-    return all(isinstance(files, list) and all(isinstance(f, dict) and {"path", f.get("hash", "path")} <= set(f) for f in files)
-               for files in listed)
+    return all(
+        isinstance(files, list)
+        and all(isinstance(f, dict) and {"path", f.get("hash", "path")} <= set(f) for f in files)
+        for files in listed
+    )
 
 
 def cut_short(text: str) -> bool:
@@ -65,7 +70,13 @@ def _read(path: Path) -> str:
 
 def _committed() -> str:
     with contextlib.suppress(OSError):
-        shown = subprocess.run(["git", "show", f"HEAD:./{LOCK}"], capture_output=True, encoding="utf-8", errors="replace", check=False)
+        shown = subprocess.run(
+            ["git", "show", f"HEAD:./{LOCK}"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
         return shown.stdout if shown.returncode == 0 else ""
     return ""
 
@@ -81,7 +92,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def mend_lock() -> None:
-    "Put the last whole dvc.lock in the place of a cut one. Who removed it wants all anew: then the copy goes too."
+    """Put the last whole dvc.lock in the place of a cut one. Who removed it wants all anew: then the copy goes too."""
     if not LOCK.exists():
         COPY.unlink(missing_ok=True)
         return
@@ -93,26 +104,32 @@ def mend_lock() -> None:
             print(f"{LOCK} was left half written by an interrupted run: put back {whence}", flush=True)
             return
     LOCK.unlink()
-    print(f"{LOCK} was left half written by an interrupted run and there is no whole one: removed, all stages run again", flush=True)
+    print(
+        f"{LOCK} was left half written by an interrupted run and there is no whole one: removed, all stages run again",
+        flush=True,
+    )
 
 
 def _runs_dvc(info: dict) -> bool:
-    "Whether the process of this number is DVC: numbers are given again, in containers soon. True where one cannot see."
+    """Whether the process of this number is DVC: numbers are given again, in containers soon. True where one cannot see."""
     return not Path("/proc/self").exists() or "dvc" in _read(Path(f"/proc/{info['pid']}/cmdline"))
 
 
 def _what_is_wrong(text: str) -> str:
-    "Why DVC would stumble over this rwlock; empty where it would not."
+    """Why DVC would stumble over this rwlock; empty where it would not."""
     try:
         held = json.loads(text)
-        infos = [*held.get("write", {}).values(), *(info for infos in held.get("read", {}).values() for info in infos)]
+        infos = [
+            *held.get("write", {}).values(),
+            *(info for infos in held.get("read", {}).values() for info in infos),
+        ]
         return "names processes that are gone" if infos and not any(map(_runs_dvc, infos)) else ""
     except (ValueError, AttributeError, KeyError, TypeError):
         return "was left half written"
 
 
 def mend_rwlock() -> None:
-    "Remove a cut or outdated rwlock. Where somebody holds its guard, a DVC is at work on it: left alone."
+    """Remove a cut or outdated rwlock. Where somebody holds its guard, a DVC is at work on it: left alone."""
     import fcntl
 
     if not RWLOCK.exists():
@@ -128,14 +145,14 @@ def mend_rwlock() -> None:
 
 
 def keep() -> None:
-    "Copy dvc.lock while it is whole."
+    """Copy dvc.lock while it is whole."""
     text = _read(LOCK)
     if text != _read(COPY) and not cut_short(text):
         _write(COPY, text)
 
 
 def _watch(ended: threading.Event) -> None:
-    "Keep dvc.lock's states. One that changed since the last look may be in the middle of being written."
+    """Keep dvc.lock's states. One that changed since the last look may be in the middle of being written."""
     before = None
     while not ended.wait(EVERY):
         with contextlib.suppress(OSError):
@@ -146,7 +163,7 @@ def _watch(ended: threading.Event) -> None:
 
 
 def run(command: list[str]) -> int:
-    "Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM; a terminal sends Ctrl-C to both."
+    """Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM; a terminal sends Ctrl-C to both."""
     child = subprocess.Popen(command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())

@@ -34,24 +34,43 @@ COLUMNS = {"video": "string[pyarrow]", "start": "float64", "end": "float64", "x"
 @lru_cache(maxsize=1)
 def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
     try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # else a sixth column is cut off
-            rows = pd.read_csv(path, header=None, names=list(COLUMNS), dtype=COLUMNS, keep_default_na=False, index_col=False,
-                               encoding="utf-8-sig", quoting=csv.QUOTE_NONE,
-                               na_values={name: [""] for name, kind in COLUMNS.items() if kind.startswith("float")})
+        with warnings.catch_warnings(
+            action="error", category=pd.errors.ParserWarning
+        ):  # else a sixth column is cut off
+            rows = pd.read_csv(
+                path,
+                header=None,
+                names=list(COLUMNS),
+                dtype=COLUMNS,
+                keep_default_na=False,
+                index_col=False,
+                encoding="utf-8-sig",
+                quoting=csv.QUOTE_NONE,
+                na_values={name: [""] for name, kind in COLUMNS.items() if kind.startswith("float")},
+            )
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        raise DatasetError(f"{path} is not AVSpeech's list: {error}; expected five columns without a header: YouTube id, "
-                           f"start, end (s), x, y (0..1)") from None
-    wrong = ~(rows.video.str.fullmatch(r"[\w-]{11}") & (rows.end > rows.start) & (rows.start >= 0)
-              & rows.x.between(0, 1) & rows.y.between(0, 1))
+        raise DatasetError(
+            f"{path} is not AVSpeech's list: {error}; expected five columns without a header: YouTube id, "
+            f"start, end (s), x, y (0..1)"
+        ) from None
+    wrong = ~(
+        rows.video.str.fullmatch(r"[\w-]{11}")
+        & (rows.end > rows.start)
+        & (rows.start >= 0)
+        & rows.x.between(0, 1)
+        & rows.y.between(0, 1)
+    )
     if wrong.any():
         line = int(wrong.to_numpy().argmax())
-        raise DatasetError(f"{path}, line {line + 1}: {','.join(map(str, rows.iloc[line]))}; expected YouTube id (11 characters), "
-                           f"0 <= start < end (s), x and y from 0 to 1")
+        raise DatasetError(
+            f"{path}, line {line + 1}: {','.join(map(str, rows.iloc[line]))}; expected YouTube id (11 characters), "
+            f"0 <= start < end (s), x and y from 0 to 1"
+        )
     return rows
 
 
 def clip_rows(root) -> pd.DataFrame:
-    "The publisher's list: `video`, `start`, `end` (s), `x`, `y` (0..1); read once while the file does not change."
+    """The publisher's list: `video`, `start`, `end` (s), `x`, `y` (0..1); read once while the file does not change."""
     return _rows(*file_version(Path(root) / LIST))
 
 # %% ../../nbs/32_avspeech.ipynb #5966ed4f
@@ -69,7 +88,7 @@ def _clips(folder: str, size: int, changed: int) -> dict[str, list[tuple[float, 
 
 
 def find_clip(root, video: str, start: float) -> Path | None:
-    "The file of a row's clip; None where it is not there."
+    """The file of a row's clip; None where it is not there."""
     folder = Path(root) / "clips"
     there = _clips(*file_version(folder)).get(video, [])
     near = min(there, key=lambda clip: abs(clip[0] - start), default=None)
@@ -77,13 +96,13 @@ def find_clip(root, video: str, start: float) -> Path | None:
 
 # %% ../../nbs/32_avspeech.ipynb #39880b7e
 def frame_time(video: str, start: float) -> float:
-    "Seconds after the clip's start at which its frame is taken: 0 to `FIRST_SECONDS`, from a hash of the row."
+    """Seconds after the clip's start at which its frame is taken: 0 to `FIRST_SECONDS`, from a hash of the row."""
     digest = hashlib.sha256(f"{video} {start:.3f}".encode()).digest()
     return FIRST_SECONDS * int.from_bytes(digest[:4], "big") / 2**32
 
 # %% ../../nbs/32_avspeech.ipynb #09ad1311
 class Reader(core.Reader):
-    "AVSpeech. Labels: `video` (YouTube id), `start` and `end` (s)."
+    """AVSpeech. Labels: `video` (YouTube id), `start` and `end` (s)."""
 
     name, how_to_obtain = "avspeech", HOW_TO_OBTAIN
 
@@ -100,9 +119,11 @@ class Reader(core.Reader):
         return [str(start) for start, _ in slices(self.original(root), UNIT_ROWS)]
 
     def _unit_rows(self, root, unit):
-        "(row number, row, its clip or None)."
+        """(row number, row, its clip or None)."""
         start = int(unit)
-        for number, row in enumerate(clip_rows(root)[start:start + UNIT_ROWS].itertuples(index=False), start):
+        for number, row in enumerate(
+            clip_rows(root)[start : start + UNIT_ROWS].itertuples(index=False), start
+        ):
             yield number, row, find_clip(root, row.video, row.start)
 
     def files(self, root, unit):

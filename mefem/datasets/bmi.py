@@ -18,7 +18,12 @@ from .core import DatasetError, Photograph, as_number, file_version, slices
 # %% ../../nbs/37_bmi.ipynb #78389748
 UNIT_ROWS = 1000
 REQUIRED = ("image", "height", "weight", "bmi", "sex", "person")
-LIMITS = {"height": (50, 272), "weight": (2, 635), "bmi": (6, 205), "age": (0, 123)}  # cm, kg, kg/m^2, years: records
+LIMITS = {
+    "height": (50, 272),
+    "weight": (2, 635),
+    "bmi": (6, 205),
+    "age": (0, 123),
+}  # cm, kg, kg/m^2, years: records
 BMI_SLACK = 0.02  # relative; published values are rounded, and so are the heights they were computed from
 SEXES = {"male": "male", "m": "male", "female": "female", "f": "female", "": None}
 HOW_TO_OBTAIN = """BMI: no public host of FIW-BMI is known (ask its authors); the paper's own collection is not shared.
@@ -30,13 +35,15 @@ LINE = "line of the file"  # under which a row keeps where it begins; no header 
 
 
 def read_csv(path) -> list[dict]:
-    "The CSV's rows as text cells, each with the `LINE` on which it begins; `DatasetError` where it is no CSV."
+    """The CSV's rows as text cells, each with the `LINE` on which it begins; `DatasetError` where it is no CSV."""
     table = core.read_csv(path, REQUIRED, f"Expected {','.join(REQUIRED)}")
-    return [{**row, LINE: line} for line, row in zip(table.index.tolist(), table.to_dict("records"), strict=True)]
+    return [
+        {**row, LINE: line} for line, row in zip(table.index.tolist(), table.to_dict("records"), strict=True)
+    ]
 
 # %% ../../nbs/37_bmi.ipynb #00653179
 def _number(text: str, name: str, where: str) -> float | None:
-    "A cell as a number within the limits of its column; None where it is empty."
+    """A cell as a number within the limits of its column; None where it is empty."""
     if not text.strip():
         return None
     try:
@@ -47,31 +54,41 @@ def _number(text: str, name: str, where: str) -> float | None:
     low, high = LIMITS.get(name, (-math.inf, math.inf))
     if not low <= value <= high or not math.isfinite(value):
         hint = "; in metres? it has to be in cm" if name == "height" and 0.5 <= value <= 2.72 else ""
-        raise DatasetError(f"{where}: {name} is {text}, expected {low} to {high} (cm, kg, kg/m^2, years){hint}")
+        raise DatasetError(
+            f"{where}: {name} is {text}, expected {low} to {high} (cm, kg, kg/m^2, years){hint}"
+        )
     return value
 
 # %% ../../nbs/37_bmi.ipynb #95ca47e2
 def body_labels(row: dict, where: str) -> dict:
-    "`height_cm`, `weight_kg`, `bmi` (kg/m^2, computed where it is empty) of a CSV row; None for what is not given."
+    """`height_cm`, `weight_kg`, `bmi` (kg/m^2, computed where it is empty) of a CSV row; None for what is not given."""
     height, weight, bmi = (_number(row[name], name, where) for name in ("height", "weight", "bmi"))
     if height and weight:
         expected = weight / (height / 100) ** 2
         if bmi and abs(bmi - expected) > BMI_SLACK * expected:
-            raise DatasetError(f"{where}: bmi is {bmi:g}, but {weight:g} kg at {height:g} cm give {expected:.1f}")
+            raise DatasetError(
+                f"{where}: bmi is {bmi:g}, but {weight:g} kg at {height:g} cm give {expected:.1f}"
+            )
         bmi = bmi or expected
     return {"height_cm": height, "weight_kg": weight, "bmi": bmi}
 
 # %% ../../nbs/37_bmi.ipynb #652aca1e
 def row_labels(row: dict, source: str, where: str) -> dict:
-    "All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the numbers in the file's further columns."
+    """All labels of a CSV row: the body's, `sex`, `age`, `person`, `source`, and the numbers in the file's further columns."""
     sex, person = row["sex"].strip().lower(), row["person"].strip()
     if sex not in SEXES:
         raise DatasetError(f"{where}: sex is {row['sex']!r}, expected male, female or nothing")
     if not person:
         raise DatasetError(f"{where}: person is empty; give every photograph the id of the person it shows")
     more = {name: as_number(text) for name, text in row.items() if name not in (*REQUIRED, "age", LINE)}
-    return {**body_labels(row, where), "sex": SEXES[sex], "age": _number(row.get("age", ""), "age", where),
-            "person": f"{source}/{person}", "source": source, **more}
+    return {
+        **body_labels(row, where),
+        "sex": SEXES[sex],
+        "age": _number(row.get("age", ""), "age", where),
+        "person": f"{source}/{person}",
+        "source": source,
+        **more,
+    }
 
 # %% ../../nbs/37_bmi.ipynb #671e94c4
 @lru_cache(maxsize=8)
@@ -80,24 +97,24 @@ def _rows(path: str, size: int, changed: int) -> list[dict]:
 
 
 def csv_rows(path: Path) -> list[dict]:
-    "The CSV's rows; read once while it does not change."
+    """The CSV's rows; read once while it does not change."""
     return _rows(*file_version(path))
 
 # %% ../../nbs/37_bmi.ipynb #fd948dc3
 def image_path(folder: Path, image: str, where: str) -> Path:
-    "Path of a row's picture; a name that leads out of the folder is refused."
+    """Path of a row's picture; a name that leads out of the folder is refused."""
     if not image.strip() or Path(image).is_absolute() or ".." in Path(image).parts:
         raise DatasetError(f"{where}: image is {image!r}, expected a file name below {folder.name}/")
     return folder / image
 
 # %% ../../nbs/37_bmi.ipynb #54c0f434
 class Reader(core.Reader):
-    "Sources of photographs with height and weight. Labels: see `row_labels`."
+    """Sources of photographs with height and weight. Labels: see `row_labels`."""
 
     name, how_to_obtain = "bmi", HOW_TO_OBTAIN
 
     def sources(self, root) -> list[Path]:
-        "The CSV file of each source."
+        """The CSV file of each source."""
         return sorted(Path(root).glob("*/labels.csv"))
 
     def state(self, root):
@@ -110,14 +127,17 @@ class Reader(core.Reader):
         return sum(len(csv_rows(path)) for path in self.sources(root))
 
     def units(self, root):
-        return [f"{path.parent.name}/{start}" for path in self.sources(root)
-                for start, _ in slices(len(csv_rows(path)), UNIT_ROWS)]
+        return [
+            f"{path.parent.name}/{start}"
+            for path in self.sources(root)
+            for start, _ in slices(len(csv_rows(path)), UNIT_ROWS)
+        ]
 
     def _unit_rows(self, root, unit: str):
-        "(row number, row, picture's path, where it stands) of a unit's rows."
+        """(row number, row, picture's path, where it stands) of a unit's rows."""
         source, start = unit.rsplit("/", 1)
         path = Path(root) / source / "labels.csv"
-        for number, row in enumerate(csv_rows(path)[int(start): int(start) + UNIT_ROWS], int(start)):
+        for number, row in enumerate(csv_rows(path)[int(start) : int(start) + UNIT_ROWS], int(start)):
             where = f"{path}, line {row[LINE]}"
             yield number, row, image_path(path.parent / "images", row["image"], where), where
 
@@ -133,4 +153,6 @@ class Reader(core.Reader):
                 problem = "no label"
             elif not path.is_file():
                 problem = "missing photograph"
-            yield Photograph(f"{source}_{number:06d}", None if problem else path.read_bytes(), None, labels, problem)
+            yield Photograph(
+                f"{source}_{number:06d}", None if problem else path.read_bytes(), None, labels, problem
+            )

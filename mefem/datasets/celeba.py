@@ -18,8 +18,11 @@ from .core import DatasetError, Photograph, file_version, slices
 # %% ../../nbs/34_celeba.ipynb #fc23a5bc
 UNIT_ROWS, ATTRIBUTES = 1000, 40
 SPLITS = ("train", "validation", "test")  # the publisher's 0, 1, 2
-LISTS = {"attributes": "Anno/list_attr_celeba.txt", "identity": "Anno/identity_CelebA.txt",
-         "partition": "Eval/list_eval_partition.txt"}
+LISTS = {
+    "attributes": "Anno/list_attr_celeba.txt",
+    "identity": "Anno/identity_CelebA.txt",
+    "partition": "Eval/list_eval_partition.txt",
+}
 IMAGES = "Img/img_celeba"
 HOW_TO_OBTAIN = """CelebA: for non-commercial research, by the publisher's agreement; 202,599 photographs.
   From https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html get Anno/list_attr_celeba.txt, Anno/identity_CelebA.txt (both below
@@ -28,46 +31,75 @@ HOW_TO_OBTAIN = """CelebA: for non-commercial research, by the publisher's agree
 
 
 def find(root, path: str) -> Path | None:
-    "A file or folder of the release, in the publisher's folders or flat; None where it is in neither."
+    """A file or folder of the release, in the publisher's folders or flat; None where it is in neither."""
     places = (Path(root) / path, Path(root) / Path(path).name)
     return next((place for place in places if place.exists()), None)
 
 # %% ../../nbs/34_celeba.ipynb #68c10e63
 def read_attributes(path) -> pd.DataFrame:
-    "`list_attr_celeba.txt` as bool [N, 40], indexed by file name."
+    """`list_attr_celeba.txt` as bool [N, 40], indexed by file name."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             count, names = f.readline().strip(), f.readline().split()
-        table = pd.read_csv(path, sep=r"\s+", skiprows=2, header=None, names=["image", *names], index_col="image",
-                            dtype={"image": str}, keep_default_na=False)
+        table = pd.read_csv(
+            path,
+            sep=r"\s+",
+            skiprows=2,
+            header=None,
+            names=["image", *names],
+            index_col="image",
+            dtype={"image": str},
+            keep_default_na=False,
+        )
     except ValueError as error:
         raise DatasetError(f"{path} is not CelebA's list of attributes: {error}") from None
     if not (good := table.index.str.fullmatch(r"[\w-]+\.\w+")).all():
-        raise DatasetError(f"{path}, line {int((~good).argmax()) + 3}: {table.index[~good][0]!r}, expected a file name such as 000001.jpg")
-    if (twice := table.index.str.rpartition(".", expand=False).str[0].duplicated()).any():  # what stands before the ending is the key
-        raise DatasetError(f"{path}, line {int(twice.argmax()) + 3}: {table.index[twice][0]} stands there twice")
+        raise DatasetError(
+            f"{path}, line {int((~good).argmax()) + 3}: {table.index[~good][0]!r}, expected a file name such as 000001.jpg"
+        )
+    if (
+        twice := table.index.str.rpartition(".", expand=False).str[0].duplicated()
+    ).any():  # what stands before the ending is the key
+        raise DatasetError(
+            f"{path}, line {int(twice.argmax()) + 3}: {table.index[twice][0]} stands there twice"
+        )
     if count != str(len(table)) or len(names) != ATTRIBUTES:
-        raise DatasetError(f"{path}: line 1 says {count!r} and line 2 names {len(names)} attributes, but {len(table)} rows "
-                           f"follow; expected their number and {ATTRIBUTES} names")
+        raise DatasetError(
+            f"{path}: line 1 says {count!r} and line 2 names {len(names)} attributes, but {len(table)} rows "
+            f"follow; expected their number and {ATTRIBUTES} names"
+        )
     if not (good := table.isin([-1, 1])).all(axis=None):
         row, name = divmod(int((~good).to_numpy().argmax()), ATTRIBUTES)
-        raise DatasetError(f"{path}, line {row + 3}: {names[name]} is {table.iat[row, name]}, expected -1 or 1")
+        raise DatasetError(
+            f"{path}, line {row + 3}: {names[name]} is {table.iat[row, name]}, expected -1 or 1"
+        )
     return table == 1
 
 # %% ../../nbs/34_celeba.ipynb #9bb00921
 def read_pairs(path, column: str) -> pd.Series:
-    "A list of file names and whole numbers, as a series of text indexed by file name."
+    """A list of file names and whole numbers, as a series of text indexed by file name."""
     try:
-        table = pd.read_csv(path, sep=r"\s+", header=None, names=["image", column], index_col="image",
-                            dtype=str, keep_default_na=False)
+        table = pd.read_csv(
+            path,
+            sep=r"\s+",
+            header=None,
+            names=["image", column],
+            index_col="image",
+            dtype=str,
+            keep_default_na=False,
+        )
     except ValueError as error:
         raise DatasetError(f"{path}: {error}; expected a file name and a number in every line") from None
     if not (good := table[column].str.fullmatch(r"[0-9]+").eq(True)).all():
         line = int((~good).to_numpy().argmax()) + 1
-        raise DatasetError(f"{path}, line {line}: {column} is {table[column].iat[line - 1]!r}; expected a file name and a number "
-                           f"in every line")
+        raise DatasetError(
+            f"{path}, line {line}: {column} is {table[column].iat[line - 1]!r}; expected a file name and a number "
+            f"in every line"
+        )
     if (twice := table.index.duplicated()).any():
-        raise DatasetError(f"{path}, line {int(twice.argmax()) + 1}: {table.index[twice][0]} stands there twice")
+        raise DatasetError(
+            f"{path}, line {int(twice.argmax()) + 1}: {table.index[twice][0]} stands there twice"
+        )
     return table[column]
 
 
@@ -78,7 +110,9 @@ def _table(versions: tuple) -> pd.DataFrame:
     for path, column in ((identity, "person"), (partition, "split")):
         found = read_pairs(path, column).reindex(table.index)
         if found.isna().any():
-            raise DatasetError(f"{path} has no line for {found.index[found.isna()][0]}, which {attributes.name} lists")
+            raise DatasetError(
+                f"{path} has no line for {found.index[found.isna()][0]}, which {attributes.name} lists"
+            )
         table[column] = found
     if not (known := table.split.isin(list("012"))).all():
         raise DatasetError(f"{partition}: a part is {table.split[~known].iloc[0]}, expected 0, 1 or 2")
@@ -86,12 +120,12 @@ def _table(versions: tuple) -> pd.DataFrame:
 
 
 def label_table(root) -> pd.DataFrame:
-    "The forty attributes (bool), `person` and `split` of every photograph; read once while the files do not change."
+    """The forty attributes (bool), `person` and `split` of every photograph; read once while the files do not change."""
     return _table(tuple(file_version(find(root, path)) for path in LISTS.values()))
 
 # %% ../../nbs/34_celeba.ipynb #bcf8091b
 class Reader(core.Reader):
-    "CelebA in the wild. Labels: forty bool columns by CelebA's names, `person`, `split` (train, validation, test)."
+    """CelebA in the wild. Labels: forty bool columns by CelebA's names, `person`, `split` (train, validation, test)."""
 
     name, how_to_obtain = "celeba", HOW_TO_OBTAIN
 
@@ -108,16 +142,24 @@ class Reader(core.Reader):
         return [str(start) for start, _ in slices(self.original(root), UNIT_ROWS)]
 
     def _unit(self, root, unit):
-        return label_table(root).iloc[int(unit):int(unit) + UNIT_ROWS]
+        return label_table(root).iloc[int(unit) : int(unit) + UNIT_ROWS]
 
     def files(self, root, unit):
         images = find(root, IMAGES)
-        return [*(find(root, path) for path in LISTS.values()), *(images / name for name in self._unit(root, unit).index)]
+        return [
+            *(find(root, path) for path in LISTS.values()),
+            *(images / name for name in self._unit(root, unit).index),
+        ]
 
     def read(self, root, unit):
         images = find(root, IMAGES)
         for name, labels in self._unit(root, unit).to_dict("index").items():
             path = images / name
             there = path.is_file()
-            yield Photograph(Path(name).stem, path.read_bytes() if there else None, None, labels,
-                             None if there else "missing photograph")
+            yield Photograph(
+                Path(name).stem,
+                path.read_bytes() if there else None,
+                None,
+                labels,
+                None if there else "missing photograph",
+            )

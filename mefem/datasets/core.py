@@ -10,10 +10,8 @@ __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Ph
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
-import hashlib
 import importlib
 import io
-import json
 import math
 import os
 import pkgutil
@@ -36,63 +34,73 @@ from tqdm import tqdm
 
 import mefem.datasets
 from ..made_from import code_hash, files_hash
-from ..files import write_json
 from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
 from ..shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
 
 # %% ../../nbs/30_datasets.ipynb #e39df4f1
 class DatasetError(ValueError):
-    "A publisher's file that is not what it should be; the text names file, row or column, and what was expected."
+    """A publisher's file that is not what it should be; the text names file, row or column, and what was expected."""
 
 
 @dataclass(frozen=True)
 class Photograph:
-    "One row of a publisher's list."
+    """One row of a publisher's list."""
 
     key: str  # unique in the data set, usable as a file name
     data: bytes | None = None  # the encoded picture
-    box: tuple[float, float, float, float] | None = None  # the publisher's x0, y0, x1, y1 in pixels of `data`, if any
+    box: tuple[float, float, float, float] | None = (
+        None  # the publisher's x0, y0, x1, y1 in pixels of `data`, if any
+    )
     labels: dict = field(default_factory=dict)
     problem: str | None = None  # why there is nothing to crop; None where there is
-    centre: tuple[float, float] | None = None  # where the publisher says the face is, 0..1 of width and height
+    centre: tuple[float, float] | None = (
+        None  # where the publisher says the face is, 0..1 of width and height
+    )
 
 # %% ../../nbs/30_datasets.ipynb #3a742048
 class Reader(ABC):
-    "What a data set has to answer. `root` is the folder with the publisher's files, data/raw/<name>."
+    """What a data set has to answer. `root` is the folder with the publisher's files, data/raw/<name>."""
 
     name: str
     how_to_obtain: str  # licence and command, for whoever does not have the data
-    hub: tuple[str, list[str]] | None = None  # Hugging Face: the data set's name there, and the files that are read
+    hub: tuple[str, list[str]] | None = (
+        None  # Hugging Face: the data set's name there, and the files that are read
+    )
     has_boxes = False  # whether the publisher gives boxes, so that no detector is needed
     framing = "paper"  # "dataset" for pictures that come framed and are only made smaller
 
     @abstractmethod
     def state(self, root) -> tuple[str, str]:
-        "('present', what was found) or ('absent', what is missing)."
+        """('present', what was found) or ('absent', what is missing)."""
 
     @abstractmethod
     def original(self, root) -> int:
-        "Rows of the publisher's list."
+        """Rows of the publisher's list."""
 
     @abstractmethod
     def units(self, root) -> list[str]:
-        "Names of the units, in order."
+        """Names of the units, in order."""
 
     @abstractmethod
     def read(self, root, unit: str) -> Iterator[Photograph]:
-        "One `Photograph` for each of the unit's rows."
+        """One `Photograph` for each of the unit's rows."""
 
     @abstractmethod
     def files(self, root, unit: str) -> list[Path]:
-        "Files that the unit is read from."
+        """Files that the unit is read from."""
 
 # %% ../../nbs/30_datasets.ipynb #add6b34a
-READERS = tuple(sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(mefem.datasets.__path__)
-                       if found.name != "core"))
+READERS = tuple(
+    sorted(
+        found.name.replace("_", "-")
+        for found in pkgutil.iter_modules(mefem.datasets.__path__)
+        if found.name != "core"
+    )
+)
 
 
 def get_reader(name: str, **options) -> Reader:
-    "The reader of a data set; `options` are its own (for instance FairFace's `padding`)."
+    """The reader of a data set; `options` are its own (for instance FairFace's `padding`)."""
     if name not in READERS:
         raise DatasetError(f"no reader for the data set {name!r}: there are {', '.join(READERS)}")
     module = importlib.import_module(f"mefem.datasets.{name.replace('-', '_')}")
@@ -100,7 +108,7 @@ def get_reader(name: str, **options) -> Reader:
 
 # %% ../../nbs/30_datasets.ipynb #7142e890
 def file_version(path) -> tuple[str, int, int]:
-    "(path, bytes, time of change): what caches of a file's content go by, so that they never outlive it."
+    """(path, bytes, time of change): what caches of a file's content go by, so that they never outlive it."""
     stat = Path(path).stat()
     return str(path), stat.st_size, stat.st_mtime_ns
 
@@ -112,20 +120,22 @@ def _row_groups(path: str, size: int, changed: int) -> tuple[int, ...]:
 
 
 def row_groups(path) -> tuple[int, ...]:
-    "Rows in each row group of a parquet file, from its footer; `DatasetError` where that cannot be read."
+    """Rows in each row group of a parquet file, from its footer; `DatasetError` where that cannot be read."""
     try:
         return _row_groups(*file_version(path))
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} cannot be read as parquet (cut off, or still being copied?): {error}") from None
+        raise DatasetError(
+            f"{path} cannot be read as parquet (cut off, or still being copied?): {error}"
+        ) from None
 
 
 def count_rows(path) -> int:
-    "Rows of a parquet file."
+    """Rows of a parquet file."""
     return sum(row_groups(path))
 
 
 def iter_rows(path, start: int, stop: int, columns=None, batch: int = 128) -> Iterator[tuple[int, dict]]:
-    "(row number, row as a dict) for rows start..stop-1 of a parquet file, holding one batch in memory."
+    """(row number, row as a dict) for rows start..stop-1 of a parquet file, holding one batch in memory."""
     edges = np.cumsum([0, *row_groups(path)])
     groups = [index for index in range(len(edges) - 1) if edges[index] < stop and edges[index + 1] > start]
     row = int(edges[groups[0]]) if groups else stop
@@ -140,20 +150,22 @@ def iter_rows(path, start: int, stop: int, columns=None, batch: int = 128) -> It
 
 # %% ../../nbs/30_datasets.ipynb #562d9da3
 def require_columns(path, columns, hint: str = "") -> None:
-    "`DatasetError` naming the columns that a parquet file lacks."
+    """`DatasetError` naming the columns that a parquet file lacks."""
     count_rows(path)
     found = pq.read_schema(path).names
     if missing := [name for name in columns if name not in found]:
-        raise DatasetError(f"{path}: no column {', '.join(map(repr, missing))} among {', '.join(found)}. {hint}")
+        raise DatasetError(
+            f"{path}: no column {', '.join(map(repr, missing))} among {', '.join(found)}. {hint}"
+        )
 
 
 def slices(count: int, size: int) -> list[tuple[int, int]]:
-    "Cut 0..count-1 into (start, stop) of at most `size`."
+    """Cut 0..count-1 into (start, stop) of at most `size`."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def is_simulated(root) -> bool:
-    "Whether the photographs in `root` were rendered by `mefem.simulate`, which leaves a marker."
+    """Whether the photographs in `root` were rendered by `mefem.simulate`, which leaves a marker."""
     return (Path(root) / "SIMULATED.json").is_file()
 
 # %% ../../nbs/30_datasets.ipynb #8cd0854b
@@ -161,34 +173,38 @@ DELIMITERS = ",;\t|"
 
 
 def read_text(path) -> str:
-    "A text file in UTF-8, without a byte-order mark; `DatasetError` with the line where it is none."
+    """A text file in UTF-8, without a byte-order mark; `DatasetError` with the line where it is none."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DatasetError(f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
-                           "save the file as text (CSV) in UTF-8") from None
+        raise DatasetError(
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+            "save the file as text (CSV) in UTF-8"
+        ) from None
 
 
 def _header(path, cells: list[str], columns, hint: str) -> list[str]:
-    "The names of the columns; `DatasetError` where one is missing or comes twice."
+    """The names of the columns; `DatasetError` where one is missing or comes twice."""
     names = [cell.strip() for cell in cells]
     if missing := [name for name in columns if name not in names]:
-        raise DatasetError(f"{path}: no column {', '.join(map(repr, missing))} among {', '.join(names)}. {hint}")
+        raise DatasetError(
+            f"{path}: no column {', '.join(map(repr, missing))} among {', '.join(names)}. {hint}"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"{path}: column {twice[0]!r} comes twice among {', '.join(names)}")
     return names
 
 # %% ../../nbs/30_datasets.ipynb #9ec25cf4
 def _delimiter(line: str, columns) -> str:
-    "The one of `DELIMITERS` that cuts the header into most of the columns that must be there."
+    """The one of `DELIMITERS` that cuts the header into most of the columns that must be there."""
     return max(DELIMITERS, key=lambda mark: sum(cell.strip(' "') in columns for cell in line.split(mark)))
 
 
 def _with_lines(reader):
-    "(line on which it begins, cells) of each row that is not empty."
+    """(line on which it begins, cells) of each row that is not empty."""
     begin = reader.line_num + 1
     for cells in reader:
         if cells:
@@ -201,13 +217,19 @@ def read_csv(path, columns, hint: str = "") -> pd.DataFrame:
 
     `columns` must be there; `DatasetError` names file and line where it is no such table."""
     text, lines, rows, line = read_text(path), [], [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text.partition("\n")[0], columns), strict=True,
-                        skipinitialspace=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=_delimiter(text.partition("\n")[0], columns),
+        strict=True,
+        skipinitialspace=True,
+    )
     try:
         names = _header(path, next(reader, []), columns, hint)
         for line, cells in _with_lines(reader):
             if len(cells) != len(names):
-                raise DatasetError(f"{path}, line {line}: {len(cells)} cells, expected {len(names)} ({', '.join(names)})")
+                raise DatasetError(
+                    f"{path}, line {line}: {len(cells)} cells, expected {len(names)} ({', '.join(names)})"
+                )
             lines.append(line)
             rows.append(cells)
     except csv.Error as error:
@@ -215,17 +237,19 @@ def read_csv(path, columns, hint: str = "") -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index(lines, dtype="int64"), columns=names, dtype=object)
 
 # %% ../../nbs/30_datasets.ipynb #7fe284ed
-_NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)(e[+-][0-9]{1,3})?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)(e[+-][0-9]{1,3})?", re.ASCII | re.IGNORECASE
+)
 
 
 def as_number(text: str) -> float | None:
-    "A cell as a finite number; None where it is none: empty, a word, `007`, `1e5`, `nan`, `1_000`, more than 15 digits."
+    """A cell as a finite number; None where it is none: empty, a word, `007`, `1e5`, `nan`, `1_000`, more than 15 digits."""
     value = float(text) if _NUMBER.fullmatch(text := text.strip()) else math.inf
     return value if math.isfinite(value) else None
 
 # %% ../../nbs/30_datasets.ipynb #4acd02b7
 class VideoError(Unusable):
-    "A video that gives no frame: `reason` is one of `VIDEO_REASONS`."
+    """A video that gives no frame: `reason` is one of `VIDEO_REASONS`."""
 
 
 VIDEO_REASONS = ("unreadable clip", "clip cut short")
@@ -260,7 +284,7 @@ def video_frame(path, seconds: float = 0.0) -> bytes:
 
 
 def _as_ppm(frame) -> bytes:
-    "A decoded frame, turned as the video's display matrix says (multiples of 90 degrees), as the bytes of a PPM file."
+    """A decoded frame, turned as the video's display matrix says (multiples of 90 degrees), as the bytes of a PPM file."""
     rgb = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
     return b"P6 %d %d 255\n" % rgb.shape[1::-1] + rgb.tobytes()
 
@@ -271,13 +295,13 @@ def _detector(min_score: float) -> FaceDetector:
 
 
 class FaceAt:
-    "A detector for one picture: names the face nearest to `centre` (0..1 of width and height) first, and none far from it."
+    """A detector for one picture: names the face nearest to `centre` (0..1 of width and height) first, and none far from it."""
 
     def __init__(self, detector: FaceDetector, centre: tuple[float, float]):
         self.detector, self.centre = detector, centre
 
     def detect(self, rgb: np.ndarray) -> list:
-        "Faces with `centre` no further away than the longer side of their box, the nearest first."
+        """Faces with `centre` no further away than the longer side of their box, the nearest first."""
         x, y = self.centre[0] * rgb.shape[1], self.centre[1] * rgb.shape[0]
         found = []
         for face in self.detector.detect(rgb):
@@ -288,7 +312,7 @@ class FaceAt:
 
 # %% ../../nbs/30_datasets.ipynb #b48a7eff
 def _crop_one(photo: Photograph, crop: dict) -> tuple[bytes | None, str, str | None]:
-    "(JPEG or None, status, detail) of one photograph."
+    """(JPEG or None, status, detail) of one photograph."""
     if photo.problem:
         return None, photo.problem, None
     try:
@@ -296,15 +320,24 @@ def _crop_one(photo: Photograph, crop: dict) -> tuple[bytes | None, str, str | N
         detector = _detector(crop["min_score"]) if crop["framing"] == "paper" and photo.box is None else None
         if detector and photo.centre:
             detector = FaceAt(detector, photo.centre)
-        face = crop_image(image, photo.box, crop["scale"], crop["size"], crop["min_side"], detector, crop["framing"],
-                          crop["stray"], zlib.crc32(photo.key.encode()))
+        face = crop_image(
+            image,
+            photo.box,
+            crop["scale"],
+            crop["size"],
+            crop["min_side"],
+            detector,
+            crop["framing"],
+            crop["stray"],
+            zlib.crc32(photo.key.encode()),
+        )
         return encode_crop(face), SUCCESS, None
     except Unusable as error:
         return None, error.reason, error.detail or None
 
 # %% ../../nbs/30_datasets.ipynb #0a3efa2f
 def crop_unit(name: str, options: dict, raw, out, index: int, unit: str, settings: dict) -> dict:
-    "Crop one unit into shard `index` of `out` and return its stats."
+    """Crop one unit into shard `index` of `out` and return its stats."""
     with ShardWriter(out, index, settings) as shard:
         for photo in get_reader(name, **options).read(raw, unit):
             jpeg, status, detail = _crop_one(photo, settings["crop"])
@@ -315,19 +348,29 @@ def crop_unit(name: str, options: dict, raw, out, index: int, unit: str, setting
 
 
 def _progress(total: int, done: int, show: bool) -> tqdm:
-    "A bar on a terminal; elsewhere (papermill, a log) a line every ten seconds at most."
-    return tqdm(total=total, initial=done, unit="photo", disable=not show,
-                mininterval=0.5 if sys.stderr.isatty() else 10)
+    """A bar on a terminal; elsewhere (papermill, a log) a line every ten seconds at most."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="photo",
+        disable=not show,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
 
 # %% ../../nbs/30_datasets.ipynb #799655b7
 def _run_units(name, options, raw, out, units, settings, jobs, show, total) -> list[dict]:
-    "Stats of all units in order; those that are finished are kept, the others are made."
+    """Stats of all units in order; those that are finished are kept, the others are made."""
     stats = {index: finished_stats(out, index, setting) for index, setting in enumerate(settings)}
     missing = [index for index, found in stats.items() if found is None]
     if show and len(missing) < len(units):
-        print(f"{name}: {len(units) - len(missing)} of {len(units)} shards are there, made from the same files, settings and code", flush=True)
-    work = (delayed(_numbered)(index, name, options, raw, out, index, units[index], settings[index])
-            for index in missing)
+        print(
+            f"{name}: {len(units) - len(missing)} of {len(units)} shards are there, made from the same files, settings and code",
+            flush=True,
+        )
+    work = (
+        delayed(_numbered)(index, name, options, raw, out, index, units[index], settings[index])
+        for index in missing
+    )
     pool = Parallel(n_jobs=1 if len(missing) == 1 else jobs or -1, return_as="generator_unordered")
     with _progress(total, sum(found["count"] for found in stats.values() if found), show) as bar:
         for index, found in pool(work) if missing else ():
@@ -340,9 +383,20 @@ def _numbered(index, *task):
     return index, crop_unit(*task)
 
 # %% ../../nbs/30_datasets.ipynb #9534aabe
-def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scale: float = 2.0,
-                 framing: str | None = None, min_score: float = 0.5, stray: float = 0.0, jobs: int | None = None, progress: bool = True,
-                 **options) -> dict:
+def crop_dataset(
+    name: str,
+    raw,
+    out,
+    size: int = 224,
+    min_side: int = 224,
+    scale: float = 2.0,
+    framing: str | None = None,
+    min_score: float = 0.5,
+    stray: float = 0.0,
+    jobs: int | None = None,
+    progress: bool = True,
+    **options,
+) -> dict:
     """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>); returns the manifest.
 
     `framing`: "paper" (square of `scale` x the publisher's or the detector's box) or "dataset" (the largest centred
@@ -355,7 +409,14 @@ def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scal
     framing = framing or reader.framing
     if framing not in ("paper", "dataset"):
         raise DatasetError(f"framing {framing!r}: expected 'paper' or 'dataset'")
-    crop = {"size": size, "min_side": min_side, "scale": scale, "framing": framing, "min_score": min_score, "stray": stray}
+    crop = {
+        "size": size,
+        "min_side": min_side,
+        "scale": scale,
+        "framing": framing,
+        "min_score": min_score,
+        "stray": stray,
+    }
     (out / "manifest.json").unlink(missing_ok=True)  # until the end there is no table of contents
     state, why = reader.state(raw)
     if state == "absent":
@@ -365,8 +426,16 @@ def crop_dataset(name: str, raw, out, size: int = 224, min_side: int = 224, scal
         detector_model()  # fetched here once, not by every process at the same time
     units, total = reader.units(raw), reader.original(raw)
     code = code_hash("datasets.core", *[f"datasets.{name.replace('-', '_')}"] * (name in READERS))
-    settings = [{"crop": crop, "unit": unit, "options": options, "source": files_hash(reader.files(raw, unit), raw), "code": code}
-                for unit in units]
+    settings = [
+        {
+            "crop": crop,
+            "unit": unit,
+            "options": options,
+            "source": files_hash(reader.files(raw, unit), raw),
+            "code": code,
+        }
+        for unit in units
+    ]
     stats = _run_units(name, options, raw, out, units, settings, jobs, progress, total)
     remove_shards_from(out, len(units))
     return write_manifest(out, name, total, stats, crop, is_simulated(raw))
@@ -376,7 +445,7 @@ NOTE = "ABSENT.json"
 
 
 def first_photographs(name: str, root, count: int) -> list[Photograph]:
-    "The first `count` photographs of a data set that hold a picture."
+    """The first `count` photographs of a data set that hold a picture."""
     reader = get_reader(name)
     rows = (photo for unit in reader.units(root) for photo in reader.read(root, unit))
     return list(islice((photo for photo in rows if photo.data is not None), count))
@@ -388,27 +457,41 @@ def fetch_dataset(name: str, root) -> Path:
     `DatasetError` where it is not there, cannot be reached, or `root` holds simulated people."""
     reader, root = get_reader(name), Path(root)
     if reader.hub is None:
-        raise DatasetError(f"{name} is not at Hugging Face and cannot be fetched by this command. {reader.how_to_obtain}")
+        raise DatasetError(
+            f"{name} is not at Hugging Face and cannot be fetched by this command. {reader.how_to_obtain}"
+        )
     if is_simulated(root):
-        raise DatasetError(f"{root} holds simulated people; remove that folder first, so that the two are never mixed")
+        raise DatasetError(
+            f"{root} holds simulated people; remove that folder first, so that the two are never mixed"
+        )
     from huggingface_hub import snapshot_download
 
     (root / NOTE).unlink(missing_ok=True)
     try:
         snapshot_download(reader.hub[0], repo_type="dataset", allow_patterns=reader.hub[1], local_dir=root)
-    except (OSError, ValueError, RuntimeError) as error:  # as many kinds as huggingface_hub and its HTTP library have
-        raise DatasetError(f"{name} ({reader.hub[0]} at Hugging Face) could not be fetched: {error}. What has arrived stays in "
-                           f"{root}; the same command goes on from there") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # as many kinds as huggingface_hub and its HTTP library have
+        raise DatasetError(
+            f"{name} ({reader.hub[0]} at Hugging Face) could not be fetched: {error}. What has arrived stays in "
+            f"{root}; the same command goes on from there"
+        ) from error
     return root
 
 
 def disk_use(folder) -> tuple[int, int]:
-    "(files, bytes) below a folder; links are not followed, a missing folder has none."
+    """(files, bytes) below a folder; links are not followed, a missing folder has none."""
     if not os.path.isdir(folder):
         return 0, 0
     files = size = 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            more = disk_use(entry.path) if entry.is_dir(follow_symlinks=False) else (1, entry.stat(follow_symlinks=False).st_size)
+            more = (
+                disk_use(entry.path)
+                if entry.is_dir(follow_symlinks=False)
+                else (1, entry.stat(follow_symlinks=False).st_size)
+            )
             files, size = files + more[0], size + more[1]
     return files, size

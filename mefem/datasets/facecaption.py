@@ -21,13 +21,24 @@ import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
 from ..files import replacing
-from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, require_columns, slices
+from mefem.datasets.core import (
+    DatasetError,
+    Photograph,
+    count_rows,
+    file_version,
+    iter_rows,
+    require_columns,
+    slices,
+)
 from ..shards import SUCCESS, MemberRefused, open_tar
 
 # %% ../../nbs/31_facecaption.ipynb #72be598b
 LIST_ROWS = 100_000  # rows of the publisher's list in one unit
 NO_LINK = ("", "UNKNOWN")
-PROBLEMS = {"failed_to_download": "dead link", "failed_to_resize": "not an image"}  # img2dataset's words for them
+PROBLEMS = {
+    "failed_to_download": "dead link",
+    "failed_to_resize": "not an image",
+}  # img2dataset's words for them
 LIST_COLUMNS, IMAGE_COLUMNS = ("_id", "url", "box"), ("_id", "box", "url", "key", "status")
 HOW_TO_OBTAIN = """FaceCaption-15M: list CC BY 4.0, the photographs belong to their owners; about 15 million links.
   mefem info data --fetch facecaption
@@ -39,23 +50,28 @@ HOW_TO_OBTAIN = """FaceCaption-15M: list CC BY 4.0, the photographs belong to th
 
 # %% ../../nbs/31_facecaption.ipynb #267f6d9d
 def parse_box(text) -> tuple[float, float, float, float] | None:
-    "The published box, a JSON string or a list of four numbers, as (x0, y0, x1, y1); None where it is neither."
+    """The published box, a JSON string or a list of four numbers, as (x0, y0, x1, y1); None where it is neither."""
     try:
         values = json.loads(text) if isinstance(text, (str, bytes)) else text
         box = tuple(map(float, values)) if isinstance(values, (list, tuple, np.ndarray)) else ()
-    except (TypeError, ValueError, OverflowError, RecursionError):  # no JSON, no numbers, too large, a thousand brackets
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ):  # no JSON, no numbers, too large, a thousand brackets
         return None
     return box if len(box) == 4 and all(map(math.isfinite, box)) else None
 
 # %% ../../nbs/31_facecaption.ipynb #4eaa97af
 def first_link(url) -> str | None:
-    "The first of the links in a cell; None where there is none."
+    """The first of the links in a cell; None where there is none."""
     link = str(url or "").split(", ")[0].strip()
     return None if link in NO_LINK else link
 
 # %% ../../nbs/31_facecaption.ipynb #2f1ebb39
 def check_schema(path, columns) -> None:
-    "`DatasetError` where a parquet file lacks one of `columns`, or `_id`, `url`, `key` or `status` is no text."
+    """`DatasetError` where a parquet file lacks one of `columns`, or `_id`, `url`, `key` or `status` is no text."""
     require_columns(path, columns, HOW_TO_OBTAIN)
     schema = pq.read_schema(path)
     for name in (name for name in columns if name != "box"):
@@ -65,12 +81,12 @@ def check_schema(path, columns) -> None:
 
 # %% ../../nbs/31_facecaption.ipynb #f78e2297
 def list_files(root) -> list[Path]:
-    "The publisher's own parquet file(s)."
+    """The publisher's own parquet file(s)."""
     return sorted(Path(root).glob("FaceCaption*.parquet"))
 
 # %% ../../nbs/31_facecaption.ipynb #0ec7691e
 def write_links(root) -> Path:
-    "Write `links.parquet` (url, _id, box: one link a row) beside the publisher's list, as input for img2dataset."
+    """Write `links.parquet` (url, _id, box: one link a row) beside the publisher's list, as input for img2dataset."""
     schema = pa.schema([("url", pa.string()), ("_id", pa.string()), ("box", pa.string())])
     with replacing(Path(root) / "links.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for path in list_files(root):
@@ -82,9 +98,11 @@ def write_links(root) -> Path:
 
 # %% ../../nbs/31_facecaption.ipynb #3eb8ec48
 def image_shards(root) -> list[Path]:
-    "Parquet files of img2dataset's finished shards."
+    """Parquet files of img2dataset's finished shards."""
     images = Path(root) / "images"
-    return [path for path in sorted(images.glob("*.parquet")) if (images / f"{path.stem}_stats.json").exists()]
+    return [
+        path for path in sorted(images.glob("*.parquet")) if (images / f"{path.stem}_stats.json").exists()
+    ]
 
 # %% ../../nbs/31_facecaption.ipynb #96bad498
 def _hash_ids(column: pa.ChunkedArray) -> np.ndarray:
@@ -99,18 +117,20 @@ def _hashes(shards: tuple[tuple[str, int, int], ...]) -> np.ndarray:
         parts.append(_hash_ids(pq.read_table(path, columns=["_id"])["_id"]))
     hashes = np.concatenate([*parts, np.empty(0, np.uint64)])
     if len(unique := np.unique(hashes)) != len(hashes):
-        raise DatasetError(f"{Path(shards[0][0]).parent}: {len(hashes) - len(unique)} rows of the publisher's list "
-                           "were downloaded twice; give img2dataset one link a row (write_links)")
+        raise DatasetError(
+            f"{Path(shards[0][0]).parent}: {len(hashes) - len(unique)} rows of the publisher's list "
+            "were downloaded twice; give img2dataset one link a row (write_links)"
+        )
     return unique
 
 
 def downloaded(root) -> np.ndarray:
-    "Sorted hashes of the `_id` of all rows in img2dataset's finished shards; a row that comes twice is an error."
+    """Sorted hashes of the `_id` of all rows in img2dataset's finished shards; a row that comes twice is an error."""
     return _hashes(tuple(map(file_version, image_shards(root))))
 
 # %% ../../nbs/31_facecaption.ipynb #7883d923
 def stored_box(row: dict) -> tuple[float, float, float, float] | None:
-    "The box in pixels of the stored picture; None where it is not four numbers."
+    """The box in pixels of the stored picture; None where it is not four numbers."""
     box = parse_box(row["box"])
     width, height = row.get("original_width"), row.get("original_height")
     if box is None or not (width and height and row.get("width") and row.get("height")):
@@ -120,7 +140,7 @@ def stored_box(row: dict) -> tuple[float, float, float, float] | None:
 
 # %% ../../nbs/31_facecaption.ipynb #0a06e4e2
 def _as_photograph(row: dict, read) -> Photograph:
-    "A row of img2dataset's parquet; `read` takes a file's name to its bytes."
+    """A row of img2dataset's parquet; `read` takes a file's name to its bytes."""
     labels = {"_id": row["_id"]}
     if row["status"] != SUCCESS:
         problem = PROBLEMS.get(row["status"], str(row["status"]).replace("_", " "))
@@ -136,7 +156,7 @@ def _as_photograph(row: dict, read) -> Photograph:
 
 # %% ../../nbs/31_facecaption.ipynb #eb52194b
 class Reader(core.Reader):
-    "FaceCaption-15M as published, with `images/` as img2dataset left it. Labels: `_id`."
+    """FaceCaption-15M as published, with `images/` as img2dataset left it. Labels: `_id`."""
 
     name, how_to_obtain, has_boxes = "facecaption", HOW_TO_OBTAIN, True
     hub = ("OpenFace-CQUPT/FaceCaption-15M", ["*.parquet"])
@@ -145,7 +165,10 @@ class Reader(core.Reader):
         if not list_files(root):
             return "absent", f"no FaceCaption*.parquet in data/raw/{self.name}. {self.how_to_obtain}"
         if not image_shards(root):
-            return "absent", f"no finished shard of photographs in data/raw/{self.name}/images. {self.how_to_obtain}"
+            return (
+                "absent",
+                f"no finished shard of photographs in data/raw/{self.name}/images. {self.how_to_obtain}",
+            )
         return "present", f"{self.original(root)} links"
 
     def original(self, root):
@@ -154,8 +177,15 @@ class Reader(core.Reader):
     def units(self, root):
         shards = image_shards(root)
         complete = len(downloaded(root)) == self.original(root)
-        rest = [] if complete else [f"{path.name}/{start}" for path in list_files(root)
-                                    for start, _ in slices(count_rows(path), LIST_ROWS)]
+        rest = (
+            []
+            if complete
+            else [
+                f"{path.name}/{start}"
+                for path in list_files(root)
+                for start, _ in slices(count_rows(path), LIST_ROWS)
+            ]
+        )
         return [f"images/{path.stem}" for path in shards] + rest
 
     def files(self, root, unit):
@@ -166,11 +196,13 @@ class Reader(core.Reader):
 
     def read(self, root, unit):
         folder, _, part = unit.rpartition("/")
-        return read_images(root, part) if folder == "images" else read_rest(root, Path(root) / folder, int(part))
+        return (
+            read_images(root, part) if folder == "images" else read_rest(root, Path(root) / folder, int(part))
+        )
 
 # %% ../../nbs/31_facecaption.ipynb #b0e22a49
 def read_images(root, shard: str) -> Iterator[Photograph]:
-    "The rows of one of img2dataset's shards."
+    """The rows of one of img2dataset's shards."""
     path = Path(root) / "images" / f"{shard}.parquet"
     check_schema(path, IMAGE_COLUMNS)
     with open_tar(path.with_suffix(".tar"), damaged=True) as read:
@@ -179,7 +211,7 @@ def read_images(root, shard: str) -> Iterator[Photograph]:
 
 # %% ../../nbs/31_facecaption.ipynb #358c7667
 def read_rest(root, path: Path, start: int) -> Iterator[Photograph]:
-    "Those of `LIST_ROWS` rows of the publisher's list, from `start`, that are in none of img2dataset's shards."
+    """Those of `LIST_ROWS` rows of the publisher's list, from `start`, that are in none of img2dataset's shards."""
     check_schema(path, LIST_COLUMNS)
     known = downloaded(root)
     rows = [row for _, row in iter_rows(path, start, start + LIST_ROWS, columns=["_id", "url"], batch=10_000)]

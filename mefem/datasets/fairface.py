@@ -17,7 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, count_rows, file_version, iter_rows, read_csv, require_columns, slices
+from mefem.datasets.core import (
+    DatasetError,
+    Photograph,
+    count_rows,
+    file_version,
+    iter_rows,
+    read_csv,
+    require_columns,
+    slices,
+)
 
 # %% ../../nbs/35_fairface.ipynb #ea686a20
 UNIT_ROWS = 1000
@@ -27,7 +36,16 @@ LISTS = {"train": "fairface_label_train.csv", "validation": "fairface_label_val.
 CLASS_NAMES = {  # of the authors' lists, in the order in which Hugging Face numbers them
     "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
     "gender": ["Male", "Female"],
-    "race": ["East Asian", "Indian", "Black", "White", "Middle Eastern", "Latino_Hispanic", "Southeast Asian"]}
+    "race": [
+        "East Asian",
+        "Indian",
+        "Black",
+        "White",
+        "Middle Eastern",
+        "Latino_Hispanic",
+        "Southeast Asian",
+    ],
+}
 HOW_TO_OBTAIN = """FairFace: CC BY 4.0; 86,744 + 10,954 photographs, release with padding 1.25.
   mefem info data --fetch fairface
   or, from https://github.com/joojs/fairface, fairface-img-margin125-trainval.zip unpacked into data/raw/fairface/1.25
@@ -35,12 +53,14 @@ HOW_TO_OBTAIN = """FairFace: CC BY 4.0; 86,744 + 10,954 photographs, release wit
 
 # %% ../../nbs/35_fairface.ipynb #1c0cecb2
 def check_schema(path) -> pa.Schema:
-    "The schema of one of the release's files; `DatasetError` where it is another."
+    """The schema of one of the release's files; `DatasetError` where it is another."""
     require_columns(path, COLUMNS, HOW_TO_OBTAIN)
     schema = pq.read_schema(path)
     image = schema.field("image").type
     if not (pa.types.is_struct(image) and "bytes" in [field.name for field in image]):
-        raise DatasetError(f"{path}: column 'image' is {image}, expected a struct with 'bytes'. {HOW_TO_OBTAIN}")
+        raise DatasetError(
+            f"{path}: column 'image' is {image}, expected a struct with 'bytes'. {HOW_TO_OBTAIN}"
+        )
     for name in CLASSES:
         if not pa.types.is_integer(kind := schema.field(name).type):
             raise DatasetError(f"{path}: column {name!r} is {kind}, expected whole numbers. {HOW_TO_OBTAIN}")
@@ -54,38 +74,47 @@ def _class_names(path: str, size: int, changed: int) -> dict[str, list[str]]:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: features[name]["names"] for name in CLASSES}
     except (KeyError, TypeError, ValueError):
-        raise DatasetError(f"{path}: no class names of {', '.join(CLASSES)} in the schema's metadata; expected the "
-                           f"release's own parquet. {HOW_TO_OBTAIN}") from None
+        raise DatasetError(
+            f"{path}: no class names of {', '.join(CLASSES)} in the schema's metadata; expected the "
+            f"release's own parquet. {HOW_TO_OBTAIN}"
+        ) from None
 
 # %% ../../nbs/35_fairface.ipynb #ee95ebd2
 def class_names(path) -> dict[str, list[str]]:
-    "Names of the classes of age, gender and race, which Hugging Face keeps in the schema's metadata."
+    """Names of the classes of age, gender and race, which Hugging Face keeps in the schema's metadata."""
     return _class_names(*file_version(path))
 
 # %% ../../nbs/35_fairface.ipynb #2ba6f596
 def row_labels(row: dict, names: dict[str, list[str]], split: str, key: str, where: str) -> dict:
-    "Labels of one row: `age` 0-8, `gender` 0-1, `race` 0-6, their names, `split`, `person` (the key: all differ)."
+    """Labels of one row: `age` 0-8, `gender` 0-1, `race` 0-6, their names, `split`, `person` (the key: all differ)."""
     labels = {"split": split, "person": key}
     for name in CLASSES:
         value = row[name]
         if value is None or not 0 <= value < len(names[name]):
-            raise DatasetError(f"{where}: {name} is {value!r}, expected a class number 0..{len(names[name]) - 1}")
+            raise DatasetError(
+                f"{where}: {name} is {value!r}, expected a class number 0..{len(names[name]) - 1}"
+            )
         labels[name], labels[f"{name}_name"] = int(value), names[name][value]
     return labels
 
 # %% ../../nbs/35_fairface.ipynb #f36f392b
-_DATES = {"3-9": ({"3", "9"}, {"sep", "mar", "mrt", "mär"}), "10-19": ({"10", "19", "2019"}, {"oct", "okt", "out", "ott"})}
+_DATES = {
+    "3-9": ({"3", "9"}, {"sep", "mar", "mrt", "mär"}),
+    "10-19": ({"10", "19", "2019"}, {"oct", "okt", "out", "ott"}),
+}
 
 
 def what_happened(name: str, value: str) -> str:
-    "What a spreadsheet did to an age class that is none any more, and what helps; empty where it was something else."
+    """What a spreadsheet did to an age class that is none any more, and what helps; empty where it was something else."""
     numbers = [text.lstrip("0") for text in re.findall(r"\d+", value)]
     words = {word[:3] for word in re.findall(r"[^\W\d_]+", value.lower())}
     for age, (parts, months) in _DATES.items():
         date = words <= months if len(numbers) == 1 else not words and len(numbers) == 3
         if name == "age" and date and len(parts.intersection(numbers)) + len(words) >= 2:
-            return (f". A spreadsheet took the age class {age} for a date and saved it so: take the authors' list anew, or put "
-                    f"{age} in place of {value} (look for the other of 3-9 and 10-19 too) and open it as text only")
+            return (
+                f". A spreadsheet took the age class {age} for a date and saved it so: take the authors' list anew, or put "
+                f"{age} in place of {value} (look for the other of 3-9 and 10-19 too) and open it as text only"
+            )
     return ""
 
 # %% ../../nbs/35_fairface.ipynb #8cb04fdc
@@ -95,8 +124,10 @@ def _list_rows(path: str, size: int, changed: int) -> pd.DataFrame:
     for name in CLASSES:
         if (strange := ~table[name].isin(CLASS_NAMES[name])).any():
             row = int(strange.to_numpy().argmax())
-            raise DatasetError(f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected one of "
-                               f"{', '.join(CLASS_NAMES[name])}{what_happened(name, table[name].iat[row])}")
+            raise DatasetError(
+                f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected one of "
+                f"{', '.join(CLASS_NAMES[name])}{what_happened(name, table[name].iat[row])}"
+            )
     for line, file in table.file.items():
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:
             raise DatasetError(f"{path}, line {line}: file is {file!r}, expected a path such as train/1.jpg")
@@ -104,12 +135,12 @@ def _list_rows(path: str, size: int, changed: int) -> pd.DataFrame:
 
 
 def list_rows(path) -> pd.DataFrame:
-    "One of the authors' lists with class numbers, indexed by line; read once while the file does not change."
+    """One of the authors' lists with class numbers, indexed by line; read once while the file does not change."""
     return _list_rows(*file_version(path))
 
 # %% ../../nbs/35_fairface.ipynb #998ed643
 class Reader(core.Reader):
-    "FairFace. `padding`: '1.25' or '0.25'; None takes 1.25 where it is there, else 0.25."
+    """FairFace. `padding`: '1.25' or '0.25'; None takes 1.25 where it is there, else 0.25."""
 
     name, how_to_obtain, hub = "fairface", HOW_TO_OBTAIN, ("HuggingFaceM4/FairFace", ["1.25/*"])
 
@@ -119,21 +150,23 @@ class Reader(core.Reader):
         self.padding = padding
 
     def folder(self, root) -> Path:
-        "The release that is read."
+        """The release that is read."""
         wanted = [self.padding] if self.padding else PADDINGS
         there = [Path(root) / name for name in wanted if (Path(root) / name).is_dir()]
         return there[0] if there else Path(root) / wanted[0]
 
     def split_files(self, root, split: str) -> list[Path]:
-        "Parquet files of one split, in order."
+        """Parquet files of one split, in order."""
         return sorted(self.folder(root).glob(f"{split}-*.parquet"))
 
     def split_list(self, root, split: str) -> Path | None:
-        "The authors' list of one split, where pictures are there and no parquet file is; else None."
+        """The authors' list of one split, where pictures are there and no parquet file is; else None."""
         folder = self.folder(root)
         if any(self.split_files(root, each) for each in SPLITS) or not (folder / "train").is_dir():
             return None
-        return next((path for path in (folder / LISTS[split], Path(root) / LISTS[split]) if path.is_file()), None)
+        return next(
+            (path for path in (folder / LISTS[split], Path(root) / LISTS[split]) if path.is_file()), None
+        )
 
     def state(self, root):
         for split in SPLITS:
@@ -143,8 +176,10 @@ class Reader(core.Reader):
         return "present", f"padding {self.folder(root).name}"
 
     def sources(self, root) -> list[tuple[str, Path, int]]:
-        "(split, file, rows) of every file with rows, in order."
-        found = [(split, path, count_rows(path)) for split in SPLITS for path in self.split_files(root, split)]
+        """(split, file, rows) of every file with rows, in order."""
+        found = [
+            (split, path, count_rows(path)) for split in SPLITS for path in self.split_files(root, split)
+        ]
         lists = {split: self.split_list(root, split) for split in SPLITS}
         return found or [(split, path, len(list_rows(path))) for split, path in lists.items() if path]
 
@@ -152,10 +187,14 @@ class Reader(core.Reader):
         return sum(rows for *_, rows in self.sources(root))
 
     def units(self, root):
-        return [f"{path.name}/{start}" for _, path, rows in self.sources(root) for start, _ in slices(rows, UNIT_ROWS)]
+        return [
+            f"{path.name}/{start}"
+            for _, path, rows in self.sources(root)
+            for start, _ in slices(rows, UNIT_ROWS)
+        ]
 
     def _unit(self, root, unit: str) -> tuple[str, Path, int, int]:
-        "(split, file, rows of the split before it, the unit's first row in it)."
+        """(split, file, rows of the split before it, the unit's first row in it)."""
         name, start = unit.split("/")
         split, path = next((split, path) for split, path, _ in self.sources(root) if path.name == name)
         mine = [rows for part, other, rows in self.sources(root) if part == split and other < path]
@@ -163,7 +202,7 @@ class Reader(core.Reader):
 
     def files(self, root, unit):
         _, path, _, start = self._unit(root, unit)
-        rows = list_rows(path).file[start:start + UNIT_ROWS] if path.suffix == ".csv" else ()
+        rows = list_rows(path).file[start : start + UNIT_ROWS] if path.suffix == ".csv" else ()
         return [path, *(self.folder(root) / file for file in rows)]
 
     def read(self, root, unit):
@@ -180,6 +219,12 @@ class Reader(core.Reader):
             yield number, (row["image"] or {}).get("bytes") or None, row, names, f"{path}, row {number}"
 
     def _read_list(self, root, path, start):
-        for number, (line, row) in enumerate(list_rows(path)[start:start + UNIT_ROWS].iterrows(), start):
+        for number, (line, row) in enumerate(list_rows(path)[start : start + UNIT_ROWS].iterrows(), start):
             picture = self.folder(root) / row.file
-            yield number, picture.read_bytes() if picture.is_file() else None, row, CLASS_NAMES, f"{path}, line {line}"
+            yield (
+                number,
+                picture.read_bytes() if picture.is_file() else None,
+                row,
+                CLASS_NAMES,
+                f"{path}, line {line}",
+            )

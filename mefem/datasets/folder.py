@@ -22,11 +22,19 @@ HOW_TO_OBTAIN = """folder: your own photographs, as they are; a table is optiona
   Put them into data/raw/folder, or name their folder: mefem crop photos/ -o crops/ --dataset folder"""
 
 # %% ../../nbs/38_folder.ipynb #e9139420
-NOT_KNOWN = ("", "NA", "N/A", "NaN", "nan", "null", "None")  # in a column whose other cells are numbers; elsewhere they are words
+NOT_KNOWN = (
+    "",
+    "NA",
+    "N/A",
+    "NaN",
+    "nan",
+    "null",
+    "None",
+)  # in a column whose other cells are numbers; elsewhere they are words
 
 
 def _values(column: pd.Series) -> list:
-    "Numbers where every cell that says something is one (see `as_number`), text otherwise; None where empty."
+    """Numbers where every cell that says something is one (see `as_number`), text otherwise; None where empty."""
     cells = [text.strip() for text in column]
     said = {text for text in cells if text not in NOT_KNOWN}
     if said and None not in map(as_number, said):
@@ -36,33 +44,48 @@ def _values(column: pd.Series) -> list:
 
 @lru_cache(maxsize=2)
 def _labels(path: str, size: int, changed: int) -> dict[str, dict]:
-    table = read_csv(path, ("image",), 'expected a column "image" with paths of photographs below this folder')
-    table["image"] = [name and posixpath.normpath(name) for name in table.image.str.strip().str.replace("\\", "/")]
+    table = read_csv(
+        path, ("image",), 'expected a column "image" with paths of photographs below this folder'
+    )
+    table["image"] = [
+        name and posixpath.normpath(name) for name in table.image.str.strip().str.replace("\\", "/")
+    ]
     if (twice := table.image.duplicated()).any():
-        raise DatasetError(f"{path}, line {table.index[int(twice.to_numpy().argmax())]}: {table.image[twice].iloc[0]} stands there twice")
-    columns = {name: list(column.str.strip()) if name == "person" else _values(column)  # an id is text, whatever it looks like
-               for name, column in table.drop(columns="image").items()}
-    return {image: {name: values[row] for name, values in columns.items()} for row, image in enumerate(table.image)}
+        raise DatasetError(
+            f"{path}, line {table.index[int(twice.to_numpy().argmax())]}: {table.image[twice].iloc[0]} stands there twice"
+        )
+    columns = {
+        name: list(column.str.strip())
+        if name == "person"
+        else _values(column)  # an id is text, whatever it looks like
+        for name, column in table.drop(columns="image").items()
+    }
+    return {
+        image: {name: values[row] for name, values in columns.items()}
+        for row, image in enumerate(table.image)
+    }
 
 
 def table_rows(root) -> dict[str, dict]:
-    "Path of a photograph -> its labels, in the table's order; empty without a table."
+    """Path of a photograph -> its labels, in the table's order; empty without a table."""
     path = Path(root) / TABLE
     return _labels(*file_version(path)) if path.is_file() else {}
 
 # %% ../../nbs/38_folder.ipynb #3b92b6f6
 def listed(root) -> list[str]:
-    "Relative paths: the table's, then the other photographs', sorted; hidden files and crops of ours (see `visible_files`) are none."
+    """Relative paths: the table's, then the other photographs', sorted; hidden files and crops of ours (see `visible_files`) are none."""
     root, rows = Path(root), table_rows(root)
     for name in rows:
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise DatasetError(f"{root / TABLE}: image is {name!r}, expected a path below {root.name}/")
-    others = {path.relative_to(root).as_posix() for path in visible_files(root) if is_photograph(path)} - set(rows)
+    others = {path.relative_to(root).as_posix() for path in visible_files(root) if is_photograph(path)} - set(
+        rows
+    )
     return [*rows, *sorted(others)]
 
 
 class Reader(core.Reader):
-    "Any folder of photographs. Labels: `file`, `person`, and the table's columns."
+    """Any folder of photographs. Labels: `file`, `person`, and the table's columns."""
 
     name, how_to_obtain = "folder", HOW_TO_OBTAIN
 
@@ -79,14 +102,18 @@ class Reader(core.Reader):
         return [str(start) for start, _ in slices(self.original(root), UNIT_FILES)]
 
     def files(self, root, unit):
-        names = listed(root)[int(unit):int(unit) + UNIT_FILES]
+        names = listed(root)[int(unit) : int(unit) + UNIT_FILES]
         return [Path(root) / name for name in (TABLE, *names)]
 
     def read(self, root, unit):
         rows, start = table_rows(root), int(unit)
-        for number, name in enumerate(listed(root)[start:start + UNIT_FILES], start):
+        for number, name in enumerate(listed(root)[start : start + UNIT_FILES], start):
             path, labels = Path(root) / name, rows.get(name, {})
             there = path.is_file()
-            yield Photograph(f"{number:07d}", path.read_bytes() if there else None, None,
-                             {"file": name, **labels, "person": labels.get("person") or name},
-                             None if there else "missing photograph")
+            yield Photograph(
+                f"{number:07d}",
+                path.read_bytes() if there else None,
+                None,
+                {"file": name, **labels, "person": labels.get("person") or name},
+                None if there else "missing photograph",
+            )

@@ -14,7 +14,15 @@ from pathlib import Path
 import pandas as pd
 
 import mefem.datasets.core as core
-from .core import DatasetError, Photograph, VideoError, file_version, read_csv, slices, video_frame
+from mefem.datasets.core import (
+    DatasetError,
+    Photograph,
+    VideoError,
+    file_version,
+    read_csv,
+    slices,
+    video_frame,
+)
 
 # %% ../../nbs/36_mcd_rppg.ipynb #e0b7e829
 UNIT_ROWS = 250  # videos; a frame takes longer than a photograph
@@ -25,20 +33,32 @@ HOW_TO_OBTAIN = """MCD-rPPG: CC BY 4.0; 3,600 videos of 600 patients.
   mefem info data --fetch mcd-rppg"""
 
 # %% ../../nbs/36_mcd_rppg.ipynb #2a6a6efc
-LIMITS = {"weight": (2, 635), "height": (50, 272), "bmi": (6, 205), "age": (0, 123), "upper_ap": (50, 300), "lower_ap": (20, 200),
-          "saturation": (50, 100), "hemoglobin": (3, 25), "glycated_hemoglobin": (2, 25), "cholesterol": (0.5, 30)}
+LIMITS = {
+    "weight": (2, 635),
+    "height": (50, 272),
+    "bmi": (6, 205),
+    "age": (0, 123),
+    "upper_ap": (50, 300),
+    "lower_ap": (20, 200),
+    "saturation": (50, 100),
+    "hemoglobin": (3, 25),
+    "glycated_hemoglobin": (2, 25),
+    "cholesterol": (0.5, 30),
+}
 COLUMNS = ("patient_id", "sex", *LIMITS, "step", "camera", "video")
 
 
 def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
-    "The measured columns as numbers; `DatasetError` names row and value where that is impossible."
+    """The measured columns as numbers; `DatasetError` names row and value where that is impossible."""
     out = {}
     for name, (low, high) in LIMITS.items():
         values = pd.to_numeric(table[name].replace("", None), errors="coerce")
         wrong = table[name].str.strip().ne("") & ~values.between(low, high)
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
-            raise DatasetError(f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected {low} to {high}")
+            raise DatasetError(
+                f"{path}, line {table.index[row]}: {name} is {table[name].iat[row]!r}, expected {low} to {high}"
+            )
         out[name] = values
     return table.assign(**out)
 
@@ -47,33 +67,44 @@ def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
 def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
     table = _numbers(read_csv(path, COLUMNS, HOW_TO_OBTAIN), path)
     if table.hemoglobin.median() < 11:
-        raise DatasetError(f"{path}: the median of hemoglobin is {table.hemoglobin.median():.1f}, expected g/dl (over 11); this "
-                           f"looks like mmol/l. Restore the publisher's column")
+        raise DatasetError(
+            f"{path}: the median of hemoglobin is {table.hemoglobin.median():.1f}, expected g/dl (over 11); this "
+            f"looks like mmol/l. Restore the publisher's column"
+        )
     if not (known := table.sex.str.strip().str.lower().isin(SEXES)).all():
         row = int((~known).to_numpy().argmax())
-        raise DatasetError(f"{path}, line {table.index[row]}: sex is {table.sex.iat[row]!r}, expected male, female or nothing")
+        raise DatasetError(
+            f"{path}, line {table.index[row]}: sex is {table.sex.iat[row]!r}, expected male, female or nothing"
+        )
     if (empty := table.patient_id.str.strip().eq("")).any():
         raise DatasetError(f"{path}, line {table.index[int(empty.to_numpy().argmax())]}: patient_id is empty")
     return table.assign(hemoglobin=table.hemoglobin * G_DL)
 
 
 def patient_rows(root) -> pd.DataFrame:
-    "db.csv, one row a video; haemoglobin in mmol/l. Read once while the file does not change."
+    """db.csv, one row a video; haemoglobin in mmol/l. Read once while the file does not change."""
     return _rows(*file_version(Path(root) / "db.csv"))
 
 # %% ../../nbs/36_mcd_rppg.ipynb #b4d18b19
 def row_labels(row) -> dict:
-    "Labels of a row: measurements under the publisher's names, `person`, `sex`, `step`, `source`; None where not measured."
+    """Labels of a row: measurements under the publisher's names, `person`, `sex`, `step`, `source`; None where not measured."""
     measured = {name: None if math.isnan(value := getattr(row, name)) else float(value) for name in LIMITS}
     height, weight = measured.pop("height"), measured.pop("weight")
     if measured["bmi"] is None and height and weight:
         measured["bmi"] = weight / (height / 100) ** 2
-    return {"person": f"mcd-rppg/{row.patient_id.strip()}", "source": "mcd-rppg", "sex": SEXES[row.sex.strip().lower()],
-            "step": row.step, "height_cm": height, "weight_kg": weight, **measured}
+    return {
+        "person": f"mcd-rppg/{row.patient_id.strip()}",
+        "source": "mcd-rppg",
+        "sex": SEXES[row.sex.strip().lower()],
+        "step": row.step,
+        "height_cm": height,
+        "weight_kg": weight,
+        **measured,
+    }
 
 
 def frame_of(path: Path) -> tuple[bytes | None, str | None]:
-    "(the video's frame, None) or (None, why there is none)."
+    """(the video's frame, None) or (None, why there is none)."""
     if not path.is_file():
         return None, "missing clip"
     try:
@@ -83,7 +114,7 @@ def frame_of(path: Path) -> tuple[bytes | None, str | None]:
 
 # %% ../../nbs/36_mcd_rppg.ipynb #a7b3cea2
 class Reader(core.Reader):
-    "MCD-rPPG's frontal videos. Labels: see `row_labels`; pressures in mmHg, haemoglobin and cholesterol in mmol/l, others in %."
+    """MCD-rPPG's frontal videos. Labels: see `row_labels`; pressures in mmHg, haemoglobin and cholesterol in mmol/l, others in %."""
 
     name, how_to_obtain = "mcd-rppg", HOW_TO_OBTAIN
     hub = ("kyegorov/mcd_rppg", ["db.csv", f"video/*{CAMERA}*"])
@@ -93,7 +124,10 @@ class Reader(core.Reader):
             return "absent", f"no db.csv in data/raw/{self.name}. {self.how_to_obtain}"
         if not (Path(root) / "video").is_dir():
             return "absent", f"no video/ in data/raw/{self.name}. {self.how_to_obtain}"
-        return "present", f"{self.original(root):,} videos of {patient_rows(root).patient_id.nunique():,} patients"
+        return (
+            "present",
+            f"{self.original(root):,} videos of {patient_rows(root).patient_id.nunique():,} patients",
+        )
 
     def original(self, root):
         return len(patient_rows(root))
@@ -102,10 +136,16 @@ class Reader(core.Reader):
         return [str(start) for start, _ in slices(self.original(root), UNIT_ROWS)]
 
     def _unit_rows(self, root, unit):
-        "(row number, row, its video)."
+        """(row number, row, its video)."""
         start, video = int(unit), Path(root) / "video"
-        for number, row in enumerate(patient_rows(root)[start:start + UNIT_ROWS].itertuples(index=False), start):
-            yield number, row, video / Path(row.video.replace("\\", "/")).name  # the column may hold the publisher's own path
+        for number, row in enumerate(
+            patient_rows(root)[start : start + UNIT_ROWS].itertuples(index=False), start
+        ):
+            yield (
+                number,
+                row,
+                video / Path(row.video.replace("\\", "/")).name,
+            )  # the column may hold the publisher's own path
 
     def files(self, root, unit):
         frontal = (path for _, row, path in self._unit_rows(root, unit) if row.camera == CAMERA)

@@ -15,7 +15,12 @@ from ..faces import flat_names
 
 # %% ../../nbs/33_sfhq.ipynb #ef5a80eb
 UNIT_FILES = 1000
-PARTS = {"SFHQ_part1": 89785, "SFHQ_part2": 91361, "SFHQ_part3": 118358, "SFHQ_part4": 125754}  # published sizes
+PARTS = {
+    "SFHQ_part1": 89785,
+    "SFHQ_part2": 91361,
+    "SFHQ_part3": 118358,
+    "SFHQ_part4": 125754,
+}  # published sizes
 HOW_TO_OBTAIN = """SFHQ: MIT licence; four parts, 425,258 synthetic portraits of 1024 x 1024, at Kaggle.
   kaggle datasets download --unzip -p data/raw/sfhq/SFHQ_part1 selfishgene/synthetic-faces-high-quality-sfhq-part-1
   and likewise parts 2, 3 and 4, so that the photographs lie in data/raw/sfhq/SFHQ_part<n>/images/*.jpg"""
@@ -24,17 +29,19 @@ HOW_TO_OBTAIN = """SFHQ: MIT licence; four parts, 425,258 synthetic portraits of
 @lru_cache(maxsize=8)
 def _names(folder: str, size: int, changed: int) -> dict[str, str]:
     names = sorted(path.name for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
-    return dict(zip(names, flat_names(names, r"[^\w-]"), strict=True))  # a tar shard's names end at their first dot
+    return dict(
+        zip(names, flat_names(names, r"[^\w-]"), strict=True)
+    )  # a tar shard's names end at their first dot
 
 
 def part_names(root, part: str) -> dict[str, str]:
-    "File names of one part's portraits, sorted -> their keys; listed once while the folder does not change."
+    """File names of one part's portraits, sorted -> their keys; listed once while the folder does not change."""
     folder = Path(root) / part / "images"
     return _names(*file_version(folder)) if folder.is_dir() else {}
 
 # %% ../../nbs/33_sfhq.ipynb #8faf1389
 class Reader(core.Reader):
-    "SFHQ. Labels: `part` (1 to 4)."
+    """SFHQ. Labels: `part` (1 to 4)."""
 
     name, how_to_obtain, framing = "sfhq", HOW_TO_OBTAIN, "dataset"
 
@@ -48,11 +55,15 @@ class Reader(core.Reader):
         return sum(len(part_names(root, part)) for part in PARTS)
 
     def units(self, root):
-        return [f"{part}/{start}" for part in PARTS for start, _ in slices(len(part_names(root, part)), UNIT_FILES)]
+        return [
+            f"{part}/{start}"
+            for part in PARTS
+            for start, _ in slices(len(part_names(root, part)), UNIT_FILES)
+        ]
 
     def files(self, root, unit):
         part, start = unit.split("/")
-        names = [*part_names(root, part)][int(start):int(start) + UNIT_FILES]
+        names = [*part_names(root, part)][int(start) : int(start) + UNIT_FILES]
         return [Path(root) / part / "images" / name for name in names]
 
     def read(self, root, unit):

@@ -20,20 +20,27 @@ from .units import WORK, make_unit, stream, write_file, write_table
 # %% ../../nbs/24_further_publishers.ipynb #9ff81940
 FPS, FRAMES = 4, 8
 # x264's fast paths give other bytes from run to run, depending on where its memory lies, unless it is told not to.
-CODECS = {"mp4": ("libx264", "yuv420p", {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}),
-          "avi": ("mjpeg", "yuvj420p", {"threads": "1"})}
+CODECS = {
+    "mp4": (
+        "libx264",
+        "yuv420p",
+        {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"},
+    ),
+    "avi": ("mjpeg", "yuvj420p", {"threads": "1"}),
+}
 
 
 def moved(picture, frames=FRAMES):
-    "`frames` copies of a picture [H, W, 3], each one pixel further to the right; sides even, as video wants them."
+    """`frames` copies of a picture [H, W, 3], each one pixel further to the right; sides even, as video wants them."""
     h, w = (side - side % 2 for side in picture.shape[:2])
     wide = np.pad(picture[:h, :w], ((0, 0), (frames - 1, 0), (0, 0)), mode="edge")
-    return [np.ascontiguousarray(wide[:, frames - 1 - k:frames - 1 - k + w]) for k in range(frames)]
+    return [np.ascontiguousarray(wide[:, frames - 1 - k : frames - 1 - k + w]) for k in range(frames)]
 
 # %% ../../nbs/24_further_publishers.ipynb #fa4be5f0
 def encode_clip(frames, kind="mp4"):
-    "Frames uint8 [H, W, 3] as a video file: H.264 in mp4, or motion JPEG in avi. The same frames give the same bytes."
+    """Frames uint8 [H, W, 3] as a video file: H.264 in mp4, or motion JPEG in avi. The same frames give the same bytes."""
     import av
+
     codec, pixels, options = CODECS[kind]
     file = io.BytesIO()
     with av.open(file, "w", format=kind, options={"fflags": "+bitexact"}) as container:
@@ -49,6 +56,7 @@ def encode_clip(frames, kind="mp4"):
 
 def _pixels(shot):
     from PIL import Image
+
     return np.asarray(Image.open(io.BytesIO(shot.jpeg)).convert("RGB"))
 
 # %% ../../nbs/24_further_publishers.ipynb #a1bfec58
@@ -57,41 +65,48 @@ _YOUTUBE = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01
 
 
 def clip_bytes(shot, fate):
-    "The file that became of a clip; None where the video is gone."
+    """The file that became of a clip; None where the video is gone."""
     if fate == "gone":
         return None
-    clip = encode_clip(moved(_pixels(shot))[:1 if fate == "too short" else FRAMES])
-    return clip[:len(clip) // 2] if fate == "cut off" else clip
+    clip = encode_clip(moved(_pixels(shot))[: 1 if fate == "too short" else FRAMES])
+    return clip[: len(clip) // 2] if fate == "cut off" else clip
 
 # %% ../../nbs/24_further_publishers.ipynb #b281a0ed
 def avspeech_unit(folder, seed, unit, photographs, size, variety=1.0):
-    "The clips of one unit, and its lines of the list."
+    """The clips of one unit, and its lines of the list."""
     _, shots = make_unit("avspeech", seed, unit, photographs, size, variety=variety)
     rng = np.random.default_rng(stream("avspeech", seed, unit, 3))
     fates = rng.choice(list(CLIP_FATES), size=len(shots), p=list(CLIP_FATES.values()))
     lines = []
     for shot, fate in zip(shots, fates, strict=True):
-        video = lines[-1][0] if lines and rng.random() < 0.1 else "".join(rng.choice(_YOUTUBE, 11))  # two parts of one video
+        video = (
+            lines[-1][0] if lines and rng.random() < 0.1 else "".join(rng.choice(_YOUTUBE, 11))
+        )  # two parts of one video
         start = round(rng.uniform(0, 600) * 30) / 30
         end = start + (FRAMES if fate != "too short" else 3 * FRAMES) / FPS
         x, y = (np.reshape(shot.box or (0, 0, size, size), (2, 2)).mean(0) / size).round(6)
         lines.append((video, start, end, x, y))
         if (clip := clip_bytes(shot, fate)) is not None:
             write_file(folder / f"clips/{video}_{start:010.6f}-{end:010.6f}.mp4", clip)
-    write_table(folder / WORK / f"{unit:05d}.parquet", pd.DataFrame(lines, columns=["video", "start", "end", "x", "y"]))
+    write_table(
+        folder / WORK / f"{unit:05d}.parquet",
+        pd.DataFrame(lines, columns=["video", "start", "end", "x", "y"]),
+    )
 
 # %% ../../nbs/24_further_publishers.ipynb #9ce9bb71
 def _gathered(folder, units):
-    "The rows that the units left, in order."
+    """The rows that the units left, in order."""
     parts = [pd.read_parquet(folder / WORK / f"{unit:05d}.parquet") for unit in range(units)]
     return pd.concat(parts, ignore_index=True)
 
 
 def avspeech_end(folder, units, settings):
-    "The publisher's list: no header, six decimals."
+    """The publisher's list: no header, six decimals."""
     (folder / "clips").mkdir(exist_ok=True)
     rows = _gathered(folder, units)
-    write_file(folder / "avspeech_train.csv", rows.to_csv(index=False, header=False, float_format="%.6f").encode())
+    write_file(
+        folder / "avspeech_train.csv", rows.to_csv(index=False, header=False, float_format="%.6f").encode()
+    )
 
 # %% ../../nbs/24_further_publishers.ipynb #3c1c517c
 SFHQ_PARTS = (1, 2, 3, 4)
@@ -100,8 +115,9 @@ SFHQ_SIDE, SFHQ_RENDER = 1024, 512
 
 
 def portrait(shot):
-    "The square of twice the face's box, as a JPEG of `SFHQ_SIDE` pixels."
+    """The square of twice the face's box, as a JPEG of `SFHQ_SIDE` pixels."""
     from PIL import Image
+
     image = Image.open(io.BytesIO(shot.jpeg))
     x0, y0, x1, y1 = shot.box
     half, cx, cy = max(x1 - x0, y1 - y0), (x0 + x1) / 2, (y0 + y1) / 2
@@ -112,15 +128,17 @@ def portrait(shot):
 
 # %% ../../nbs/24_further_publishers.ipynb #6c7e2518
 def sfhq_unit(folder, seed, unit, photographs, size, variety=1.0):
-    "The portraits of one unit, spread over the four parts."
+    """The portraits of one unit, spread over the four parts."""
     _, shots = make_unit("sfhq", seed, unit, photographs, SFHQ_RENDER, variety=variety)
-    parts = np.random.default_rng(stream("sfhq", seed, unit, 3)).choice(SFHQ_PARTS, size=len(shots), p=SFHQ_SHARES)
+    parts = np.random.default_rng(stream("sfhq", seed, unit, 3)).choice(
+        SFHQ_PARTS, size=len(shots), p=SFHQ_SHARES
+    )
     for i, (part, shot) in enumerate(zip(parts, shots, strict=True)):
         write_file(folder / f"SFHQ_part{part}/images/SFHQ_pt{part}_{unit:05d}{i:03d}.jpg", portrait(shot))
 
 
 def sfhq_end(folder, units, settings):
-    "All four folders, even where a small run left one empty."
+    """All four folders, even where a small run left one empty."""
     for part in SFHQ_PARTS:
         (folder / f"SFHQ_part{part}/images").mkdir(parents=True, exist_ok=True)
 
@@ -130,67 +148,109 @@ CELEBA_ATTRIBUTES = tuple(
     "Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male "
     "Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks "
     "Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
-    "Wearing_Necktie Young".split())
+    "Wearing_Necktie Young".split()
+)
 # Not in the picture: share of women, share of men
-CELEBA_DRAWN = {"Attractive": (0.65, 0.3), "Blurry": (0.05, 0.05), "Heavy_Makeup": (0.6, 0.0), "Rosy_Cheeks": (0.1, 0.0),
-                "Wearing_Earrings": (0.3, 0.02), "Wearing_Lipstick": (0.75, 0.0), "Wearing_Necklace": (0.2, 0.02),
-                "Wearing_Necktie": (0.0, 0.17)}
+CELEBA_DRAWN = {
+    "Attractive": (0.65, 0.3),
+    "Blurry": (0.05, 0.05),
+    "Heavy_Makeup": (0.6, 0.0),
+    "Rosy_Cheeks": (0.1, 0.0),
+    "Wearing_Earrings": (0.3, 0.02),
+    "Wearing_Lipstick": (0.75, 0.0),
+    "Wearing_Necklace": (0.2, 0.02),
+    "Wearing_Necktie": (0.0, 0.17),
+}
 CELEBA_NEVER = ("Eyeglasses", "Wearing_Hat")
 
 # %% ../../nbs/24_further_publishers.ipynb #37820886
 def hair_attributes(look):
-    "Hair and beard of a person's `appearance`, as CelebA would call them."
+    """Hair and beard of a person's `appearance`, as CelebA would call them."""
     from mefem.simulate.photographs import HAIR_COLOURS
+
     colour = {tuple(value): name for name, value in HAIR_COLOURS.items()}[tuple(look["hair"])]
     bald, grey, beard = look["style"] == "bald", look["grey"] > 0.5, look["stubble"] > 0.5
     coloured = not bald and not grey
-    return {"Bald": bald, "Gray_Hair": grey and not bald, "Black_Hair": coloured and colour == "black",
-            "Brown_Hair": coloured and "brown" in colour, "Blond_Hair": coloured and colour == "blond",
-            "Bangs": not bald and look["fringe"] > 0.005, "Receding_Hairline": look["style"] in ("receding", "bald"),
-            "Wavy_Hair": not bald and look["curl"] > 0.6, "Straight_Hair": not bald and look["curl"] < 0.3,
-            "No_Beard": not beard, "Goatee": beard, "Mustache": beard, "Sideburns": beard,
-            "5_o_Clock_Shadow": 0.1 < look["stubble"] <= 0.5}
+    return {
+        "Bald": bald,
+        "Gray_Hair": grey and not bald,
+        "Black_Hair": coloured and colour == "black",
+        "Brown_Hair": coloured and "brown" in colour,
+        "Blond_Hair": coloured and colour == "blond",
+        "Bangs": not bald and look["fringe"] > 0.005,
+        "Receding_Hairline": look["style"] in ("receding", "bald"),
+        "Wavy_Hair": not bald and look["curl"] > 0.6,
+        "Straight_Hair": not bald and look["curl"] < 0.3,
+        "No_Beard": not beard,
+        "Goatee": beard,
+        "Mustache": beard,
+        "Sideburns": beard,
+        "5_o_Clock_Shadow": 0.1 < look["stubble"] <= 0.5,
+    }
 
 
 def shape_attributes(traits):
-    "Attributes of the face's shape from its traits (`_face_traits` of the people's notebook)."
+    """Attributes of the face's shape from its traits (`_face_traits` of the people's notebook)."""
+
     def more(label, than):
         return traits.get(label, 0.0) > than
-    return {"Big_Lips": more("mouth/mouth-lowerlip-volume-incr", 0.3), "Big_Nose": more("nose/nose-volume-incr", 0.2),
-            "Pointy_Nose": more("nose/nose-point-width-decr", 0.25), "High_Cheekbones": more("cheek/l-cheek-bones-incr", 0.1),
-            "Narrow_Eyes": more("eyes/l-eye-height2-decr", 0.3), "Bags_Under_Eyes": more("eyes/l-eye-bag-incr", 0.3),
-            "Arched_Eyebrows": more("eyebrows/eyebrows-angle-up", 0.1), "Oval_Face": more("head/head-oval", 0.08)}
+
+    return {
+        "Big_Lips": more("mouth/mouth-lowerlip-volume-incr", 0.3),
+        "Big_Nose": more("nose/nose-volume-incr", 0.2),
+        "Pointy_Nose": more("nose/nose-point-width-decr", 0.25),
+        "High_Cheekbones": more("cheek/l-cheek-bones-incr", 0.1),
+        "Narrow_Eyes": more("eyes/l-eye-height2-decr", 0.3),
+        "Bags_Under_Eyes": more("eyes/l-eye-bag-incr", 0.3),
+        "Arched_Eyebrows": more("eyebrows/eyebrows-angle-up", 0.1),
+        "Oval_Face": more("head/head-oval", 0.08),
+    }
 
 # %% ../../nbs/24_further_publishers.ipynb #e907c159
 def celeba_attributes(row, rng):
-    "The forty attributes of one row of `make_unit` as -1 or 1, in CelebA's order; `rng` draws what the picture does not show."
+    """The forty attributes of one row of `make_unit` as -1 or 1, in CelebA's order; `rng` draws what the picture does not show."""
     from mefem.simulate.people import _face_traits
     from mefem.simulate.photographs import appearance
+
     look = appearance(row)
-    found = {**hair_attributes(look), **shape_attributes(_face_traits(row)), **dict.fromkeys(CELEBA_NEVER, False),
-             **{name: rng.random() < shares[not row.female] for name, shares in CELEBA_DRAWN.items()},
-             "Male": not row.female, "Young": row.age < 45, "Chubby": row.bmi > 30, "Double_Chin": row.bmi > 32,
-             "Pale_Skin": row.melanin < 0.12, "Smiling": row.smile > 0.25, "Mouth_Slightly_Open": row.jaw_open > 0.02,
-             "Bushy_Eyebrows": look["brow_thickness"] > 0.0039}
+    found = {
+        **hair_attributes(look),
+        **shape_attributes(_face_traits(row)),
+        **dict.fromkeys(CELEBA_NEVER, False),
+        **{name: rng.random() < shares[not row.female] for name, shares in CELEBA_DRAWN.items()},
+        "Male": not row.female,
+        "Young": row.age < 45,
+        "Chubby": row.bmi > 30,
+        "Double_Chin": row.bmi > 32,
+        "Pale_Skin": row.melanin < 0.12,
+        "Smiling": row.smile > 0.25,
+        "Mouth_Slightly_Open": row.jaw_open > 0.02,
+        "Bushy_Eyebrows": look["brow_thickness"] > 0.0039,
+    }
     return [1 if found[name] else -1 for name in CELEBA_ATTRIBUTES]
 
 # %% ../../nbs/24_further_publishers.ipynb #31841e5f
 def celeba_unit(folder, seed, unit, photographs, size, variety=1.0):
-    "The photographs of one unit under provisional names, and their attributes and persons."
+    """The photographs of one unit under provisional names, and their attributes and persons."""
     rows, shots = make_unit("celeba", seed, unit, photographs, size, repeats=True, variety=variety)
     rng = np.random.default_rng(stream("celeba", seed, unit, 3))
-    table = pd.DataFrame([celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(CELEBA_ATTRIBUTES))
+    table = pd.DataFrame(
+        [celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(CELEBA_ATTRIBUTES)
+    )
     table.insert(0, "person", [f"{unit}/{person}" for person in rows.person])
     for i, shot in enumerate(shots):
         write_file(folder / WORK / f"images/{unit:05d}/{i:03d}.jpg", shot.jpeg)
     write_table(folder / WORK / f"{unit:05d}.parquet", table)
 
 # %% ../../nbs/24_further_publishers.ipynb #724cdf43
-CELEBA_PARTS = (0.8, 0.9)  # where validation and test begin, as shares of the people (CelebA: 8,192, 985 and 1,000 of 10,177)
+CELEBA_PARTS = (
+    0.8,
+    0.9,
+)  # where validation and test begin, as shares of the people (CelebA: 8,192, 985 and 1,000 of 10,177)
 
 
 def celeba_end(folder, units, settings):
-    "Number the photographs, and write the three lists."
+    """Number the photographs, and write the three lists."""
     rows = _gathered(folder, units)
     identity = rows.person.factorize()[0] + 1
     part = np.searchsorted(np.array(CELEBA_PARTS) * identity.max(), identity, side="left")
@@ -198,31 +258,55 @@ def celeba_end(folder, units, settings):
     found = sorted((folder / WORK / "images").rglob("*.jpg"))
     for name, path in zip(names, found, strict=True):
         write_file(folder / "Img/img_celeba" / name, path.read_bytes())
-    lines = [f"{name} " + " ".join(f"{value:2d}" for value in values)
-             for name, values in zip(names, rows[list(CELEBA_ATTRIBUTES)].to_numpy(), strict=True)]
+    lines = [
+        f"{name} " + " ".join(f"{value:2d}" for value in values)
+        for name, values in zip(names, rows[list(CELEBA_ATTRIBUTES)].to_numpy(), strict=True)
+    ]
     header = [str(len(rows)), " ".join(CELEBA_ATTRIBUTES) + " "]
     write_file(folder / "Anno/list_attr_celeba.txt", "\n".join([*header, *lines, ""]).encode())
     for path, column in (("Anno/identity_CelebA.txt", identity), ("Eval/list_eval_partition.txt", part)):
-        write_file(folder / path, "".join(f"{name} {value}\n" for name, value in zip(names, column, strict=True)).encode())
+        write_file(
+            folder / path,
+            "".join(f"{name} {value}\n" for name, value in zip(names, column, strict=True)).encode(),
+        )
 
 # %% ../../nbs/24_further_publishers.ipynb #9a901cda
-MCD_VIDEOS = (("before", "FullHDwebcam", "frontal"), ("after", "FullHDwebcam", "frontal"), ("before", "USBVideo", "side"))
+MCD_VIDEOS = (
+    ("before", "FullHDwebcam", "frontal"),
+    ("after", "FullHDwebcam", "frontal"),
+    ("before", "USBVideo", "side"),
+)
 G_DL = 1 / 0.6206  # mmol/l of haemoglobin (per iron atom) to g/dl
 
 
 def mcd_values(row, rng):
-    "The measurements of a patient under the publisher's names and in its units; one in thirty is missing."
-    values = {"weight": round(row.weight_kg, 1), "height": round(row.height_cm), "bmi": round(row.bmi, 2), "age": int(row.age),
-              "sex": "female" if row.female else "male", "upper_ap": round(row.systolic), "lower_ap": round(row.diastolic),
-              "saturation": round(row.saturation), "temperature": round(rng.normal(36.5, 0.2), 1), "stress": int(rng.integers(25, 120)),
-              "hemoglobin": round(row.haemoglobin * G_DL, 1), "glycated_hemoglobin": round(row.glycated_haemoglobin, 1),
-              "cholesterol": round(row.cholesterol, 2), "respiratory": int(rng.integers(12, 20)),
-              "rigidity": round(rng.normal(8, 2), 1), "pulse": int(rng.normal(75, 10))}
-    return {name: None if rng.random() < 1 / 30 and name not in ("age", "sex") else value for name, value in values.items()}
+    """The measurements of a patient under the publisher's names and in its units; one in thirty is missing."""
+    values = {
+        "weight": round(row.weight_kg, 1),
+        "height": round(row.height_cm),
+        "bmi": round(row.bmi, 2),
+        "age": int(row.age),
+        "sex": "female" if row.female else "male",
+        "upper_ap": round(row.systolic),
+        "lower_ap": round(row.diastolic),
+        "saturation": round(row.saturation),
+        "temperature": round(rng.normal(36.5, 0.2), 1),
+        "stress": int(rng.integers(25, 120)),
+        "hemoglobin": round(row.haemoglobin * G_DL, 1),
+        "glycated_hemoglobin": round(row.glycated_haemoglobin, 1),
+        "cholesterol": round(row.cholesterol, 2),
+        "respiratory": int(rng.integers(12, 20)),
+        "rigidity": round(rng.normal(8, 2), 1),
+        "pulse": int(rng.normal(75, 10)),
+    }
+    return {
+        name: None if rng.random() < 1 / 30 and name not in ("age", "sex") else value
+        for name, value in values.items()
+    }
 
 # %% ../../nbs/24_further_publishers.ipynb #3fb81bc1
 def mcd_rppg_unit(folder, seed, unit, photographs, size, variety=1.0):
-    "The videos of one unit's patients, and their rows."
+    """The videos of one unit's patients, and their rows."""
     rows, shots = make_unit("mcd-rppg", seed, unit, photographs, size, repeats=True, variety=variety)
     rng = np.random.default_rng(stream("mcd-rppg", seed, unit, 3))
     patients, lines = {}, []
@@ -232,15 +316,24 @@ def mcd_rppg_unit(folder, seed, unit, photographs, size, variety=1.0):
         if number not in patients:
             patients[number] = mcd_values(row, rng)
         name = f"{number}_{camera}_{step}.avi"
-        lines.append({"patient_id": number, **patients[number], "step": step, "camera": camera, "view": view, "video": f"video/{name}"})
+        lines.append(
+            {
+                "patient_id": number,
+                **patients[number],
+                "step": step,
+                "camera": camera,
+                "view": view,
+                "video": f"video/{name}",
+            }
+        )
         if (fate := rng.random()) > 0.02:
             clip = encode_clip(moved(_pixels(shot)), "avi")
-            write_file(folder / "video" / name, clip if fate > 0.04 else clip[:len(clip) // 20])
+            write_file(folder / "video" / name, clip if fate > 0.04 else clip[: len(clip) // 20])
     write_table(folder / WORK / f"{unit:05d}.parquet", pd.DataFrame(lines))
 
 
 def mcd_rppg_end(folder, units, settings):
-    "The publisher's table."
+    """The publisher's table."""
     (folder / "video").mkdir(exist_ok=True)
     write_file(folder / "db.csv", _gathered(folder, units).to_csv(index=False, lineterminator="\n").encode())
 

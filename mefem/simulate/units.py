@@ -16,18 +16,25 @@ import numpy as np
 WORK = ".simulating"  # the folder of unfinished work inside a data set's
 BLOOD = ["haemoglobin", "saturation", "systolic", "diastolic", "glycated_haemoglobin", "cholesterol"]
 FAULT_SHARES = {  # too small, at the border, nobody
-    "facecaption": (0.03, 0.03, 0.015), "avspeech": (0.02, 0.03, 0.02), "sfhq": (0.0, 0.0, 0.0),
-    "celeba": (0.02, 0.02, 0.0), "fairface": (0.0, 0.0, 0.0), "mcd-rppg": (0.0, 0.01, 0.0), "bmi": (0.01, 0.01, 0.01)}
+    "facecaption": (0.03, 0.03, 0.015),
+    "avspeech": (0.02, 0.03, 0.02),
+    "sfhq": (0.0, 0.0, 0.0),
+    "celeba": (0.02, 0.02, 0.0),
+    "fairface": (0.0, 0.0, 0.0),
+    "mcd-rppg": (0.0, 0.01, 0.0),
+    "bmi": (0.01, 0.01, 0.01),
+}
 
 # %% ../../nbs/23_units.ipynb #ae1ce501
 def stream(name, seed, *more):
-    "Seed sequence of a data set's people: different data sets never share one."
+    """Seed sequence of a data set's people: different data sets never share one."""
     return [int(seed), zlib.crc32(name.encode()), *more]
 
 
 def _faults(name, rng, n):
-    "Which of `n` photographs go wrong, and how."
+    """Which of `n` photographs go wrong, and how."""
     from mefem.simulate.photographs import FAULTS
+
     shares = FAULT_SHARES[name]
     return rng.choice(FAULTS, size=n, p=[1 - sum(shares), *shares])
 
@@ -40,21 +47,35 @@ def make_unit(name, seed, unit, photographs, size=320, repeats=False, variety=1.
     """
     from mefem.simulate.people import EXPRESSIONS, sample_people
     from mefem.simulate.photographs import _expression, busts, photograph
+
     rng = np.random.default_rng(stream(name, seed, unit, 1))
     copies = rng.integers(1, 4, photographs) if repeats else np.ones(photographs, int)
     person = np.repeat(np.arange(photographs), copies)[:photographs]
-    people = sample_people(person[-1] + 1, stream(name, seed, unit, 0), "all ages" if name == "fairface" else "adults")
-    rows = people.iloc[person].assign(person=person, fault=_faults(name, rng, photographs)).reset_index(drop=True)
+    people = sample_people(
+        person[-1] + 1, stream(name, seed, unit, 0), "all ages" if name == "fairface" else "adults"
+    )
+    rows = (
+        people.iloc[person]
+        .assign(person=person, fault=_faults(name, rng, photographs))
+        .reset_index(drop=True)
+    )
     faces = np.stack([_expression(rng) for _ in range(photographs)])
     points = busts(rows, faces)
-    shots = [photograph(row, points[i], np.random.default_rng(stream(name, seed, unit, 2, i)), size, row.fault, variety)
-             for i, row in enumerate(rows.itertuples(index=False))]
-    seen = {"smile": faces[:, EXPRESSIONS.index("mouthSmileLeft")], "jaw_open": faces[:, EXPRESSIONS.index("jawOpen")]}
+    shots = [
+        photograph(
+            row, points[i], np.random.default_rng(stream(name, seed, unit, 2, i)), size, row.fault, variety
+        )
+        for i, row in enumerate(rows.itertuples(index=False))
+    ]
+    seen = {
+        "smile": faces[:, EXPRESSIONS.index("mouthSmileLeft")],
+        "jaw_open": faces[:, EXPRESSIONS.index("jawOpen")],
+    }
     return rows.assign(**seen), shots
 
 # %% ../../nbs/23_units.ipynb #76c40e34
 def write_file(path, data):
-    "Write bytes whole or not at all."
+    """Write bytes whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
@@ -62,11 +83,14 @@ def write_file(path, data):
 
 
 def write_table(path, table, **kwargs):
-    "Write a table (pandas or pyarrow) as parquet, whole or not at all."
+    """Write a table (pandas or pyarrow) as parquet, whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     buffer = io.BytesIO()
     pq.write_table(
-        table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False), buffer, **kwargs
+        table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False),
+        buffer,
+        **kwargs,
     )
     write_file(path, buffer.getvalue())
