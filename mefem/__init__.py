@@ -12,7 +12,7 @@ _PUBLIC = {
     "FaceEmbedder": "features", "load_settings": "config",
 }
 _MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
-            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
+            "models", "jepa", "beyond", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
             "fairness", "pictures", "datasheets", "readme", "cli"}
 
 

@@ -488,11 +488,11 @@ def figure_table4(cells: pd.DataFrame, path) -> Path:
 # %% ../nbs/62_ablations.ipynb #7e9d3dca
 def operations_of(settings: dict) -> int:
     """Multiply-adds of one picture in one training step of a run, from the settings in its run.json."""
-    from mefem.config import Pretrain
+    from mefem.config import PretrainSettings
     from mefem.monitoring import step_operations
     from mefem.training import build
 
-    return sum(step_operations(build(Pretrain.model_validate(settings))).values())
+    return sum(step_operations(build(PretrainSettings.model_validate(settings))).values())
 
 
 def costs(results, rows=TABLE4_ROWS, feature_set: str = "patches") -> pd.DataFrame:

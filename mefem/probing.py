@@ -865,7 +865,7 @@ def probe(
 
     "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
     "linear") says otherwise. The grid is lrs x weight_decays x starts (see `starting_points`). `heads` counts only where the features do not say how
-    many heads their encoder has; `device`: "auto" or what PyTorch takes. Defaults are those of `mefem.config.Probing`. Features that are absent give an empty result whose info has their state and the
+    many heads their encoder has; `device`: "auto" or what PyTorch takes. Defaults are those of `mefem.config.ProbingSettings`. Features that are absent give an empty result whose info has their state and the
     reason. Raises `TooFewLabels` where the labels do not suffice, `PersonLeak` where a split is not one of people."""
     task, device = get_task(task), choose_device(str(device))
     features = features if isinstance(features, Features) else task_features(features, task)

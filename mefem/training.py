@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures', 'train_rows', 'shard_lengths',
-           'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'GlobalBatchJEPA',
-           'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
-           'newest_of_others', 'adopt_checkpoint', 'tell_of_others', 'cut_log', 'append_log', 'dvclive_sink', 'Stop',
-           'Run', 'start_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random', 'save_run', 'draw',
-           'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for', 'progress_bar',
-           'open_log', 'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain', 'write_run',
-           'processes_of', 'launch']
+           'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'encoder_kwargs',
+           'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'newest_of_others',
+           'adopt_checkpoint', 'report_others', 'cut_log', 'append_log', 'dvclive_sink', 'Stop', 'Run', 'made_from',
+           'start_run', 'restore_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random', 'save_run',
+           'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for',
+           'progress_bar', 'open_log', 'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'crops_of',
+           'pretrain', 'write_run', 'processes_of', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
@@ -34,11 +34,12 @@ import torch
 import torch.distributed as dist
 
 from .compute import choose_device, choose_precision, usable_cores
-from .config import Pretrain, SettingsError
+from .config import PretrainSettings, SettingsError
 from .files import find_root, replacing, write_atomic, write_json
 from .made_from import MadeFrom, code_hash, files_hash, settings_hash
-from .jepa import JEPA, normalise_targets, sigreg
-from .masking import TokenSplit, create_masking
+from .beyond import create_jepa, run_code
+from .jepa import JEPA
+from .masking import TokenSplit
 from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
 from .shards import crops_hash
 from mefem.monitoring import (
@@ -50,7 +51,6 @@ from mefem.monitoring import (
     relative_spread,
     step_operations,
 )
-from .weighting import create_weights
 
 # %% ../nbs/45_training.ipynb #7a5c4ce6
 def cosine(start: float, end: float, progress: float) -> float:
@@ -59,7 +59,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def schedule(step: int, steps: int, o) -> dict:
-    """Learning rate, weight decay and EMA momentum at `step` (0 .. steps - 1) of the settings `o` (an `Optimiser` section)."""
+    """Learning rate, weight decay and EMA momentum at `step` (0 .. steps - 1) of the settings `o` (an `OptimiserSettings` section)."""
     progress = step / max(1, steps)
     warmup = max(1, round(o.warmup * steps))
     if step < warmup:
@@ -289,7 +289,7 @@ class World(NamedTuple):
 ALONE = World()
 
 # %% ../nbs/45_training.ipynb #cff3faae
-def join_world(config: Pretrain) -> tuple[World, torch.device]:
+def join_world(config: PretrainSettings) -> tuple[World, torch.device]:
     """This process's place in the run, by torchrun's environment variables (alone where there are none), and its device."""
     device, size = (
         choose_device(config.device),
@@ -351,66 +351,27 @@ def batches(
         generator=torch.Generator(),
     )  # its own: the run's must not be drawn from
 
-# %% ../nbs/45_training.ipynb #c4fc2063
-class GlobalBatchJEPA(JEPA):
-    """JEPA whose statistics and draws are those of the whole batch, of which this process has a part."""
-
-    @property
-    def world(self) -> World:
-        return World(dist.get_rank(), dist.get_world_size())
-
-    def targets(self, images, index, everything=None):
-        """As in `JEPA`; `mefem.jepa.normalise_targets` with sums over all processes."""
-        if self.target_norm == "layer":
-            return super().targets(images, index, everything)
-        return normalise_targets(everything, index, self.target_norm, mean=self.world.mean)
-
-    def chance(self, samples, generator, device):
-        """This process's part of what one process would draw for all."""
-        whole = samples * self.world.size
-        return super().chance(whole, generator, device)[self.world.part(whole)]
-
-    def regulariser(self, everything, generator):
-        """`mefem.jepa.sigreg` over the pictures of all processes; gradients flow through the mean to each of them."""
-        from torch.distributed.nn.functional import all_reduce
-
-        size = self.world.size
-        return sigreg(everything, generator=generator, mean=lambda x: all_reduce(x) / size, processes=size)
-
 # %% ../nbs/45_training.ipynb #472d27a8
-def encoder_kwargs(config: Pretrain) -> dict:
+def encoder_kwargs(config: PretrainSettings) -> dict:
     """timm's keyword arguments for the encoder of a run: those of its settings, and no CLS where the masking has none."""
-    return dict(config.encoder.kwargs) | (
-        {} if config.masking.cls_in_source is not None else {"class_token": False}
-    )
+    without_cls = {} if config.masking.cls_in_source is not None else {"class_token": False}
+    return dict(config.encoder.kwargs) | without_cls
 
-
-def build(config: Pretrain, kind: type[JEPA] = JEPA) -> JEPA:
+# %% ../nbs/45_training.ipynb #9c4f4f5c
+def build(config: PretrainSettings) -> JEPA:
     """Student, teacher and predictor of a run, initialised from its seed."""
     torch.manual_seed(config.seed)
-    cls = config.masking.cls_in_source is not None
     encoder = create_encoder(config.encoder.name, **encoder_kwargs(config))
-    grid = encoder.patch_embed.grid_size[0]
+    grid, cls = encoder.patch_embed.grid_size[0], config.masking.cls_in_source is not None
     predictor = Predictor(encoder.embed_dim, grid, cls, **config.predictor.model_dump())
-    masking = create_masking(grid=grid, **config.masking.model_dump())
-    weights = create_weights(grid=grid, **config.weights.model_dump())
-    jepa = kind(
-        encoder,
-        predictor,
-        masking,
-        weights,
-        config.teacher_input,
-        config.target_norm,
-        config.target_share,
-        config.sigreg,
-    )
+    jepa = create_jepa(config, encoder, predictor)
     device = choose_device(config.device)
     if device.type == "cpu" and choose_precision(config.precision, device) == "bf16":
         fuse_attention(jepa, False)
     return jepa
 
-
-def optimiser_of(jepa: JEPA, config: Pretrain) -> torch.optim.AdamW:
+# %% ../nbs/45_training.ipynb #21b5f670
+def optimiser_of(jepa: JEPA, config: PretrainSettings) -> torch.optim.AdamW:
     """AdamW over student and predictor; biases, norms and single tokens are not decayed."""
     trained = [p for module in (jepa.student, jepa.predictor) for p in module.parameters() if p.requires_grad]
     groups = [
@@ -491,44 +452,43 @@ def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
     return state | {"adopted": {"step": state["step"], **before}}
 
 # %% ../nbs/45_training.ipynb #36b65423
-def newest_of_others(folder: Path, same_settings: MadeFrom | None = None) -> Path | None:
-    """The newest checkpoint in the folders beside `folder`; `same_settings`: only of runs with these settings."""
+def newest_of_others(folder: Path, settings: str | None = None) -> tuple[Path, dict] | None:
+    """The newest checkpoint in the folders beside `folder` and what it was made from; `settings`: only of those."""
     found = []
     for path in folder.parent.glob("*/step_*.pt"):
         about = path.parent / "made_from.json"
         made = json.loads(about.read_text()) if about.is_file() else {}
-        if path.parent != folder and (
-            same_settings is None or made.get("settings") == same_settings.settings
-        ):
-            found.append((path.stat().st_mtime_ns, path.name, path))
-    return max(found)[2] if found else None
+        if path.parent != folder and settings in (None, made.get("settings")):
+            found.append((path.stat().st_mtime_ns, path.name, path, made))
+    return max(found, key=lambda item: item[:2])[2:] if found else None
 
-
+# %% ../nbs/45_training.ipynb #a1120d53
 def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
     """Copy the newest checkpoint of these settings, whatever its pictures and code, into the empty `folder`, with its log."""
     if any(folder.glob("step_*.pt")):
         return
-    path = newest_of_others(folder, made)
-    if path is None:
+    others = newest_of_others(folder, made.settings)
+    if others is None:
         raise CheckpointError(
             f"nothing to go on from anyway: {folder.parent} has no checkpoint of settings {made.settings}"
         )
+    path, _ = others
     with replacing(folder / path.name) as temporary:
         shutil.copyfile(path, temporary)
     if (log := path.parent / "log.csv").is_file():
         write_atomic(folder / "log.csv", log.read_bytes())
 
-
-def tell_of_others(folder: Path, made: MadeFrom, run: str) -> None:
-    """One line where this run starts anew although checkpoints of other settings, pictures or code lie beside it."""
-    if any(folder.glob("step_*.pt")) or not (path := newest_of_others(folder)):
+# %% ../nbs/45_training.ipynb #07d9faaa
+def report_others(folder: Path, made: MadeFrom, run: str) -> None:
+    """One line where this run starts at step 0 although checkpoints of other settings, pictures or code are beside it."""
+    if any(folder.glob("step_*.pt")) or not (others := newest_of_others(folder)):
         return
-    about = path.parent / "made_from.json"
-    differs = made.differs(json.loads(about.read_text())) if about.is_file() else ["origin"]
+    path, before = others
+    differs = made.differs(before) if before else ["origin"]
     remedy = "" if "settings" in differs else "; --resume-anyway goes on from it"
     print(
-        f"{run} starts at step 0: {path.parent.name}/{path.name}, beside it, was made from other {' and '.join(differs)} and is left "
-        f"as it is{remedy}",
+        f"{run} starts at step 0: {path.parent.name}/{path.name}, beside it, was made from other "
+        f"{' and '.join(differs)} and is left as it is{remedy}",
         flush=True,
     )
 
@@ -624,7 +584,7 @@ class Stop:
 class Run:
     """What one pretraining holds."""
 
-    config: Pretrain
+    config: PretrainSettings
     folder: Path
     made: MadeFrom
     pictures: MemoryPictures | ShardPictures
@@ -650,54 +610,41 @@ class Run:
         return choose_precision(self.config.precision, self.device)
 
     @property
-    def chief(self) -> bool:
-        """The one process that writes."""
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes."""
         return self.world.rank == 0
+
+# %% ../nbs/45_training.ipynb #b17867f3
+def made_from(config: PretrainSettings, data_hash: str) -> MadeFrom:
+    """What a run is made from: its settings, its pictures, and the code that they run."""
+    return MadeFrom(settings_hash(config), data_hash, run_code(config))
 
 # %% ../nbs/45_training.ipynb #24274275
 def start_run(
-    config: Pretrain, pictures, folder: Path, made: MadeFrom, resume: bool = True, resume_anyway: bool = False
+    config: PretrainSettings,
+    pictures,
+    folder: Path,
+    made: MadeFrom | None = None,
+    resume: bool = True,
+    resume_anyway: bool = False,
 ) -> Run:
-    """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them."""
-    world, device = join_world(config)
-    # Told how many, MKL keeps to it; untold it may take fewer for a product, and the last bits are then those of another sum.
-    torch.set_num_threads(torch.get_num_threads())
-    jepa = build(config, JEPA if world.size == 1 else GlobalBatchJEPA).to(device).train()
-    optimiser, forward = optimiser_of(jepa, config), jepa
+    """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them.
+
+    `pictures`: `MemoryPictures` or `ShardPictures`; `made`: what the run is made from, by default worked out here.
+    Without `resume`, a folder that holds a checkpoint is refused. A checkpoint made from other settings, pictures or
+    code is refused too; `resume_anyway` takes one of other pictures or code."""
+    folder = Path(folder)
+    made = made or made_from(config, pictures.content_hash())
     if not resume and any(folder.glob("step_*.pt")):
         raise CheckpointError(
             f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
         )
-    state = load_checkpoint(folder, made, resume_anyway, print if world.rank == 0 else lambda *a, **k: None)
+    world, device = join_world(config)
+    # A pinned number: otherwise MKL may use fewer threads for some products, which changes the rounding.
+    torch.set_num_threads(torch.get_num_threads())
+    jepa = build(config).to(device).train()
     window = None if isinstance(pictures, MemoryPictures) else config.runtime.window
-    order = Order(pictures.lengths, config.seed, window)
-    if state:
-        order = resume_order(state["sampler"], pictures, folder)
-        jepa.load_state_dict(state["jepa"])
-        optimiser.load_state_dict(state["optimiser"])
-        restore_random(state["random"])
-        before, now = (
-            state.get("arithmetic", "what its checkpoint does not say"),
-            arithmetic_of(world, device, choose_precision(config.precision, device)),
-        )
-        if before != now and world.rank == 0:
-            print(
-                f"this run goes on with {now}; until step {state['step']} it had {before}. The result will not be the same "
-                "to the last bit as that of a run without the change",
-                flush=True,
-            )
-    if world.size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(
-            jepa, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-    if config.compile:
-        forward = torch.compile(forward)
-    start, adopted = (state["step"], state.get("adopted")) if state else (0, None)
-    if world.rank == 0:
-        write_json(
-            folder / "made_from.json", dataclasses.asdict(made) | ({"adopted": adopted} if adopted else {})
-        )
-    return Run(
+    run = Run(
         config,
         folder,
         made,
@@ -705,14 +652,49 @@ def start_run(
         world,
         device,
         jepa,
-        forward,
-        optimiser,
-        order,
+        _wrap(jepa, config, world),
+        optimiser_of(jepa, config),
+        Order(pictures.lengths, config.seed, window),
         torch.Generator(device=device),
-        start=start,
-        counted=start,
-        adopted=adopted,
     )
+    if state := load_checkpoint(folder, made, resume_anyway, print if run.is_main else _silent):
+        restore_run(run, state)
+    if run.is_main:
+        adopted = {"adopted": run.adopted} if run.adopted else {}
+        write_json(folder / "made_from.json", dataclasses.asdict(made) | adopted)
+    return run
+
+# %% ../nbs/45_training.ipynb #da77093e
+def _silent(*args, **kwargs) -> None:
+    """In place of `print`, in processes that are not the main one."""
+
+
+def _wrap(jepa: JEPA, config: PretrainSettings, world: World) -> torch.nn.Module:
+    """What a step calls: the networks, across processes and compiled, where that is so."""
+    forward = jepa
+    if world.size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(
+            jepa, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return torch.compile(forward) if config.compile else forward
+
+# %% ../nbs/45_training.ipynb #7d522e02
+def restore_run(run: Run, state: dict) -> None:
+    """Set a new run to a checkpoint's state, and say so where its arithmetic is not the checkpoint's."""
+    run.order = resume_order(state["sampler"], run.pictures, run.folder)
+    run.jepa.load_state_dict(state["jepa"])
+    run.optimiser.load_state_dict(state["optimiser"])
+    restore_random(state["random"])
+    run.start = run.counted = state["step"]
+    run.adopted = state.get("adopted")
+    before = state.get("arithmetic", "an arithmetic that its checkpoint does not name")
+    now = arithmetic_of(run.world, run.device, run.precision)
+    if before != now and run.is_main:
+        print(
+            f"this run goes on with {now}; until step {run.start} it had {before}. The result will not be the same "
+            "to the last bit as that of a run without the change",
+            flush=True,
+        )
 
 # %% ../nbs/45_training.ipynb #08016fc0
 def resume_order(sampler: dict, pictures, folder) -> Order:
@@ -752,14 +734,14 @@ def restore_random(state: dict) -> None:
 
 # %% ../nbs/45_training.ipynb #50735a0b
 def save_run(run: Run, step: int) -> None:
-    """Checkpoint by the chief; all processes wait for it. Raises `FloatingPointError` rather than keep weights that are not finite."""
+    """Checkpoint by the main process; all processes wait for it. Raises `FloatingPointError` rather than keep weights that are not finite."""
     norms = torch.stack(torch._foreach_norm(list(run.jepa.parameters())))
     if not torch.isfinite(norms).all():
         raise FloatingPointError(
             f"weights are not finite after step {step}: no checkpoint written, those in {run.folder} are from "
             "before; lower optimiser.lr or set optimiser.clip"
         )
-    if run.chief:
+    if run.is_main:
         sampler = {
             "lengths": list(map(int, run.order.lengths)),
             "window": run.order.window,
@@ -886,34 +868,20 @@ def check(run: Run, done: int, out: dict, panel: Panel | None, thorough: bool) -
     return row
 
 # %% ../nbs/45_training.ipynb #ea24d1a8
-def train(
-    config: Pretrain,
-    pictures,
-    folder: Path,
-    resume: bool = True,
-    progress: bool = True,
-    data: str = "",
-    labelled=None,
-    dvclive: Path | None = None,
-    resume_anyway: bool = False,
-) -> JEPA:
-    """Train on `pictures`, checkpoints and log in `folder`; returns the trained networks.
+def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None = None) -> JEPA:
+    """Train a run that `start_run` has started, to its last step; returns the trained networks.
 
-    `pictures`: uint8 [N, H, W, 3], `MemoryPictures` or `ShardPictures`; `data`: their hash, if it is known; `labelled`:
-    (pictures, labels, people) of the probe; `dvclive`: a folder for DVCLive. With `resume`, goes on from the newest checkpoint
-    there; without, refuses a folder that holds one. A checkpoint made from other settings, pictures or code is refused;
-    `resume_anyway` takes one of other pictures or code. SIGTERM and Ctrl-C write a checkpoint and end the process."""
-    pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
-    made = MadeFrom(settings_hash(config), data or pictures.content_hash(), code_hash("training"))
-    run = start_run(config, pictures, Path(folder), made, resume, resume_anyway)
+    `labelled`: (pictures, labels, people) of the probe; `dvclive`: a folder for DVCLive. SIGTERM and Ctrl-C write a
+    checkpoint and end the process."""
+    config = run.config
     if run.start == config.steps:
-        if run.chief:
+        if run.is_main:
             print(
-                f"nothing to do: finished at step {run.start} of {config.steps}, made from {made}", flush=True
+                f"nothing to do: finished at step {run.start} of {config.steps}, made from {run.made}", flush=True
             )
         return run.jepa.eval()
     write_row = open_log(run, dvclive)
-    panel = Panel(run, labelled) if run.chief else None
+    panel = Panel(run, labelled) if run.is_main else None
     with Stop() as stop, progress_bar(run, progress) as bar:
         for step, images in enumerate(waiting_for(run), start=run.start):
             out = train_step(run, step, images)
@@ -973,7 +941,7 @@ def progress_bar(run: Run, progress: bool):
     return tqdm(
         total=run.config.steps,
         initial=run.start,
-        disable=not (progress and run.chief),
+        disable=not (progress and run.is_main),
         mininterval=10,
         unit="step",
     )
@@ -981,7 +949,7 @@ def progress_bar(run: Run, progress: bool):
 
 def open_log(run: Run, dvclive: Path | None = None):
     """A function that writes a row to `log.csv`, the bar, DVCLive if asked, and says what is wrong; on the chief."""
-    if not run.chief:
+    if not run.is_main:
         return lambda row, bar: None
     path = run.folder / "log.csv"
     rows = cut_log(path, run.start)
@@ -1033,7 +1001,7 @@ def load_pictures(folders, size: int, exclude_leaked: bool = False) -> MemoryPic
     )
 
 
-def open_pictures(folders, config: Pretrain, world: World, index: Path, memory_share: float = 0.5):
+def open_pictures(folders, config: PretrainSettings, world: World, index: Path, memory_share: float = 0.5):
     """The crops in `folders`: decoded in memory, or left in their shards where they would take more than a share of what is free."""
     import psutil
 
@@ -1070,9 +1038,18 @@ def probe_pictures(faces: Path, what: str, size: int, most: int = 1000):
     images, labels = load_images(faces / name, size=size, limit=most)[rows], labels[rows]
     return images, labels[label].to_numpy(), labels["person"].to_numpy() if "person" in labels else None
 
+# %% ../nbs/45_training.ipynb #76a97b3a
+def crops_of(config: PretrainSettings, faces: Path, index_folder: Path, world: World = ALONE):
+    """The crops of a run's data sets and their hash; where shards are read, an index is kept in `index_folder`."""
+    folders = present_sets([faces / name for name in config.datasets], print if world.rank == 0 else _silent)
+    leaks = faces / "leaks.json" if config.exclude_leaked else None
+    data_hash = crops_hash(*folders, leaks=leaks)
+    index = index_folder / f"index-{data_hash}-{code_hash('training')}.npz"  # kept, and no result
+    return open_pictures(folders, config, world, index), data_hash
+
 # %% ../nbs/45_training.ipynb #375603ca
 def pretrain(
-    config: Pretrain,
+    config: PretrainSettings,
     resume: bool = True,
     run: str = "main",
     root=None,
@@ -1082,70 +1059,62 @@ def pretrain(
 ) -> Path:
     """Run one pretraining, or this process's part of it under torchrun; returns the path of `encoder.safetensors`.
 
-    Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W, 3]); all is written to
-    `data/runs/<run>`, checkpoints to `checkpoints/<key>` there, the key being that of settings, pictures and code (`MadeFrom`):
-    a run never goes on from what was made from others. `resume_anyway` goes on from the newest checkpoint of the same settings,
-    whatever its pictures and code; run.json then says so."""
-    home, (world, _), begun = Path(root or find_root()) / "data", join_world(config), time.perf_counter()
-    out, size = home / "runs" / run, config.encoder.image_size
+    Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W, 3]). All is
+    written to `data/runs/<run>`, checkpoints to `checkpoints/<key>` there: the key is that of settings, pictures and code
+    (`MadeFrom`), so a run never goes on from a checkpoint of others. `resume_anyway` goes on from the newest checkpoint
+    of the same settings, whatever its pictures and code; run.json then says so."""
+    begun = time.perf_counter()
+    world, _ = join_world(config)
+    home = Path(root or find_root()) / "data"
+    out = home / "runs" / run
     if pictures is None:
-        silent = print if world.rank == 0 else lambda *a, **k: None
-        folders = present_sets([home / "faces" / name for name in config.datasets], silent)
-        data = crops_hash(*folders, leaks=home / "faces" / "leaks.json" if config.exclude_leaked else None)
-        index = out / "checkpoints" / f"index-{data}-{code_hash('training')}.npz"  # kept, and no result
-        pictures = open_pictures(folders, config, world, index)
+        pictures, data_hash = crops_of(config, home / "faces", out / "checkpoints", world)
     else:
-        pictures = MemoryPictures(pictures) if isinstance(pictures, np.ndarray | torch.Tensor) else pictures
-        data = pictures.content_hash()
-    labelled = (
-        probe_pictures(home / "faces", config.runtime.probe, size)
-        if config.runtime.probe and world.rank == 0
-        else None
-    )
-    made = MadeFrom(settings_hash(config), data, code_hash("training"))
+        pictures = MemoryPictures(pictures)
+        data_hash = pictures.content_hash()
+    made = made_from(config, data_hash)
     folder = out / "checkpoints" / made.key
-    if world.rank == 0 and resume_anyway:
-        adopt_checkpoint(folder, made)
-    elif world.rank == 0:
-        tell_of_others(folder, made, run)
-    world.wait()
-    live = out / "dvclive" if config.runtime.dvclive else None
-    jepa = train(config, pictures, folder, resume, progress, data, labelled, live, resume_anyway)
     if world.rank == 0:
-        write_run(config, run, jepa, out, folder, len(pictures))
-        print(
-            f"{run}: {config.steps} steps of {config.batch}, {time.perf_counter() - begun:.0f} s in this process",
-            flush=True,
-        )
+        if resume_anyway:
+            adopt_checkpoint(folder, made)
+        else:
+            report_others(folder, made, run)
+    world.wait()
+    labelled = None
+    if config.runtime.probe and world.rank == 0:
+        labelled = probe_pictures(home / "faces", config.runtime.probe, config.encoder.image_size)
+    started = start_run(config, pictures, folder, made, resume, resume_anyway)
+    train(started, progress, labelled, out / "dvclive" if config.runtime.dvclive else None)
+    if world.rank == 0:
+        write_run(started, run, out)
+        seconds = time.perf_counter() - begun
+        print(f"{run}: {config.steps} steps of {config.batch}, {seconds:.0f} s in this process", flush=True)
     world.wait()
     return out / "encoder.safetensors"
 
-
-def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, pictures: int) -> None:
-    """What a run leaves: encoder.safetensors, log.csv, run.json in `out`."""
+# %% ../nbs/45_training.ipynb #804ee0b9
+def write_run(run: Run, name: str, out: Path) -> None:
+    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json."""
+    config, teacher = run.config, run.jepa.teacher
+    about = {"run": name, "settings": settings_hash(config)}
     save_encoder(
-        out / "encoder.safetensors",
-        jepa.teacher,
-        config.encoder.name,
-        encoder_kwargs(config),
-        run=run,
-        settings=settings_hash(config),
+        out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about
     )
-    write_atomic(out / "log.csv", (folder / "log.csv").read_bytes())
+    write_atomic(out / "log.csv", (run.folder / "log.csv").read_bytes())
     write_json(
         out / "run.json",
         {
-            "run": run,
+            "run": name,
             "settings": config.model_dump(mode="json"),
             "hash": settings_hash(config),
-            "made_from": json.loads((folder / "made_from.json").read_text()),
-            "pictures": pictures,
-            "parameters": sum(p.numel() for p in jepa.teacher.parameters()),
+            "made_from": json.loads((run.folder / "made_from.json").read_text()),
+            "pictures": len(run.pictures),
+            "parameters": sum(p.numel() for p in teacher.parameters()),
         },
     )
 
 # %% ../nbs/45_training.ipynb #0a9330a0
-def processes_of(config: Pretrain) -> int:
+def processes_of(config: PretrainSettings) -> int:
     """Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."""
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
     count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, usable_cores())
@@ -1155,7 +1124,7 @@ def processes_of(config: Pretrain) -> int:
 
 
 def launch(
-    config: Pretrain, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False
+    config: PretrainSettings, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False
 ) -> Path:
     """`pretrain`, here or through torchrun in several processes on this machine; `ChildProcessError` when they fail."""
     root, count = Path(root or find_root()), processes_of(config)

@@ -11,7 +11,7 @@ from test_faces import cartoon
 from typer.testing import CliRunner
 
 from mefem.cli import app
-from mefem.config import Probing
+from mefem.config import ProbingSettings
 from mefem.models import create_encoder, save_encoder
 from mefem.report import stage_durations
 from mefem.shards import read_labels, read_manifest
@@ -236,7 +236,7 @@ def test_defaults_of_the_probe_are_those_of_the_settings():
 
     from mefem.probing import probe
 
-    settings = Probing().model_dump()
+    settings = ProbingSettings().model_dump()
     defaults = {name: parameter.default for name, parameter in inspect.signature(probe).parameters.items()}
     shared = settings.keys() & defaults.keys()
     assert (
@@ -281,7 +281,7 @@ def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes
         linear=False,
         progress=False,
         jobs=1,
-        **Probing(**(changes or {})).model_dump(),
+        **ProbingSettings(**(changes or {})).model_dump(),
     )
     (graph,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
     mefem("probe", features, "-o", tmp_path / "numbers.json")

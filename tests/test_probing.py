@@ -429,9 +429,9 @@ def test_every_way_to_name_a_device(device):
 
 
 def test_the_settings_of_a_profile_are_what_probe_takes():
-    from mefem.config import Probing
+    from mefem.config import ProbingSettings
 
-    settings = Probing(epochs=1, folds=2).model_dump()
+    settings = ProbingSettings(epochs=1, folds=2).model_dump()
     for name in ("bootstrap", "seed", "seeds"):
         del settings[name]
     assert len(probe(toy(), "bmi", "patches", progress=False, **settings).predictions) == 120
