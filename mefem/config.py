@@ -131,8 +131,12 @@ class OptimiserSettings(Section):
 class RuntimeSettings(Section):
     """How a run is run. None of it is part of the run's hash: a run may continue elsewhere with other numbers here."""
 
-    processes: Count | None = None  # that the stage starts by torchrun; null: one per GPU, `cpu_processes` without
-    cpu_processes: Count = 1  # without a GPU: a small model gains more from a process per core than from threads
+    processes: Count | None = (
+        None  # that the stage starts by torchrun; null: one per GPU, `cpu_processes` without
+    )
+    cpu_processes: Count = (
+        1  # without a GPU: a small model gains more from a process per core than from threads
+    )
     pictures: Literal["auto", "memory", "shards"] = "auto"  # decoded once, or read; auto: memory if they fit
     window: Count = 16  # shards whose pictures are mixed, where they are read from shards
     workers: Annotated[int, Field(ge=0)] | None = None  # decoders of each process; null: its share of cores
@@ -143,7 +147,9 @@ class RuntimeSettings(Section):
 # %% ../nbs/00_config.ipynb #3eb02d44
 class PretrainSettings(Section):
     datasets: tuple[DatasetName, ...] = ("facecaption", "avspeech", "sfhq")
-    exclude_leaked: bool = False  # leave out photographs that data/faces/leaks.json finds in an evaluation set
+    exclude_leaked: bool = (
+        False  # leave out photographs that data/faces/leaks.json finds in an evaluation set
+    )
     encoder: EncoderSettings = EncoderSettings()
     predictor: PredictorSettings = PredictorSettings()
     masking: MaskingSettings = MaskingSettings()
@@ -470,7 +476,9 @@ def ablation_settings(settings: Settings, run: str, seed: int = 0) -> PretrainSe
     if run not in settings.ablations:
         raise SettingsError(f"run {run!r} is not one of ablations: {', '.join(settings.ablations)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.active.ablation.pretrain)
-    return _validated(PretrainSettings, _merge(merged, settings.ablations[run]) | {"seed": seed}, f"ablation {run!r}")
+    return _validated(
+        PretrainSettings, _merge(merged, settings.ablations[run]) | {"seed": seed}, f"ablation {run!r}"
+    )
 
 
 def ablation_probing(settings: Settings) -> ProbingSettings:

@@ -11,10 +11,10 @@ from mefem.config import PretrainSettings
 from mefem.monitoring import (
     alpha_req,
     health,
-    linear_probe,
     peak_operations,
     rankme,
     relative_spread,
+    ridge_probe,
     step_operations,
 )
 from mefem.training import MemoryPictures, build, start_run, train
@@ -123,13 +123,13 @@ def test_linear_probe_by_person_and_by_kind():
     x, people = rng.normal(size=(300, 6)), np.repeat(np.arange(60), 5)
     y = x @ rng.normal(size=6) + rng.normal(size=300)
     plain = r2_score(y, cross_val_predict(LinearRegression(), x, y, groups=people, cv=GroupKFold(5)))
-    assert linear_probe(x, y, people) == pytest.approx(plain, abs=0.01)
-    assert linear_probe(x, np.where(y > 0, "yes", "no"), people) > 0.75
+    assert ridge_probe(x, y, people) == pytest.approx(plain, abs=0.01)
+    assert ridge_probe(x, np.where(y > 0, "yes", "no"), people) > 0.75
     own = rng.normal(size=60)[people]  # a value that only the person's own pictures would give away
     identity = np.eye(60)[people] + 0.01 * rng.normal(size=(300, 60))
-    assert linear_probe(identity, own, people) < 0.1 < 0.9 < linear_probe(identity, own)
+    assert ridge_probe(identity, own, people) < 0.1 < 0.9 < ridge_probe(identity, own)
     with pytest.raises(ValueError, match="300 labels"):
-        linear_probe(x, np.r_[y[:-1], np.nan])
+        ridge_probe(x, np.r_[y[:-1], np.nan])
 
 
 def test_health_names_what_is_wrong():

@@ -26,8 +26,8 @@ from mefem.models import normalise
 from mefem.shards import load_images, read_labels, write_manifest, write_shard
 from mefem.training import (
     CheckpointError,
+    EpochOrder,
     MemoryPictures,
-    Order,
     ShardPictures,
     World,
     batches,
@@ -132,24 +132,24 @@ def log_of(folder):
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 99])
 def test_no_picture_twice_in_an_epoch_and_all_in_each(window):
-    order, batch, count = Order(LENGTHS, seed=7, window=window), 6, sum(LENGTHS)
+    order, batch, count = EpochOrder(LENGTHS, seed=7, window=window), 6, sum(LENGTHS)
     seen = np.concatenate([order.batch(step, batch) for step in range(count)])  # six epochs
     for epoch in range(6):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert list(seen[:count]) != list(seen[count : 2 * count])
-    again = Order(LENGTHS, seed=7, window=window)  # a step's pictures follow from its number alone
+    again = EpochOrder(LENGTHS, seed=7, window=window)  # a step's pictures follow from its number alone
     assert again.batch(19, batch).tolist() == seen[19 * batch : 20 * batch].tolist()
 
 
 def test_order_in_memory_is_one_permutation_an_epoch():
     order = np.concatenate([np.random.default_rng([3, epoch]).permutation(23) for epoch in range(5)])
-    assert [i for step in range(23) for i in Order([23], 3).batch(step, 5)] == order.tolist()
-    assert [i for step in range(23) for i in Order([20, 3], 3).batch(step, 5)] == order.tolist()
+    assert [i for step in range(23) for i in EpochOrder([23], 3).batch(step, 5)] == order.tolist()
+    assert [i for step in range(23) for i in EpochOrder([20, 3], 3).batch(step, 5)] == order.tolist()
 
 
 def test_a_window_touches_few_shards_at_a_time():
     lengths = [50] * 20
-    order = Order(lengths, seed=0, window=4)
+    order = EpochOrder(lengths, seed=0, window=4)
     for step in range(5):  # a group of four shards has 200 pictures
         shards = set(order.batch(step, 200) // 50)
         assert len(shards) == 4
@@ -159,7 +159,7 @@ def test_a_window_touches_few_shards_at_a_time():
 
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="no picture"):
-        Order([0, 0], 0)
+        EpochOrder([0, 0], 0)
 
 
 # Reading from shards
@@ -177,7 +177,7 @@ def test_shards_give_the_pictures_that_memory_gives(faces):
 @pytest.mark.parametrize("size, workers", [(1, 0), (1, 3), (2, 0), (2, 2)])
 def test_every_picture_once_an_epoch_on_one_rank_only(faces, size, workers):
     store, batch = ShardPictures([faces], 112), 4
-    order = Order(store.lengths, seed=1, window=2)
+    order = EpochOrder(store.lengths, seed=1, window=2)
     steps = range(3 * len(store) // batch)  # 32 pictures: three whole epochs
     seen = [
         [
