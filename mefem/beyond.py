@@ -26,7 +26,9 @@ from .weighting import create_weights
 
 # %% ../nbs/46_beyond.ipynb #aa07520f
 def inclusion_probabilities(weights: torch.Tensor, count: int) -> torch.Tensor:
-    """pi [B, T], float64, each row summing to `count` <= T: min(1, c w) for positive `weights` [B, T], c chosen by row."""
+    """pi [B, T], float64, each row summing to `count` <= T.
+
+    Min(1, c w) for positive `weights` [B, T], c chosen by row."""
     w = weights.double()
     if not 1 <= count <= w.shape[-1]:
         raise ValueError(f"cannot draw {count} of {w.shape[-1]} targets")
@@ -41,10 +43,12 @@ def inclusion_probabilities(weights: torch.Tensor, count: int) -> torch.Tensor:
 
 # %% ../nbs/46_beyond.ipynb #8f8ba4be
 def sample_targets(weights: torch.Tensor, count: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` targets per sample: their places int64 [B, K] among `weights` [B, T], ascending, and factors [B, K].
+    """`count` targets per sample.
 
-    `u` [B, 1] is uniform in [0, 1). The mean over K of factor * loss is an unbiased estimate of the mean over T of
-    weight * loss."""
+    Their places int64 [B, K] among `weights` [B, T], ascending, and factors [B, K].
+
+    `u` [B, 1] is uniform in [0, 1). The mean over K of factor * loss is an unbiased estimate of the mean over
+    T of weight * loss."""
     pi = inclusion_probabilities(weights, count)
     points = u + torch.arange(count, device=pi.device)
     place = torch.searchsorted(pi.cumsum(-1), points, right=True).clamp(max=pi.shape[-1] - 1)  # [B, K]
@@ -53,7 +57,9 @@ def sample_targets(weights: torch.Tensor, count: int, u: torch.Tensor) -> tuple[
 
 # %% ../nbs/46_beyond.ipynb #cccd1009
 class TargetShareJEPA(JEPA):
-    """JEPA that predicts a `share` of the targets, drawn by weight (`sample_targets`); the loss is the same on average."""
+    """JEPA that predicts a `share` of the targets, drawn by weight (`sample_targets`).
+
+    The loss is the same on average."""
 
     def __init__(self, encoder, predictor, masking, weights, teacher_input="image", share: float = 0.25):
         super().__init__(encoder, predictor, masking, weights, teacher_input)
@@ -73,7 +79,9 @@ class TargetShareJEPA(JEPA):
         return max(1, round(self.share * targets))
 
     def uniform(self, samples: int, generator, device) -> torch.Tensor:
-        """Uniform numbers, float64 [samples, 1]: this process's part of those that one process would draw for all."""
+        """Uniform numbers, float64 [samples, 1].
+
+        This process's part of those that one process would draw for all."""
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         drawn = torch.rand(size * samples, 1, generator=generator, device=device, dtype=torch.float64)
         return drawn[rank * samples : (rank + 1) * samples]
@@ -92,7 +100,9 @@ def epps_pulley(x: torch.Tensor, points: int = 17, reach: float = 5.0, mean=None
 
 # %% ../nbs/46_beyond.ipynb #d9c4b497
 def sigreg(tokens: torch.Tensor, slices: int = 64, places: int = 16, generator=None, **over) -> torch.Tensor:
-    """SIGReg of `tokens` [B, N, D]: the mean Epps-Pulley statistic over random directions at random places, a scalar.
+    """SIGReg of `tokens` [B, N, D].
+
+    The mean Epps-Pulley statistic over random directions at random places, a scalar.
 
     `slices`: directions; `places`: tokens; `over`: `mean` and `processes` of `epps_pulley`."""
     z = at_least_float32(tokens)
@@ -105,7 +115,8 @@ def sigreg(tokens: torch.Tensor, slices: int = 64, places: int = 16, generator=N
 class SIGRegJEPA(JEPA):
     """JEPA without a teacher: (1 - weight) * loss + weight * SIGReg.
 
-    The student's own representations of the whole picture are the targets, as they are, and take a gradient too."""
+    The student's own representations of the whole picture are the targets, as they are, and take a gradient
+    too."""
 
     has_teacher = False
 
@@ -113,14 +124,14 @@ class SIGRegJEPA(JEPA):
         super().__init__(encoder, predictor, masking, weights, teacher_input)
         if not 0 < weight < 1 or teacher_input != "image":
             raise ValueError(
-                "method sigreg: expected 0 < weight < 1 and, since there is no teacher, teacher_input 'image'; "
+                "method sigreg: expected 0 < weight < 1 and, without a teacher, teacher_input 'image'; "
                 f"found {weight}, {teacher_input!r}"
             )
         self.weight = weight
 
     @property
     def extra_operations(self) -> int:
-        """Multiply-adds per picture of the projections on 64 directions at 16 places, forward and backward."""
+        """Multiply-adds per picture, forward and backward, of the projections on 64 directions."""
         return 2 * min(16, self.masking.tokens) * self.student.embed_dim * 64
 
     def forward(self, images, generator=None, splits=None) -> dict:
@@ -215,7 +226,9 @@ def create_jepa(config: PretrainSettings, encoder, predictor) -> JEPA:
 
 # %% ../nbs/46_beyond.ipynb #f246ec76
 def run_code(config: PretrainSettings) -> str:
-    """The hash of the code of a run: `mefem.training`, all that it imports, and the files of the run's own ideas."""
+    """The hash of the code of a run.
+
+    `mefem.training`, all that it imports, and the files of the run's own ideas."""
     package = code_hash("training")
     ideas = {kind: file_code(idea_path(kind)) for kind in config.ideas}
     return settings_hash({"mefem": package} | ideas) if ideas else package

@@ -38,7 +38,9 @@ def normalise_targets(tokens: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/43_jepa.ipynb #be35bb81
 def spread(representations: torch.Tensor) -> torch.Tensor:
-    """Deviation over the pictures of the mean token, averaged over channels: [B, K, D] to a scalar; 0 is collapse."""
+    """Deviation over the pictures of the mean token, averaged over channels; 0 is collapse.
+
+    [B, K, D] to a scalar."""
     if len(representations) == 1:
         return representations.new_zeros(())
     return representations.mean(1).std(0).mean()
@@ -59,8 +61,9 @@ def _check_fit(encoder, masking, teacher_input: str) -> None:
 class JEPA(nn.Module):
     """Student, teacher and predictor; `forward(images)` gives the loss of eq. 5.
 
-    `masking`: of `mefem.masking`; `weights` float [grid, grid]; `teacher_input`: "image" or "targets". Images are float
-    [B, 3, H, W], normalised. The teacher starts as the student's copy and takes no gradient; see `update_teacher`."""
+    `masking`: of `mefem.masking`; `weights` float [grid, grid]; `teacher_input`: "image" or "targets". Images
+    are float [B, 3, H, W], normalised. The teacher starts as the student's copy and takes no gradient; see
+    `update_teacher`."""
 
     has_teacher = True  # False for a method in which the student makes its own targets
     extra_operations = 0  # multiply-adds per picture that a method needs beside the networks
@@ -90,7 +93,7 @@ class JEPA(nn.Module):
         return self.predict(images, self.encode_picture(images), splits, generator)
 
     def predict(self, images, all_tokens, splits, generator=None) -> dict:
-        """What `forward` returns, given the tokens [B, N, D] of the whole picture (None where it is not seen)."""
+        """The result of `forward`, given the tokens [B, N, D] of the whole picture (None: not seen)."""
         losses, spreads = [], []
         for split in splits:
             index, weights = self.select_targets(split.target, generator)  # [B, K] both

@@ -91,8 +91,8 @@ class Run:
 def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None = None) -> JEPA:
     """Train a run that `start_run` has started, to its last step; returns the trained networks.
 
-    `labelled`: (pictures, labels, people) of the probe; `dvclive`: a folder for DVCLive. SIGTERM and Ctrl-C write a
-    checkpoint and end the process."""
+    `labelled`: (pictures, labels, people) of the probe; `dvclive`: a folder for DVCLive. SIGTERM and Ctrl-C
+    write a checkpoint and end the process."""
     config = run.config
     if run.start == config.steps:
         if run.is_main:
@@ -115,14 +115,15 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
                 save_run(run, done)
             if stopping:
                 bar.write(
-                    f"stopped after step {done}, its checkpoint is written: the same command goes on from there"
+                    f"stopped after step {done}, its checkpoint is written: "
+                    "the same command goes on from there"
                 )
                 stop.leave(stopping)
             bar.update()
     if run.bad_checks:
         raise FloatingPointError(
-            f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; the newest "
-            f"checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+            f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; "
+            f"the newest checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
         )
     return run.jepa.eval()
 
@@ -133,7 +134,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 # %% ../nbs/45_training.ipynb #01474921
 def schedule(step: int, steps: int, o) -> dict:
-    """Learning rate, weight decay and EMA momentum at `step` (0 .. steps - 1) of the settings `o` (an `OptimiserSettings` section)."""
+    """Learning rate, weight decay and EMA momentum at `step`, from 0; `o`: `OptimiserSettings`."""
     progress = step / max(1, steps)
     warmup = max(1, round(o.warmup * steps))
     if step < warmup:
@@ -148,9 +149,10 @@ def schedule(step: int, steps: int, o) -> dict:
 
 # %% ../nbs/45_training.ipynb #c35a6c18
 class EpochOrder:
-    """Which picture each step sees: consecutive pieces of one permutation an epoch, none twice in an epoch.
+    """The pictures of each step: consecutive pieces of one permutation per epoch.
 
-    `lengths`: pictures of each shard, numbered through; `window`: shards mixed at a time, None for all pictures at once."""
+    `lengths`: pictures of each shard, numbered through; `window`: shards mixed at a time, None for all
+    pictures at once."""
 
     def __init__(self, lengths, seed: int, window: int | None = None):
         self.lengths, self.seed, self.window = np.asarray(lengths, np.int64), seed, window
@@ -192,7 +194,9 @@ class EpochOrder:
 
 # %% ../nbs/45_training.ipynb #b2fe7b2f
 class MemoryPictures:
-    """Decoded pictures, uint8 [N, H, W, 3], in memory or on the device; `lengths`: of the shards they came from."""
+    """Decoded pictures, uint8 [N, H, W, 3], in memory or on the device.
+
+    `lengths`: of the shards they came from."""
 
     def __init__(self, images, lengths=None):
         self.images = torch.as_tensor(images)
@@ -211,15 +215,18 @@ class MemoryPictures:
         return hashlib.sha256(repr(content.shape).encode() + memoryview(content).cast("B")).hexdigest()[:16]
 
     def to_device(self, device, share: float = 0.3) -> None:
-        """Move the whole set to a GPU, if it takes less than `share` of what is free there: then no step copies anything."""
+        """Move the whole set to a GPU, if it takes less than `share` of what is free there.
+
+        Then no step copies anything."""
         if device.type == "cuda" and self.images.numel() < share * torch.cuda.mem_get_info(device)[0]:
             self.images = self.images.to(device)
 
 # %% ../nbs/45_training.ipynb #78ce7023
 def train_rows(folder, exclude_leaked: bool = False) -> np.ndarray:
-    """Rows of the crops in `folder` that may be trained on, bool [N]: all but those of an official split other than train.
+    """Rows of the crops in `folder` that may be trained on, bool [N].
 
-    `exclude_leaked`: nor those that leaks.json, beside the folder, lists as copies of evaluation photographs."""
+    These are all but those of an official split other than train. `exclude_leaked`: nor those that leaks.json, beside the folder, lists as copies of evaluation
+    photographs."""
     from mefem.shards import read_labels
 
     labels, folder = read_labels(folder), Path(folder)
@@ -268,7 +275,9 @@ def locate_pictures(folder, exclude_leaked: bool = False, jobs: int | None = Non
 
 # %% ../nbs/45_training.ipynb #0ce77df8
 def shard_index(folders, path=None, exclude_leaked: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(pictures of each shard, offset and size of each picture [N, 2]) of all `folders`; kept in the file `path`, if given."""
+    """(pictures of each shard, offset and size of each picture [N, 2]) of all `folders`.
+
+    Kept in the file `path`, if given."""
     import io
 
     if path is not None and Path(path).exists():
@@ -283,7 +292,9 @@ def shard_index(folders, path=None, exclude_leaked: bool = False) -> tuple[np.nd
 
 # %% ../nbs/45_training.ipynb #4759f18f
 class ShardPictures:
-    """Pictures that stay in their tar shards and are decoded when they are read, at `size` pixels. `index`: a file for `shard_index`."""
+    """Pictures that stay in their tar shards and are decoded when they are read, at `size` pixels.
+
+    `index`: a file for `shard_index`."""
 
     def __init__(self, folders, size: int, index=None, exclude_leaked: bool = False):
         from mefem.shards import read_manifest, shard_paths
@@ -329,7 +340,9 @@ class ShardPictures:
 
 # %% ../nbs/45_training.ipynb #3636d746
 class World(NamedTuple):
-    """This process's place in a run: `rank` among `size`, `local_size` of them on this machine; `group` carries small messages."""
+    """This process's place in a run: `rank` among `size`, `local_size` of them on this machine.
+
+    `group` carries small messages."""
 
     rank: int = 0
     size: int = 1
@@ -364,7 +377,9 @@ ALONE = World()
 
 # %% ../nbs/45_training.ipynb #cff3faae
 def join_world(config: PretrainSettings) -> tuple[World, torch.device]:
-    """This process's place in the run, by torchrun's environment variables (alone where there are none), and its device."""
+    """This process's place in the run, and its device.
+
+    The place is read from torchrun's environment variables; without them the process is alone."""
     device, size = (
         choose_device(config.device),
         int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1,
@@ -427,7 +442,7 @@ def batches(
 
 # %% ../nbs/45_training.ipynb #472d27a8
 def encoder_kwargs(config: PretrainSettings) -> dict:
-    """timm's keyword arguments for the encoder of a run: those of its settings, and no CLS where the masking has none."""
+    """timm's keyword arguments for the encoder of a run; no CLS where the masking has none."""
     without_cls = {} if config.masking.cls_in_source is not None else {"class_token": False}
     return dict(config.encoder.kwargs) | without_cls
 
@@ -462,11 +477,12 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
     """Write `step_NNNNNNNN.pt` whole or not at all, then drop all but the `keep` newest.
 
-    Raises `CheckpointError` where it cannot be written, e.g. on a full disk; the older ones are untouched then."""
+    Raises `CheckpointError` where it cannot be written, e.g. on a full disk; the older ones are untouched
+    then."""
     path = folder / f"step_{state['step']:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
     for left in folder.glob(".step_*.pt.*"):
-        left.unlink()  # of a process that was killed while it wrote: as large as a checkpoint, and never of use again
+        left.unlink()  # of a process that was killed while it wrote: as large as a checkpoint, and of no use
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as f:
@@ -489,8 +505,9 @@ def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
 def load_checkpoint(folder: Path, made: MadeFrom, anyway: bool = False, say=print) -> dict | None:
     """The newest whole checkpoint's state, on the CPU; None when there is none.
 
-    Raises `CheckpointError` for a checkpoint made from other settings, pictures or code, and when none of the files can be read.
-    `anyway`: one of other pictures or code is taken all the same, and `state["adopted"]` says what it was made from."""
+    Raises `CheckpointError` for a checkpoint made from other settings, pictures or code, and when none of the
+    files can be read. `anyway`: one of other pictures or code is taken all the same, and `state["adopted"]`
+    says what it was made from."""
     paths = sorted(folder.glob("step_*.pt"), reverse=True)
     for path in paths:
         try:
@@ -512,11 +529,12 @@ def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
     differs = made.differs(before)
     if not differs:
         return state
-    words = f"other {' and '.join(differs)} ({', '.join(f'{name} {before.get(name)}' for name in differs)}; this run: {made})"
+    theirs = ", ".join(f"{name} {before.get(name)}" for name in differs)
+    words = f"other {' and '.join(differs)} ({theirs}; this run: {made})"
     if not anyway:
         raise CheckpointError(
-            f"{path} was made from {words}. It is left as it is: choose another folder, remove this one if it is no "
-            "longer wanted, or go on from it with --resume-anyway (resume_anyway=True)"
+            f"{path} was made from {words}. It is left as it is: choose another folder, remove this one if it "
+            "is no longer wanted, or go on from it with --resume-anyway (resume_anyway=True)"
         )
     if "settings" in differs:
         raise CheckpointError(
@@ -527,7 +545,9 @@ def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
 
 # %% ../nbs/45_training.ipynb #36b65423
 def newest_of_others(folder: Path, settings: str | None = None) -> tuple[Path, dict] | None:
-    """The newest checkpoint in the folders beside `folder` and what it was made from; `settings`: only of those."""
+    """The newest checkpoint in the folders beside `folder` and what it was made from.
+
+    `settings`: only of those."""
     found = []
     for path in folder.parent.glob("*/step_*.pt"):
         about = path.parent / "made_from.json"
@@ -538,7 +558,7 @@ def newest_of_others(folder: Path, settings: str | None = None) -> tuple[Path, d
 
 # %% ../nbs/45_training.ipynb #07d9faaa
 def report_others(folder: Path, made: MadeFrom, run: str) -> None:
-    """One line where this run starts at step 0 although checkpoints of other settings, pictures or code are beside it."""
+    """Print one line where this run starts at step 0 although checkpoints of others are beside it."""
     if any(folder.glob("step_*.pt")) or not (others := newest_of_others(folder)):
         return
     path, before = others
@@ -552,7 +572,7 @@ def report_others(folder: Path, made: MadeFrom, run: str) -> None:
 
 # %% ../nbs/45_training.ipynb #a1120d53
 def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
-    """Copy the newest checkpoint of these settings, whatever its pictures and code, into the empty `folder`, with its log."""
+    """Copy the newest checkpoint of these settings, whatever its pictures and code, into `folder`."""
     if any(folder.glob("step_*.pt")):
         return
     others = newest_of_others(folder, made.settings)
@@ -608,7 +628,9 @@ def append_log(path: Path, row: dict) -> None:
 
 # %% ../nbs/45_training.ipynb #ef85301a
 def dvclive_sink(folder: Path, rows: list[dict]):
-    """A function that logs a row through DVCLive into `folder`, which first gets `rows`; `ModuleNotFoundError` without dvclive."""
+    """A function that logs a row through DVCLive into `folder`, which first gets `rows`.
+
+    `ModuleNotFoundError` without dvclive."""
     from dvclive import Live
 
     live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
@@ -628,7 +650,8 @@ def dvclive_sink(folder: Path, rows: list[dict]):
 class Stop:
     """While this context is open, SIGTERM and SIGINT (Ctrl-C) are noted in `number` and end nothing.
 
-    A repeat after three seconds or more acts at once (torchrun passes on, within moments, what its processes got already)."""
+    A repeat after three seconds or more acts at once (torchrun passes on, within moments, what its processes
+    got already)."""
 
     def __init__(self):
         self.number, self._before, self._first = 0, {}, math.inf
@@ -646,7 +669,9 @@ class Stop:
         self.number, self._first = number, min(self._first, time.monotonic())
 
     def leave(self, number: int) -> None:
-        """End as a shell names it: exit code 143 (SIGTERM) or 130 (SIGINT, where a KeyboardInterrupt can end in 1)."""
+        """End with the exit code that a shell would show.
+
+        It is 143 (SIGTERM) or 130 (SIGINT, where a KeyboardInterrupt can end in 1)."""
         raise SystemExit(128 + number)
 
     def __exit__(self, *error):
@@ -683,9 +708,9 @@ def start_run(
 ) -> Run:
     """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them.
 
-    `pictures`: `MemoryPictures` or `ShardPictures`; `made`: what the run is made from, by default worked out here.
-    Without `resume`, a folder that holds a checkpoint is refused. A checkpoint made from other settings, pictures or
-    code is refused too; `resume_anyway` takes one of other pictures or code."""
+    `pictures`: `MemoryPictures` or `ShardPictures`; `made`: what the run is made from, by default worked out
+    here. Without `resume`, a folder that holds a checkpoint is refused. A checkpoint made from other
+    settings, pictures or code is refused too; `resume_anyway` takes one of other pictures or code."""
     folder = Path(folder)
     made = made or made_from(config, pictures.content_hash())
     if not resume and any(folder.glob("step_*.pt")):
@@ -730,8 +755,8 @@ def restore_run(run: Run, state: dict) -> None:
     now = arithmetic_of(run.world, run.device, run.precision)
     if before != now and run.is_main:
         print(
-            f"this run goes on with {now}; until step {run.start} it had {before}. The result will not be the same "
-            "to the last bit as that of a run without the change",
+            f"this run goes on with {now}; until step {run.start} it had {before}. The result will not be "
+            "the same to the last bit as that of a run without the change",
             flush=True,
         )
 
@@ -742,14 +767,16 @@ def resume_order(sampler: dict, pictures, folder) -> EpochOrder:
     if (sum(lengths) != sum(sampler["lengths"])) or (window and lengths != sampler["lengths"]):
         raise CheckpointError(
             f"the newest checkpoint in {folder} has seen {sum(sampler['lengths']):,} pictures in "
-            f"{len(sampler['lengths'])} shards; now there are {sum(lengths):,} in {len(lengths)}: bring the old "
-            "ones back, or remove the folder"
+            f"{len(sampler['lengths'])} shards; now there are {sum(lengths):,} in {len(lengths)}: bring the "
+            "old ones back, or remove the folder"
         )
     return EpochOrder(lengths, sampler["seed"], window)
 
 # %% ../nbs/45_training.ipynb #47a41b50
 def arithmetic_of(world: World, device: torch.device, precision: str) -> str:
-    """What the last bits of a sum depend on, in words: PyTorch, device, precision, processes and, on a CPU, its instructions and the threads of each."""
+    """The causes of a sum's last bits, in words.
+
+    They are PyTorch, device, precision, processes and, on a CPU, its instructions and the threads of each."""
     found = f"PyTorch {torch.__version__} on {device.type} in {precision}, processes: {world.size}"
     if device.type == "cpu":
         found += (
@@ -759,7 +786,7 @@ def arithmetic_of(world: World, device: torch.device, precision: str) -> str:
 
 # %% ../nbs/45_training.ipynb #1b5b0ec1
 def random_state() -> dict:
-    """torch's global random states (dropout and drop path draw from them), of the CPU and of this process's GPU."""
+    """torch's global random states, of the CPU and of this process's GPU: dropout draws from them."""
     return {"cpu": torch.get_rng_state()} | (
         {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     )
@@ -786,7 +813,9 @@ def sample_step(run: Run, step: int):
 
 # %% ../nbs/45_training.ipynb #1bb9d28e
 def train_step(run: Run, step: int, images: torch.Tensor) -> dict:
-    """One step on `images`, uint8 [B, H, W, 3]; returns what `JEPA.forward` does. Nothing here makes the host wait for a GPU."""
+    """One step on `images`, uint8 [B, H, W, 3]; returns what `JEPA.forward` does.
+
+    Nothing here makes the host wait for a GPU."""
     config, now = run.config, schedule(step, run.config.steps, run.config.optimiser)
     for group in run.optimiser.param_groups:
         group["lr"] = now["lr"]
@@ -824,7 +853,9 @@ def mean_tokens(jepa: JEPA, images: torch.Tensor, device) -> torch.Tensor:
 
 # %% ../nbs/45_training.ipynb #9e93140d
 class Monitor:
-    """The pictures that a run is watched by: the first 256 of the training set, and a labelled set for the probe, if any."""
+    """The pictures that show how a run is doing.
+
+    They are the first 256 of the training set, and a labelled set for the probe, if any."""
 
     def __init__(self, run: Run, labelled=None):
         self.images, self.labelled = run.pictures.read(np.arange(min(256, len(run.pictures)))), labelled
@@ -851,7 +882,7 @@ class Monitor:
 
 # %% ../nbs/45_training.ipynb #3d14aa52
 def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: bool) -> dict:
-    """The row of the log after `done` steps, on the chief with what `monitor` shows.
+    """The row of the log after `done` steps, in the main process with what `monitor` shows.
 
     Raises `FloatingPointError` at the third loss in a row that is not finite."""
     names = ("loss", "target_spread", "prediction_spread")
@@ -862,8 +893,8 @@ def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: b
     run.bad_checks = 0 if math.isfinite(row["loss"]) else run.bad_checks + 1
     if run.bad_checks == 3:
         raise FloatingPointError(
-            f"the loss was not finite at three checks in a row, last at step {done}; the newest checkpoint in "
-            f"{run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+            f"the loss was not finite at three checks in a row, last at step {done}; the newest checkpoint "
+            f"in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
         )
     seconds, pictures = max(time.perf_counter() - run.clock, 1e-9), (done - run.counted) * run.config.batch
     row |= {
@@ -880,12 +911,14 @@ def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: b
 
 # %% ../nbs/45_training.ipynb #50735a0b
 def save_run(run: Run, step: int) -> None:
-    """Checkpoint by the main process; all processes wait for it. Raises `FloatingPointError` rather than keep weights that are not finite."""
+    """Checkpoint by the main process; all processes wait for it.
+
+    Raises `FloatingPointError` rather than keep weights that are not finite."""
     norms = torch.stack(torch._foreach_norm(list(run.jepa.parameters())))
     if not torch.isfinite(norms).all():
         raise FloatingPointError(
-            f"weights are not finite after step {step}: no checkpoint written, those in {run.folder} are from "
-            "before; lower optimiser.lr or set optimiser.clip"
+            f"weights are not finite after step {step}: no checkpoint written, those in {run.folder} are "
+            "from before; lower optimiser.lr or set optimiser.clip"
         )
     if run.is_main:
         sampler = {
@@ -936,7 +969,7 @@ def timed_batches(run: Run):
 
 # %% ../nbs/45_training.ipynb #c79db172
 def progress_bar(run: Run, progress: bool):
-    """A bar on the chief; a line every ten seconds at most."""
+    """A bar in the main process; a line every ten seconds at most."""
     from tqdm.auto import tqdm
 
     return tqdm(
@@ -949,7 +982,9 @@ def progress_bar(run: Run, progress: bool):
 
 # %% ../nbs/45_training.ipynb #64dd8678
 def open_log(run: Run, dvclive: Path | None = None):
-    """A function that writes a row to `log.csv`, the bar, DVCLive if asked, and says what is wrong; on the chief."""
+    """A function that writes a row to `log.csv`, the bar and, if wanted, DVCLive, with warnings.
+
+    It does nothing in processes that are not the main one."""
     if not run.is_main:
         return lambda row, bar: None
     path = run.folder / "log.csv"
@@ -973,7 +1008,9 @@ def open_log(run: Run, dvclive: Path | None = None):
 
 # %% ../nbs/45_training.ipynb #af17cb85
 def present_sets(folders, say=print) -> list[Path]:
-    """Those of `folders` that hold crops; absent ones are named and passed over. `FileNotFoundError` when all are."""
+    """Those of `folders` that hold crops; absent ones are named and passed over.
+
+    `FileNotFoundError` when all are."""
     from mefem.shards import read_manifest
 
     present = []
@@ -1003,7 +1040,9 @@ def load_pictures(folders, size: int, exclude_leaked: bool = False) -> MemoryPic
 
 # %% ../nbs/45_training.ipynb #692fbe06
 def open_pictures(folders, config: PretrainSettings, world: World, index: Path, memory_share: float = 0.5):
-    """The crops in `folders`: decoded in memory, or left in their shards where they would take more than a share of what is free."""
+    """The crops in `folders`, decoded in memory.
+
+    They stay in their shards where they would take more than a share of the free memory."""
     import psutil
 
     from mefem.shards import read_manifest
@@ -1020,13 +1059,15 @@ def open_pictures(folders, config: PretrainSettings, world: World, index: Path, 
         )
         ShardPictures(
             folders, size, index, config.exclude_leaked
-        )  # the chief looks into the tars, the others read what it found
+        )  # the main process looks into the tars, the others read its index
     world.wait()
     return ShardPictures(folders, size, index, config.exclude_leaked)
 
 # %% ../nbs/45_training.ipynb #19ceef9d
 def probe_pictures(faces: Path, what: str, size: int, most: int = 1000):
-    """(pictures, labels, people or None) for the probe `what`, e.g. 'fairface:gender': training pictures that have the label."""
+    """(pictures, labels, people or None) for the probe `what`, e.g. 'fairface:gender'.
+
+    The pictures are training pictures that have the label."""
     from mefem.shards import load_images, read_labels
 
     name, _, label = what.partition(":")
@@ -1041,7 +1082,9 @@ def probe_pictures(faces: Path, what: str, size: int, most: int = 1000):
 
 # %% ../nbs/45_training.ipynb #76a97b3a
 def crops_of(config: PretrainSettings, faces: Path, index_folder: Path, world: World = ALONE):
-    """The crops of a run's data sets and their hash; where shards are read, an index is kept in `index_folder`."""
+    """The crops of a run's data sets and their hash.
+
+    Where shards are read, an index is kept in `index_folder`."""
     folders = present_sets([faces / name for name in config.datasets], print if world.rank == 0 else _silent)
     leaks = faces / "leaks.json" if config.exclude_leaked else None
     data_hash = crops_hash(*folders, leaks=leaks)
@@ -1058,12 +1101,15 @@ def pretrain(
     progress: bool = True,
     resume_anyway: bool = False,
 ) -> Path:
-    """Run one pretraining, or this process's part of it under torchrun; returns the path of `encoder.safetensors`.
+    """Run one pretraining, or this process's part of it under torchrun.
 
-    Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W, 3]). All is
-    written to `data/runs/<run>`, checkpoints to `checkpoints/<key>` there: the key is that of settings, pictures and code
-    (`MadeFrom`), so a run never goes on from a checkpoint of others. `resume_anyway` goes on from the newest checkpoint
-    of the same settings, whatever its pictures and code; run.json then says so."""
+    Returns the path of `encoder.safetensors`.
+
+    Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W,
+    3]). All is written to `data/runs/<run>`, checkpoints to `checkpoints/<key>` there: the key is that of
+    settings, pictures and code (`MadeFrom`), so a run never goes on from a checkpoint of others.
+    `resume_anyway` goes on from the newest checkpoint of the same settings, whatever its pictures and code;
+    run.json then says so."""
     begun = time.perf_counter()
     world, _ = join_world(config)
     home = Path(root or find_root()) / "data"
@@ -1114,7 +1160,9 @@ def write_run(run: Run, name: str, out: Path) -> None:
 
 # %% ../nbs/45_training.ipynb #0a9330a0
 def processes_of(config: PretrainSettings) -> int:
-    """Processes that `launch` starts on this machine: `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."""
+    """Processes that `launch` starts on this machine.
+
+    `runtime.processes`, or one for each GPU, or `runtime.cpu_processes`."""
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else 0
     count = config.runtime.processes or gpus or min(config.runtime.cpu_processes, usable_cores())
     if gpus and count > gpus:
@@ -1125,7 +1173,9 @@ def processes_of(config: PretrainSettings) -> int:
 def launch(
     config: PretrainSettings, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False
 ) -> Path:
-    """`pretrain`, here or through torchrun in several processes on this machine; `ChildProcessError` when they fail."""
+    """`pretrain`, here or through torchrun in several processes on this machine.
+
+    `ChildProcessError` when they fail."""
     root, count = Path(root or find_root()), processes_of(config)
     if count == 1:
         return pretrain(config, resume=resume, run=run, root=root, resume_anyway=resume_anyway)
@@ -1133,7 +1183,7 @@ def launch(
     settings = write_json(
         out / "checkpoints" / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json")
     )
-    # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it stands.
+    # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it is.
     command = [
         sys.executable,
         "-m",

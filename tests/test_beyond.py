@@ -61,8 +61,8 @@ def test_inclusion_probabilities_are_proportional_and_capped(count):
 
 @pytest.mark.parametrize("count", [1, 5, 12, 17])
 def test_drawn_targets_are_unbiased_exactly(count):
-    # The draw changes with u only where a sum of probabilities crosses an integer: between those, one value. So the
-    # expectation over u is a finite sum, exact in float64.
+    # The draw changes with u only where a sum of probabilities crosses an integer: between those, one value.
+    # So the expectation over u is a finite sum, exact in float64.
     rng = np.random.default_rng(count)
     w, losses = torch.from_numpy(rng.random((1, 18)) ** 2 + 1e-3), torch.from_numpy(rng.random(18) * 5)
     crossings = np.unique(
@@ -79,7 +79,7 @@ def test_drawn_targets_are_unbiased_exactly(count):
 
 
 def test_a_share_of_targets_gives_the_loss_of_all_on_average():
-    # A predictor whose predictions do not depend on the other targets: there the whole step's loss is unbiased.
+    # Where predictions do not depend on the other targets, the whole step's loss is unbiased.
     jepa = tiny(TargetShareJEPA, share=0.2)
     jepa.predictor.blocks = torch.nn.Identity()
     images, generator = torch.randn(1, 3, 112, 112), torch.Generator().manual_seed(0)
@@ -145,7 +145,9 @@ def test_epps_pulley_is_its_integral():
 
 
 def test_sigreg_is_the_mean_statistic_over_drawn_directions():
-    """SIGReg once more: unit directions, one integral each, n times the squared distance of characteristic functions."""
+    """SIGReg once more.
+
+    Unit directions, one integral each, n times the squared distance of characteristic functions."""
     n, dim, slices = 20, 6, 5
     z = torch.randn(n, 3, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = sigreg(z, slices=slices, places=3, generator=torch.Generator().manual_seed(2)).item()

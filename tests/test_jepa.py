@@ -44,8 +44,8 @@ def test_weights_are_the_sigmoid_of_the_text_in_float64():
     assert (falling <= 0).all() and falling.min() < -0.2
 
 
-# The whole method once more in numpy and float64, one picture and one token at a time, from the equations: nothing below
-# calls mefem or torch but to read the parameters.
+# The whole method once more in numpy and float64, one picture and one token at a time, from the equations:
+# nothing below calls mefem or torch but to read the parameters.
 
 
 def norm(x, state, name, eps=1e-6):
@@ -58,7 +58,9 @@ def linear(x, state, name):
 
 
 def block(x, state, name, heads, eps):
-    """A transformer block on tokens [K, D]: attention head by head, then the perceptron, each on normed tokens."""
+    """A transformer block on tokens [K, D].
+
+    Attention head by head, then the perceptron, each on normed tokens."""
     q, k, v = np.split(linear(norm(x, state, f"{name}.norm1", eps), state, f"{name}.attn.qkv"), 3, axis=-1)
     width, mixed = x.shape[1] // heads, []
     for h in range(heads):
@@ -87,7 +89,9 @@ def encode(image, state, tokens, cls, depth=2, heads=2):
 
 
 def predict(known, state, source, target, cls, heads=2):
-    """Predictions [|T|, D] for one picture: embedded source tokens and mask tokens, each at its place, through the blocks."""
+    """Predictions [|T|, D] for one picture.
+
+    Embedded source tokens and mask tokens, each at its place, through the blocks."""
 
     def place(token):
         return state["cls_position"][0, 0] if cls and token == 0 else state["positions"][0, token]
@@ -105,7 +109,10 @@ def weight_of(token, cls):
 
 
 def loss_by_hand(jepa, images, splits, cls, teacher_input):
-    """Eq. 5 with smooth L1, layer-normed targets (O4), for float64 pictures [B, 3, 112, 112]; mean over pictures and splits."""
+    """Eq.
+
+    5 with smooth L1, layer-normed targets (O4), for float64 pictures [B, 3, 112, 112]; mean over pictures and
+    splits."""
     student, teacher, predictor = (
         {k: v.numpy() for k, v in m.state_dict().items()}
         for m in (jepa.student, jepa.teacher, jepa.predictor)
@@ -158,7 +165,8 @@ def test_loss_is_equation_5_by_hand_in_float64(masking, teacher_input):
     assert expected > 0.05  # a loss to speak of
 
 
-# I-JEPA as its paper and released weights have it, written once more in plain torch: no CLS, no weights, names of its own
+# I-JEPA as its paper and released weights have it, written once more in plain torch: no CLS, no weights,
+# names of its own
 # checkpoints. Those are loaded into ours.
 
 

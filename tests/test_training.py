@@ -1,4 +1,4 @@
-"""Training: killed and resumed is the same to the bit, on one process or two; nothing is mixed up, nothing destroyed."""
+"""Training: killed and resumed is the same to the bit; nothing is mixed up, nothing destroyed."""
 
 import csv
 import io
@@ -252,7 +252,9 @@ def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
 
 
 def old_loop(config, pictures):
-    """The loop as it was before it was taken to pieces: single process, masks drawn inside of `JEPA.forward`."""
+    """The loop as it was before it was taken to pieces.
+
+    Single process, masks drawn inside of `JEPA.forward`."""
     torch.set_num_threads(torch.get_num_threads())  # as `start_run`
     jepa = training.build(config).train()
     optimiser, generator, losses = training.optimiser_of(jepa, config), torch.Generator(), []
@@ -317,10 +319,12 @@ KILLED = """
 
 
 def start(tmp_path, pictures, pause=0.1, **changes):
-    """A run in a process of its own, slow enough to be met in the middle; returns when it has a checkpoint."""
+    """A run in a process of its own, slow enough to be met in the middle.
+
+    Returns when it has a checkpoint."""
     np.save(tmp_path / "pictures.npy", pictures)
     folder = tmp_path / "run"
-    # as many threads as here: a last bit may depend on them, and what PyTorch takes by itself is not the same in each process
+    # As many threads as here: a last bit may depend on them, and PyTorch's own choice differs.
     script = KILLED.format(
         pause=pause,
         threads=torch.get_num_threads(),
@@ -380,7 +384,7 @@ def test_random_states_are_part_of_a_checkpoint(tmp_path, pictures):
 
 
 def test_threads_told_or_untold_are_the_same_arithmetic(tmp_path, pictures):
-    # On Intel's processors MKL sums in another order where nobody has told it the number of threads: a fresh process has not.
+    # On Intel processors MKL sums in another order where the number of threads was never set.
     np.save(tmp_path / "pictures.npy", pictures)
     script = f"""
         import numpy as np, torch, mefem.training as t
@@ -497,7 +501,9 @@ def test_truncated_newest_checkpoint_falls_back(tmp_path, pictures, capsys):
 
 
 def test_full_disk_leaves_the_old_checkpoints(tmp_path):
-    """The kernel's own limit on a file's size stands in for the disk: the write itself fails, in the middle."""
+    """The kernel's own limit on a file's size stands in for the disk.
+
+    The write itself fails, in the middle."""
     (tmp_path / ".step_00000002.pt.1").write_bytes(b"what a killed process was writing")
     training.save_checkpoint(tmp_path, {"step": 4, "x": torch.zeros(10)})
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"]

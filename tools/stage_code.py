@@ -1,7 +1,7 @@
-"""What each stage of the graph depends on as code (see nbs/04_made_from.ipynb): one small file per notebook of nbs/stages.
+"""The code that each stage of the graph depends on (nbs/04_made_from.ipynb), one small file per stage notebook.
 
-And one per run, `ideas/pretrain-RUN.json` and `ideas/ablation-RUN.json`: the syntax of the files that the run names as its
-masking, weights or method (nbs/46_beyond.ipynb), so that an edited idea runs its own stages again and no others."""
+And one file per run, `ideas/pretrain-RUN.json` or `ideas/ablation-RUN.json`: the syntax of the files that the run
+names as its masking, weights or method (nbs/46_beyond.ipynb). An edited idea runs its own stages again, no others."""
 
 import sys
 from pathlib import Path
