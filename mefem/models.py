@@ -73,8 +73,8 @@ def encode_tokens(
 ) -> torch.Tensor:
     """Representations [B, K, D] of the tokens `index`, final norm applied.
 
-    `index`: int64 [B, K] or [K]; None: all N. `images` is float [B, 3, H, W], normalised. Only the tokens in `index` are computed, and they attend to
-    each other alone."""
+    `index`: int64 [B, K] or [K]; None: all N. `images` is float [B, 3, H, W], normalised. Only the tokens in
+    `index` are computed, and they attend to each other alone."""
     x = encoder.patch_embed(images)  # [B, L * L, D]
     if encoder.has_class_token:
         x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]

@@ -56,7 +56,7 @@ def lines_of(split) -> tuple[np.ndarray, np.ndarray]:
     first, second = split.source[:, 0].numpy(), split.source[:, 1].numpy()
     last = split.source[:, -1].numpy()
     width = split.source.shape[1] // GRID
-    # A horizontal stripe fills whole rows, its tokens are consecutive; a vertical one has a gap after `width`.
+    # A horizontal stripe fills whole rows: its tokens are consecutive. A vertical one has gaps.
     horizontal = last - first == GRID * width - 1
     assert ((second - first == 1) | (width == 1)).all()
     return horizontal, np.where(horizontal, first // GRID, first % GRID)
