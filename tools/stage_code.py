@@ -1,7 +1,7 @@
 """The code that each stage of the graph depends on (nbs/04_made_from.ipynb), one file per stage notebook.
 
 And one file per run, `ideas/pretrain-RUN.json` or `ideas/ablation-RUN.json`: the syntax of the files that the
-run names as its masking, weights or method (nbs/46_beyond.ipynb). An edited idea runs its own stages again."""
+run names as its masking, weights or method (nbs/46_beyond.ipynb). An edited idea reruns its own stages."""
 
 import sys
 from pathlib import Path
