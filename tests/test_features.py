@@ -372,9 +372,9 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
         "one picture that is not square is a row like any other"
     )
     assert np.array_equal(
-        embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True
-    ) or np.allclose(embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
-    assert np.isnan(embedding[3:].astype(float)).all()
+        vectors[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True
+    ) or np.allclose(vectors[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
+    assert np.isnan(vectors[3:].astype(float)).all()
 
 
 def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
