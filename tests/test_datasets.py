@@ -614,7 +614,7 @@ def test_the_face_that_the_publisher_means(shared):
     both = Image.new("RGB", (1200, 600))
     for i, portrait in enumerate(portraits):
         both.paste(portrait, (600 * i, 0))
-    crop = {"stray": 0.0, "min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
+    crop = {"jitter": 0.0, "min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
 
     def cropped(picture, centre):
         jpeg, status, _ = core._crop_one(

@@ -328,7 +328,7 @@ def _crop_one(photo: Photograph, crop: dict) -> tuple[bytes | None, str, str | N
             crop["min_side"],
             detector,
             crop["framing"],
-            crop["stray"],
+            crop["jitter"],
             zlib.crc32(photo.key.encode()),
         )
         return encode_crop(face), SUCCESS, None
@@ -392,7 +392,7 @@ def crop_dataset(
     scale: float = 2.0,
     framing: str | None = None,
     min_score: float = 0.5,
-    stray: float = 0.0,
+    jitter: float = 0.0,
     jobs: int | None = None,
     progress: bool = True,
     **options,
@@ -400,8 +400,8 @@ def crop_dataset(
     """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>); returns the manifest.
 
     `framing`: "paper" (square of `scale` x the publisher's or the detector's box) or "dataset" (the largest centred
-    square of the picture as published); None: what the data set needs (`Reader.framing`). `stray`: how far the paper's
-    squares are moved at random, seeded by the photograph's key (`mefem.faces.stray_square`). `jobs`: processes (None: all
+    square of the picture as published); None: what the data set needs (`Reader.framing`). `jitter`: how far the paper's
+    squares are moved at random, seeded by the photograph's key (`mefem.faces.jitter_square`). `jobs`: processes (None: all
     cores). `options` go to the reader. The result does not depend on `jobs` nor on how often the work was interrupted.
     Absent data give a manifest with that state.
     """
@@ -415,7 +415,7 @@ def crop_dataset(
         "scale": scale,
         "framing": framing,
         "min_score": min_score,
-        "stray": stray,
+        "jitter": jitter,
     }
     (out / "manifest.json").unlink(missing_ok=True)  # until the end there is no table of contents
     state, why = reader.state(raw)
