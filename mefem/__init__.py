@@ -11,7 +11,7 @@ _PUBLIC = {
     "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "features",
     "FaceEmbedder": "features", "load_settings": "config",
 }
-_MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
+_MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "provide", "masking", "weighting",
             "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
             "fairness", "pictures", "datasheets", "readme", "cli"}
 
