@@ -20,7 +20,7 @@ _PUBLIC = {
     "FaceEmbedder": "embedding", "load_settings": "config",
 }
 _MODULES = {
-    "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
+    "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
     "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
     "readme", "cli",

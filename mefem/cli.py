@@ -66,7 +66,7 @@ def simulate(
     jobs: Annotated[int | None, typer.Option(help="processes (default: one a core)")] = None,
 ):
     """Photographs of simulated people with known bodies, in a publisher's own format."""
-    from mefem.simulate.publishers import simulate_dataset
+    from mefem.simulate.run import simulate_dataset
 
     with _Plainly():
         simulate_dataset(
