@@ -12,8 +12,8 @@ _PUBLIC = {
     "FaceEmbedder": "features", "load_settings": "config",
 }
 _MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
-            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
-            "fairness", "pictures", "datasheets", "readme", "cli"}
+            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "provenance",
+            "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli"}
 
 
 def __getattr__(name):
