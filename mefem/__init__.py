@@ -22,8 +22,8 @@ _PUBLIC = {
 _MODULES = {
     "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
-    "readme", "cli",
+    "probing", "metrics", "evaluation", "own_labels", "provenance",
+    "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
 }
 
 

@@ -580,7 +580,7 @@ def info_weights(
 def info_reproduction():
     """How the last reproduction went: time for each stage, where the tables and figures are, and Table 2."""
     with _Plainly():
-        from mefem.report import stage_durations
+        from mefem.provenance import stage_durations
 
         root = find_root()
         figures = root / "figures"
