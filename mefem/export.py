@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'PlainViT', 'plain_vit', 'reference', 'ExportError', 'timm
            'hf_preparation', 'export_hf', 'export_onnx', 'run_record', 'crop_framing', 'card_facts', 'weights_hash',
            'usage', 'model_card', 'check_export_folder', 'export_encoder']
 
-# %% ../nbs/56_export.ipynb #23dd2100
+# %% ../nbs/56_export.ipynb #1fb03079
 import hashlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from .encoders import load_encoder
 from .files import replacing, write_atomic, write_json
 from .models import check_encoder, encode_tokens
 
-# %% ../nbs/56_export.ipynb #785c09bf
+# %% ../nbs/56_export.ipynb #114e029f
 @dataclass(frozen=True)
 class PlainViT:
     """A plain ViT of timm: its name there, the arguments that rebuild it, and how pictures are normalised."""
@@ -52,7 +52,7 @@ class PlainViT:
         """Whether token 0 is CLS."""
         return self.model.has_class_token
 
-# %% ../nbs/56_export.ipynb #9797389f
+# %% ../nbs/56_export.ipynb #9b5c112c
 def plain_vit(source) -> PlainViT:
     """The network of a run's folder, a file or a name; `ValueError` where it is no plain ViT."""
     from timm.models import get_model_args
@@ -63,14 +63,14 @@ def plain_vit(source) -> PlainViT:
     arguments = get_model_args(model) | {"img_size": model.patch_embed.img_size[0]}
     return PlainViT(model.pretrained_cfg["architecture"], arguments, model, frozen.mean, frozen.std)
 
-# %% ../nbs/56_export.ipynb #f4f34709
+# %% ../nbs/56_export.ipynb #4bfbf54f
 @torch.no_grad()
 def reference(vit: PlainViT, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Some input float32 [batch, 3, H, W] and the tokens [batch, N, D] that the encoder gives for it."""
     images = torch.randn(batch, 3, vit.size, vit.size, generator=torch.Generator().manual_seed(0))
     return images, encode_tokens(vit.model, images)
 
-# %% ../nbs/56_export.ipynb #1f663be4
+# %% ../nbs/56_export.ipynb #1e7a2a41
 class ExportError(RuntimeError):
     """An export that does not give the encoder's tokens, or that a package is missing for."""
 
@@ -83,7 +83,7 @@ def _compare(name: str, found, expected: torch.Tensor, most: float) -> None:
             f"{name}: its tokens differ from the encoder's by {difference:.1e}, expected at most {most:g}"
         )
 
-# %% ../nbs/56_export.ipynb #e62d6f65
+# %% ../nbs/56_export.ipynb #0c9147dd
 def timm_config(vit: PlainViT) -> dict:
     """What timm's `config.json` says of an encoder."""
     prepared = {
@@ -105,7 +105,7 @@ def timm_config(vit: PlainViT) -> dict:
         "pretrained_cfg": {"custom_load": False, **prepared, **layers},
     }
 
-# %% ../nbs/56_export.ipynb #cdaa60fd
+# %% ../nbs/56_export.ipynb #1c7803e2
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
 
@@ -123,7 +123,7 @@ def export_timm(vit: PlainViT, out: Path) -> str:
         _compare(str(out), loaded.forward_features(images), expected, 1e-5)
     return f'timm.create_model("local-dir:{out}", pretrained=True)'
 
-# %% ../nbs/56_export.ipynb #8374c074
+# %% ../nbs/56_export.ipynb #a145ed7c
 _OUTSIDE = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -138,7 +138,7 @@ _INSIDE = {
     "mlp.fc2": "output.dense",
 }
 
-# %% ../nbs/56_export.ipynb #8ab295fb
+# %% ../nbs/56_export.ipynb #65c2c12e
 def _hf_names(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     """One parameter of timm under the names of `ViTModel`; empty where that has none."""
     part, _, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
@@ -155,7 +155,7 @@ def _hf_names(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         return {f"{layer}attention.attention.{name}{ending}": third for name, third in thirds}
     return {layer + _INSIDE[inside] + ending: value} if inside in _INSIDE else {}
 
-# %% ../nbs/56_export.ipynb #4ba6aa58
+# %% ../nbs/56_export.ipynb #acec7387
 def check_hf(vit: PlainViT) -> None:
     """`ExportError` naming the first thing of an encoder that transformers' `ViTModel` does not have."""
     block = vit.model.blocks[0]
@@ -176,7 +176,7 @@ def check_hf(vit: PlainViT) -> None:
             f"transformers' ViTModel cannot hold this encoder: {problem}; --to timm and --to onnx can"
         )
 
-# %% ../nbs/56_export.ipynb #bd701996
+# %% ../nbs/56_export.ipynb #26be1343
 def hf_config(vit: PlainViT) -> dict:
     """What transformers' `config.json` says of an encoder."""
     model, block = vit.model, vit.model.blocks[0]
@@ -212,7 +212,7 @@ def hf_preparation(vit: PlainViT) -> dict:
         "image_std": list(vit.std),
     }
 
-# %% ../nbs/56_export.ipynb #7da8db8f
+# %% ../nbs/56_export.ipynb #74619c69
 def _have(*packages: str) -> list[str]:
     """Those of `packages` that cannot be imported."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
@@ -238,7 +238,7 @@ def export_hf(vit: PlainViT, out: Path) -> str:
         _compare(str(out), found, expected, 1e-5)
     return f'transformers.ViTModel.from_pretrained("{out}", add_pooling_layer=False)'
 
-# %% ../nbs/56_export.ipynb #0ed7acfe
+# %% ../nbs/56_export.ipynb #e053f54d
 class _CLSAndPatches(nn.Module):
     """Images [B, 3, H, W] to (CLS [B, D], patches [B, P, D]); patches alone where there is no CLS."""
 
@@ -252,7 +252,7 @@ class _CLSAndPatches(nn.Module):
         )  # keeps the number of pictures free, where `len` would fix it
         return (tokens[:, 0], tokens[:, 1:]) if self.cls else tokens
 
-# %% ../nbs/56_export.ipynb #0119f867
+# %% ../nbs/56_export.ipynb #0291ca78
 def _need(purpose: str, extra: str, *packages: str) -> None:
     """`ExportError` with the remedy where a package is missing."""
     if missing := _have(*packages):
@@ -281,7 +281,7 @@ def export_onnx(vit: PlainViT, out: Path) -> str:
     _check_onnx(vit, out / "encoder.onnx")
     return f'onnxruntime.InferenceSession("{out / "encoder.onnx"}").run(None, {{"images": images}})'
 
-# %% ../nbs/56_export.ipynb #a3c1bf1b
+# %% ../nbs/56_export.ipynb #5bdcc1b6
 def _check_onnx(vit: PlainViT, path: Path) -> None:
     import onnxruntime
 
@@ -292,7 +292,7 @@ def _check_onnx(vit: PlainViT, path: Path) -> None:
         tokens = np.concatenate([found[0][:, None], found[1]], 1) if vit.cls else found[0]
         _compare(f"{path}, {batch} pictures", tokens, expected, 1e-4)
 
-# %% ../nbs/56_export.ipynb #9f3dc053
+# %% ../nbs/56_export.ipynb #295f74c0
 def run_record(source) -> dict:
     """run.json beside an encoder, as a dictionary; empty where there is none."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
@@ -314,7 +314,7 @@ def crop_framing(source, record: dict) -> str:
             said.append(f"{name}: {crop.get('framing', 'paper')}")
     return "; ".join(said) or "not recorded"
 
-# %% ../nbs/56_export.ipynb #87c3c6ed
+# %% ../nbs/56_export.ipynb #a1b18fe7
 _FRAMING = """A picture is a square face crop. The paper's framing is a square of twice the longer side of
 the detected face box, centred on the box. `mefem crop photos/ -o crops/` writes such crops. Other framings
 give other embeddings."""
@@ -323,7 +323,7 @@ Measure it first on your own people:
 `mefem probe embeddings.parquet labels.csv --target COLUMN --group COLUMN`.
 An embedding of a face is personal data."""
 
-# %% ../nbs/56_export.ipynb #0bb49dcd
+# %% ../nbs/56_export.ipynb #d8d39b48
 def card_facts(vit: PlainViT, source, record: dict) -> dict[str, str]:
     """Rows of the card's table: what the encoder is, what it was trained on, and what it follows from."""
     model = vit.model
@@ -335,9 +335,8 @@ def card_facts(vit: PlainViT, source, record: dict) -> dict[str, str]:
         if "steps" in settings
         else "not recorded"
     )
-    made = [
-        f"{name} {value}" for name, value in record.get("made_from", {}).items() if isinstance(value, str)
-    ]
+    hashes = record.get("made_from", {})
+    made = [f"{name} {hashes[name]}" for name in ("settings", "data", "code") if name in hashes]
     return {
         "network": f"ViT, width {model.embed_dim}, depth {len(model.blocks)}, {heads} heads",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
@@ -366,7 +365,7 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/56_export.ipynb #48cb8f03
+# %% ../nbs/56_export.ipynb #111e593c
 _USE = {
     "timm": """import timm, torch
 from PIL import Image
@@ -395,7 +394,7 @@ images = ((np.asarray(picture, np.float32) / 255 - mean) / std).transpose(2, 0, 
 embedding = patches.mean(1)""",
 }
 
-# %% ../nbs/56_export.ipynb #45a86536
+# %% ../nbs/56_export.ipynb #d16219ac
 def usage(vit: PlainViT, to: str, place: str) -> str:
     """The lines of Python that load an export and embed one crop."""
     pool = f"embedding = tokens[:, {int(vit.cls)}:].mean(1)  # of the patches"
@@ -447,7 +446,7 @@ A face encoder pretrained without labels by a joint embedding predictive archite
 """
 _LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
-# %% ../nbs/56_export.ipynb #dd8d6164
+# %% ../nbs/56_export.ipynb #b8744dfb
 def model_card(vit: PlainViT, source, to: str, place: str, licence: str | None = None) -> str:
     """README.md of an export: Hub metadata, use, facts, framing, limits, settings."""
     record = run_record(source)
@@ -464,7 +463,7 @@ def model_card(vit: PlainViT, source, to: str, place: str, licence: str | None =
         settings=json.dumps(settings, indent=1, sort_keys=True) if settings else "not recorded",
     )
 
-# %% ../nbs/56_export.ipynb #87bf6245
+# %% ../nbs/56_export.ipynb #34dc7cfe
 FORMATS: dict[str, Callable] = {"timm": export_timm, "hf": export_hf, "onnx": export_onnx}
 _OURS = {"config.json", "preprocessor_config.json", "model.safetensors", "encoder.onnx", "README.md"}
 
@@ -478,7 +477,7 @@ def check_export_folder(out) -> Path:
         raise ValueError(f"{out} holds other things, such as {strange[0]}: choose a new folder")
     return out
 
-# %% ../nbs/56_export.ipynb #3dfa9a82
+# %% ../nbs/56_export.ipynb #936cdb8c
 def export_encoder(
     source, out, to: str = "timm", licence: str | None = None, place: str | None = None
 ) -> str:
