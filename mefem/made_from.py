@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'settings_hash', 'files_hash', 'syntax', 'closure', 'code_hashes', 'code_hash', 'file_code', 'MadeFrom',
-           'notebook_code', 'stage_code', 'write_stage_code']
+           'kept_account', 'notebook_code', 'stage_code', 'write_stage_code']
 
 # %% ../nbs/04_made_from.ipynb #86c1757f
 import ast
@@ -172,6 +172,14 @@ class MadeFrom:
 
     def __str__(self):
         return f"settings {self.settings}, data {self.data}, code {self.code}"
+
+# %% ../nbs/04_made_from.ipynb #f96d9c8b
+def kept_account(path, key: str, *files) -> dict | None:
+    """The account in the JSON file `path`, where it has this key and all `files` are there too; else None."""
+    if not all(Path(file).is_file() for file in (path, *files)):
+        return None
+    account = json.loads(Path(path).read_text(encoding="utf-8"))
+    return account if account.get("key") == key else None
 
 # %% ../nbs/04_made_from.ipynb #b795ffd3
 def notebook_code(path) -> str:

@@ -162,7 +162,7 @@ class QuadrantMasking(Masking):
 class MultiblockMasking:
     """Targets are a union of random rectangles (figure 2a), the source is drawn from the rest.
 
-    `modes` as (blocks, scale), scale: a block's share of the picture's area; `aspect`: range of height / width.
+    `modes` as (blocks, scale), scale: a block's share of the picture's area; `aspect`: range of height/width.
     |S| and |T| of a mode are those that 95 % of draws can give (estimated once, at construction); the rare
     sample with fewer takes tokens from the other side."""
 

@@ -225,8 +225,8 @@ class MemoryPictures:
 def train_rows(folder, exclude_leaked: bool = False) -> np.ndarray:
     """Rows of the crops in `folder` that may be trained on, bool [N].
 
-    These are all but those of an official split other than train. `exclude_leaked`: nor those that leaks.json,
-    beside the folder, lists as copies of evaluation photographs."""
+    These are all but those of an official split other than train. `exclude_leaked`: nor those that
+    leaks.json, beside the folder, lists as copies of evaluation photographs."""
     from mefem.shards import read_labels
 
     labels, folder = read_labels(folder), Path(folder)
@@ -411,7 +411,7 @@ class _Steps(torch.utils.data.Dataset):
 
 # %% ../nbs/45_training.ipynb #42a5b563
 def _ignore_stop(worker: int) -> None:
-    # A Ctrl-C reaches the workers too; they must live until the checkpoint is written, and end with their process.
+    # A Ctrl-C reaches the workers too; they must live until the checkpoint is written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
