@@ -22,6 +22,7 @@ ORDER = [
     "weighting",
     "models",
     "jepa",
+    "beyond",
     "monitoring",
     "training",
     "encoders",
