@@ -26,7 +26,7 @@ from mefem.report import (
     results_table,
     write_table,
 )
-from mefem.tables import About, markdown_table, scale_of, tex
+from mefem.tables import About, scale_of, tex
 
 PAPER = """
 Franca	Large	Patches + CLS	0.425	3.744	0.904	0.538	0.529
