@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted((ROOT / "nbs" / "stages").glob("*.ipynb"))
 # What is kept between runs, and the modules whose code is part of its key.
 KEPT = {
-    "photographs": ("simulate.publishers",),
+    "photographs": ("simulate.run",),
     "crops": ("datasets.core", "datasets.bmi"),
     "checkpoints": ("training",),
     "features": ("features",),
@@ -152,7 +152,7 @@ from pathlib import Path
 import mefem
 assert Path(mefem.__file__).parent == Path({package!r})
 from mefem.config import Pretrain
-from mefem.datasets.core import crop_dataset
+from mefem.crop import crop_dataset
 from mefem.features import features_of
 from mefem.metrics import evaluate
 from mefem.training import pretrain
