@@ -1,6 +1,6 @@
 """Fails when `mefem/` is not what `nbs/` exports, a notebook is not clean, or a cell lacks its output.
 
-Works on a copy; changes nothing, and runs no cell. tools/run_notebooks.py runs them and compares the outputs."""
+Works on a copy; changes nothing, and runs no cell: tools/run_notebooks.py does, and compares outputs."""
 
 import ast
 import filecmp
@@ -38,7 +38,7 @@ SHOWING = {"display", "print", "Image", "Markdown", "plt.show"}
 
 
 def shows(source: str) -> bool:
-    """Whether a cell shows a result for certain: it ends with an expression, or with a call of one of `SHOWING`.
+    """Whether a cell certainly shows a result: it ends with an expression, or a call of one of `SHOWING`.
 
     Any other call may return None, which only a run can find out."""
     if re.search(r"^#\|\s*(eval:\s*false|export)", source, re.MULTILINE) or source.rstrip().endswith(";"):

@@ -3,9 +3,9 @@
     python tools/run_notebooks.py [--workers N] [NOTEBOOK ...]
 
 It replaces nbdev_test: the same notebooks and the same skipped cells (`#| eval: false`, the test flags of
-settings.ini, folders with a file `.notest`), each in a process of its own. Results are compared without numbers,
-which another processor rounds differently and a clock changes. Words, file names, columns and kinds of pictures
-have to be the same, so that no output of older code stays."""
+settings.ini, folders with a file `.notest`), each in a process of its own. Results are compared without
+numbers, which another processor rounds differently and a clock changes. Words, file names, columns and kinds
+of pictures have to be the same, so that no output of older code stays."""
 
 import argparse
 import html
