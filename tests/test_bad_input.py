@@ -1,4 +1,7 @@
-"""Everything the web and other people's files can hold: each has a named reason, nothing is lost, the rest is unharmed."""
+"""Everything the web and other people's files can hold.
+
+Each has a named reason, nothing is lost, the rest is unharmed.
+"""
 
 import io
 import json
@@ -50,7 +53,8 @@ from mefem.shards import (
 FACE = Image.fromarray(cartoon())  # 512 x 512, BlazeFace finds it
 
 
-# --- pictures, through the whole stage with the detector -------------------------------------------------------------
+# --- pictures, through the whole stage with the detector
+# -------------------------------------------------------------
 
 
 def png_of(width, height, size=2000):
@@ -244,7 +248,8 @@ def test_damage_never_raises_anything_but_image_error(format):
     assert outcomes["refused"] > 20
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------
+# --- boxes
+# -----------------------------------------------------------------------------------------------------------
 
 BOXES = {
     "[100, 100, 200, 200]": SUCCESS,
@@ -341,7 +346,8 @@ def test_fuzz_crop(box, size):
         pass
 
 
-# --- tars ------------------------------------------------------------------------------------------------------------
+# --- tars
+# ------------------------------------------------------------------------------------------------------------
 
 
 def member(tar, name, data=b"", kind=tarfile.REGTYPE, target=""):
@@ -480,7 +486,8 @@ def test_a_key_that_comes_twice_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ----------------------------------------------------------------------------------------------------
+# ---------
 
 HEADER = "image,height,weight,bmi,sex,person,note\n"
 ROW = "1.jpg,180,81,25,male,7,\n"
@@ -599,7 +606,10 @@ LISTS = {  # data set -> (its list, how it begins)
     keep=st.booleans(),
 )
 def test_fuzz_lists_of_all_publishers(tmp_path, name, data, keep):
-    """Any bytes in the place of a publisher's list, or behind its beginning: rows, or a DatasetError that names the file."""
+    """Any bytes in the place of a publisher's list, or behind its beginning.
+
+    Rows, or a DatasetError that names the file.
+    """
     file, head = LISTS[name]
     for folder in ("clips", "video", "images", "1.25/train", "img_celeba"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -641,7 +651,8 @@ def test_fuzz_csv_round_trip(tmp_path_factory, table):
     assert [[row[name] for name in names] for row in bmi.read_csv(path)] == table
 
 
-# --- parquet ---------------------------------------------------------------------------------------------------------
+# --- parquet
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -694,7 +705,8 @@ def test_fairface_of_another_schema(tmp_path, column, values, message):
         crop_dataset("fairface", tmp_path / "raw", tmp_path / "faces", framing="dataset", **QUICK)
 
 
-# --- a full disk, and kills ------------------------------------------------------------------------------------------
+# --- a full disk, and kills
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -868,7 +880,9 @@ def test_reader_of_an_image_that_is_a_folder(tmp_path):
 
 
 def same_after_a_kill(imports, work, folder, after) -> int:
-    """Kill `work` (a call with `out`) at each of its files, run it again; every folder then has the files of one that nothing killed.
+    """Kill `work` (a call with `out`) at each of its files, run it again.
+
+    Every folder then has the files of one that nothing killed.
 
     The hidden file that the killed process was writing may still lie there; nothing reads it."""
     files = kill_everywhere(imports, work, folder, after)
