@@ -43,8 +43,7 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-# --- FaceCaption
-# -----------------------------------------------------------------------------------------------------
+# --- FaceCaption -------------------------------------------------------------------------------
 
 
 def facecaption_row(number, url=None, box="[100, 100, 200, 200]"):
@@ -216,8 +215,7 @@ def test_facecaption_links_for_img2dataset(captions):
     assert links[3] == {"url": "https://x.org/4.jpg", "_id": "id4", "box": "[100, 100, 200, 200]"}
 
 
-# --- FairFace
-# --------------------------------------------------------------------------------------------------------
+# --- FairFace ----------------------------------------------------------------------------------
 
 
 def make_fairface(folder, train=7, validation=3, **changes):
@@ -319,7 +317,7 @@ def test_fairface_class_names_are_those_of_the_real_release(shared):
         ("train/1.jpg,9-Mar,Male,Black,True", "line 2: age is '9-Mar', expected one of 0-2, 3-9"),
         (
             "train/1.jpg,03-Sep,Male,Black,True",
-            "more than 70. A spreadsheet read the age class 3-9 as a date and saved that: take the authors' own list",
+            "more than 70. A spreadsheet read the age class 3-9 as a date and saved that",
         ),
         ("train/1.jpg,Oct-19,Male,Black,True", "age is 'Oct-19', expected"),
         ("train/1.jpg,2019-10-01,Male,Black,True", "put 10-19 in place of 2019-10-01"),
@@ -382,7 +380,7 @@ def test_a_spreadsheets_fairface_of_the_real_lists(shared, tmp_path):
         )
     with pytest.raises(
         DatasetError,
-        match=r"fairface_label_train.csv, line \d+: age is '(03-Sep|Oct-19)'.*A spreadsheet took the age class",
+        match=r"fairface_label_train.csv, line \d+: age is '(03-Sep|Oct-19)'.*A spreadsheet read",
     ):
         get_reader("fairface").original(tmp_path)
 
@@ -401,7 +399,7 @@ def test_fairface_bad_files(tmp_path):
 
 
 def test_real_fairface_through_the_real_reader(shared, tmp_path):
-    """FairFace's tight crops: the paper's square does not fit, the publisher's own framing does, and both are counted."""
+    """FairFace's tight crops: the paper's square does not fit, the publisher's own framing does."""
     raw = tmp_path / "raw/0.25"
     raw.mkdir(parents=True)
     for split, count in (("train", 300), ("validation", 100)):
@@ -427,8 +425,7 @@ def test_real_fairface_through_the_real_reader(shared, tmp_path):
     )
 
 
-# --- BMI ----------------------------------------------------------------------------------------------------
-# ---------
+# --- BMI ---------------------------------------------------------------------------------------
 
 HEADER = "image,height,weight,bmi,sex,person,haemoglobin\n"
 
@@ -515,8 +512,7 @@ def test_bmi_portraits_through_the_detector(shared, tmp_path):
     assert manifest["usable"] == 4 and manifest["dropped"] == {"leaves the picture": 1}
 
 
-# --- AVSpeech and other videos
-# ----------------------------------------------------------------------------------------
+# --- AVSpeech and other videos -----------------------------------------------------------------
 
 
 def clip_of(seed, frames=8, kind="mp4"):
@@ -658,8 +654,7 @@ def test_the_face_that_the_publisher_means(shared):
     assert cropped(both, (0.5, 0.02)) == (None, "no face")
 
 
-# --- SFHQ
-# ------------------------------------------------------------------------------------------------------------
+# --- SFHQ --------------------------------------------------------------------------------------
 
 
 def test_sfhq_is_only_made_smaller(tmp_path):
@@ -689,8 +684,7 @@ def test_sfhq_keys_are_those_of_the_published_names_and_never_two_alike(tmp_path
     assert manifest["usable"] == len(names)
 
 
-# --- CelebA
-# ----------------------------------------------------------------------------------------------------------
+# --- CelebA ------------------------------------------------------------------------------------
 
 
 def make_celeba(root, rows=3, flat=False, value=None, count=None, partition=None, name="000003.jpg"):
@@ -773,10 +767,10 @@ def test_celeba_broken_lists_are_named(tmp_path, change, message):
     assert message in str(caught.value)
 
 
-# --- MCD-rPPG
-# --------------------------------------------------------------------------------------------------------
+# --- MCD-rPPG ----------------------------------------------------------------------------------
 
-PATIENTS = """patient_id,weight,height,bmi,age,sex,upper_ap,lower_ap,saturation,hemoglobin,glycated_hemoglobin,cholesterol,step,camera,view,video
+PATIENTS = """patient_id,weight,height,bmi,age,sex,upper_ap,lower_ap,saturation,hemoglobin,\
+glycated_hemoglobin,cholesterol,step,camera,view,video
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,FullHDwebcam,front,data/video/1020_FullHDwebcam_before.avi
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,USBVideo,side,video/1020_USBVideo_before.avi
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,after,FullHDwebcam,front,video/1020_FullHDwebcam_after.avi
@@ -821,8 +815,7 @@ def test_mcd_rppg_impossible_tables_are_named(patients, old, new, message):
     assert message in str(caught.value) and "db.csv" in str(caught.value)
 
 
-# --- any folder
-------------------------------------------------------------------------------------------------------
+# --- any folder --------------------------------------------------------------------------------
 
 
 def test_folder_with_and_without_a_table(tmp_path):
@@ -919,8 +912,7 @@ def test_folder_bad_tables_are_named(tmp_path, table, message):
     assert message in str(caught.value) and "labels.csv" in str(caught.value)
 
 
-# --- across data sets
-------------------------------------------------------------------------------------------------
+# --- across data sets --------------------------------------------------------------------------
 
 
 def test_leaked_keys(tmp_path):
@@ -933,8 +925,7 @@ def test_leaked_keys(tmp_path):
         leaked_keys(tmp_path, "sfhq")
 
 
-# --- the crop stage
---------------------------------------------------------------------------------------------------
+# --- the crop stage ----------------------------------------------------------------------------
 
 
 def test_result_does_not_depend_on_jobs_or_interruption(captions, tmp_path, monkeypatch):

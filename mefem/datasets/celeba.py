@@ -19,8 +19,8 @@ from ..labels import CELEBA_ATTRIBUTES
 # %% ../../nbs/34_celeba.ipynb #fc23a5bc
 HOW_TO_OBTAIN = """CelebA: for non-commercial research, by the publisher's agreement; 202,599 photographs.
   From https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html get Anno/list_attr_celeba.txt,
-  Anno/identity_CelebA.txt (both below Anno/), Eval/list_eval_partition.txt and Img/img_celeba.7z (in the wild, not img_align_celeba) into
-  data/raw/celeba, and
+  Anno/identity_CelebA.txt (both below Anno/), Eval/list_eval_partition.txt and
+  Img/img_celeba.7z (in the wild, not img_align_celeba) into data/raw/celeba, and
   7z x Img/img_celeba.7z.001 -odata/raw/celeba/Img"""
 
 # %% ../../nbs/34_celeba.ipynb #7384afe7

@@ -93,7 +93,7 @@ LIST_ROWS = 100_000  # rows of the publisher's list in one unit
 
 
 def write_links(root) -> Path:
-    """Write `links.parquet` (url, _id, box) beside the publisher's list: one link per row, for img2dataset."""
+    """Write `links.parquet` (url, _id, box; one link per row) for img2dataset beside the publisher's list."""
     schema = pa.schema([("url", pa.string()), ("_id", pa.string()), ("box", pa.string())])
     with replacing(Path(root) / "links.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for path in list_files(root):

@@ -103,8 +103,8 @@ def what_happened(name: str, value: str) -> str:
         if name == "age" and date and len(parts.intersection(numbers)) + len(words) >= 2:
             return (
                 f". A spreadsheet read the age class {age} as a date and saved that: take the authors' own "
-                f"list, or put {age} in place of {value} (look for the other of 3-9 and 10-19 too) and open it "
-                f"as text only"
+                f"list, or put {age} in place of {value} (look for the other of 3-9 and 10-19 too) and open "
+                f"it as text only"
             )
     return ""
 
