@@ -477,7 +477,7 @@ def test_keys_that_would_be_misread_are_not_written(tmp_path, key):
 
 
 def test_a_key_that_comes_twice_is_not_written(tmp_path):
-    with pytest.raises(ShardError, match="'a' comes twice"), ShardWriter(tmp_path, 0) as shard:
+    with pytest.raises(ShardError, match="'a' is a duplicate"), ShardWriter(tmp_path, 0) as shard:
         shard.add_sample("a", b"1", {})
         shard.add_sample("a", b"2", {})
     assert not list(tmp_path.iterdir())
