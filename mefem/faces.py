@@ -200,7 +200,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # %% ../nbs/10_faces.ipynb #56258653
 def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
-    """Pixels of an opened picture, upright RGB. With `reduction` 2, 4 or 8 the JPEG decoder shrinks the picture."""
+    """Pixels of an opened picture, upright RGB; `reduction` 2, 4 or 8 is made by the JPEG decoder."""
     turn = _TURN.get(_orientation(image))
     try:
         if reduction > 1:
@@ -233,7 +233,7 @@ def is_photograph(path) -> bool:
 
 # %% ../nbs/10_faces.ipynb #02f59a2f
 def listed_crops(folder) -> dict[str, str]:
-    """Name of each crop in `folder`/crops.csv -> its photograph; `ValueError` for another program's crops.csv."""
+    """Name of each crop in `folder`/crops.csv -> its photograph; `ValueError` where that is not our list."""
     path = Path(folder) / CROP_LIST
     if not path.is_file():
         return {}
@@ -247,7 +247,7 @@ def listed_crops(folder) -> dict[str, str]:
             }
     except (csv.Error, ValueError) as error:
         raise ValueError(
-            f"{path} is not a list of crops by `mefem crop`: {error}; move it, or choose another folder"
+            f"{path} is no list of crops by `mefem crop`: {error}; move it, or choose another folder"
         ) from None
 
 # %% ../nbs/10_faces.ipynb #c537cfb8
@@ -259,7 +259,7 @@ def _crops_in(folder) -> set[str]:
 
 # %% ../nbs/10_faces.ipynb #c22f3d47
 def visible_files(folder, leave_out=None) -> list[Path]:
-    """All files below `folder`, sorted, but for hidden ones, crops that a folder below lists, and `leave_out`.
+    """All files below `folder`, sorted, but for hidden ones, crops listed in a folder below, and `leave_out`.
 
     The crops in `folder` itself are meant when it is named, so they are in."""
     top = Path(folder)
@@ -474,7 +474,7 @@ class FaceDetector:
 
 # %% ../nbs/10_faces.ipynb #e01f3392
 def face_square(box, scale: float = 2.0) -> tuple[float, float, float]:
-    """Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x the longer side (sec. 3)."""
+    """Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x longer side (sec. 3)."""
     try:
         x0, y0, x1, y1 = map(float, () if isinstance(box, (str, bytes)) else box)
         side = scale * max(x1 - x0, y1 - y0)
@@ -502,7 +502,7 @@ def lies_inside(square, width: int, height: int) -> bool:
 
 # %% ../nbs/10_faces.ipynb #a1d8b2f1
 def check_square(square, width: int, height: int, min_side: int):
-    """`square` if it is inside the picture and has `min_side` pixels; else `CropError`, for the border first."""
+    """`square` if it is inside the picture and has `min_side` pixels; `CropError` otherwise."""
     x0, y0, side = square
     if not lies_inside(square, width, height):
         raise CropError(
@@ -527,9 +527,9 @@ def jitter_square(
 ) -> tuple[float, float, float]:
     """A square inside the picture, moved as by a less steady detector, and still inside.
 
-    Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter` half
-    sides: with `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the border or
-    `min_side`, it stops there."""
+    Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter`
+    half sides: with `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the border
+    or `min_side`, it stops there."""
     x0, y0, side = square
     grow, right, down = jitter * np.random.default_rng(seed).standard_normal(3)
     new = min(max(side * math.exp(grow), min_side), width, height)
@@ -583,8 +583,8 @@ def crop_image(
     """An opened picture as its face crop, uint8 [size, size, 3].
 
     `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face
-    of `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest centred
-    square. Raises `CropError` or `ImageError`.
+    of `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest
+    centred square. Raises `CropError` or `ImageError`.
     """
     width, height = upright_size(image)
     rgb = None
@@ -607,7 +607,7 @@ def crop_image(
 def crop_face(
     rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224, detector=None
 ) -> np.ndarray:
-    """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError(reason)` where there is none."""
+    """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError` where there is none."""
     return crop_image(Image.fromarray(check_rgb(rgb)), box, scale, size, min_side, detector)
 
 # %% ../nbs/10_faces.ipynb #cdd7e823
@@ -650,7 +650,7 @@ def _applies(square, longer: float, width: int, height: int, framing: str) -> st
 def frame_square(
     box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None
 ):
-    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` where there is none.
+    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` if there is none.
 
     The framing used is "paper" wherever the paper's square is inside the picture, never "auto". "as-is" needs
     no box."""
@@ -797,9 +797,9 @@ def frame_faces(
 ) -> list[Framed]:
     """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
 
-    `source`: see `open_image`. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see
-    `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where none fits,
-    or with "all" of each face that does not fit."""
+    `source`: see `open_image`. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`:
+    see `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where none
+    fits, or with "all" of each face that does not fit."""
     check_framing(framing, face)
     try:
         image = open_image(source)

@@ -480,8 +480,8 @@ def _client(address: str, timeout: float):
 def on_cluster(address: str | None = None, timeout: float = 30):
     """Within it, joblib works on the Dask cluster at `address` (default: $MEFEM_CLUSTER).
 
-    Without an address it works on this machine. `timeout`: seconds to wait for the scheduler, and for the first
-    worker. Workers should have one thread each.
+    Without an address it works on this machine. `timeout`: seconds to wait for the scheduler, and for the
+    first worker. Workers should have one thread each.
     """
     address = address or os.environ.get("MEFEM_CLUSTER")
     if not address:

@@ -44,7 +44,7 @@ def test_stages_depend_on_code_not_on_notebooks():
 
 
 def test_a_directory_is_an_output_where_it_can_be():
-    """No list of files by hand: every output is a folder, but executed notebooks, leaks.json and README.md."""
+    """No list of files by hand: every output is a folder but notebooks, leaks.json and README.md."""
     for name, stage in stages().items():
         outs = [
             next(iter(out)).replace("${item.run}-${item.seed}", "x").replace("${item}", "x")

@@ -167,8 +167,8 @@ config = Pretrain(datasets=("bmi",), batch=4, steps=2, checkpoint_every=2, log_e
                   encoder=dict(kwargs=dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)))
 encoder = pretrain(config, root=root, progress=False)
 features_of(str(encoder), [faces], root / "features" / "mefem")
-evaluate({{"mefem": (root / "features" / "mefem", root / "results")}}, ["bmi"], ["patches"], linear=False, jobs=1,
-         device="cpu", folds=2, epochs=1, batch=8, lrs=(1e-2,), weight_decays=(0.1,), bootstrap=100)
+evaluate({{"mefem": (root / "features" / "mefem", root / "results")}}, ["bmi"], ["patches"], linear=False,
+         jobs=1, device="cpu", folds=2, epochs=1, batch=8, lrs=(1e-2,), weight_decays=(0.1,), bootstrap=100)
 """
 
 
