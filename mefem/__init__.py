@@ -16,12 +16,15 @@ if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
-    "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "features",
-    "FaceEmbedder": "features", "load_settings": "config",
+    "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "embedding",
+    "FaceEmbedder": "embedding", "load_settings": "config",
 }
-_MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
-            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
-            "fairness", "pictures", "datasheets", "readme", "cli"}
+_MODULES = {
+    "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
+    "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
+    "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
+    "readme", "cli",
+}
 
 
 def __getattr__(name: str):

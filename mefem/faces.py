@@ -528,8 +528,8 @@ def jitter_square(
     """A square inside the picture, moved as by a less steady detector, and still inside.
 
     Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter`
-    half sides: with `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the border
-    or `min_side`, it stops there."""
+    half sides: with `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the
+    border or `min_side`, it stops there."""
     x0, y0, side = square
     grow, right, down = jitter * np.random.default_rng(seed).standard_normal(3)
     new = min(max(side * math.exp(grow), min_side), width, height)
@@ -798,8 +798,8 @@ def frame_faces(
     """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
 
     `source`: see `open_image`. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`:
-    see `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where none
-    fits, or with "all" of each face that does not fit."""
+    see `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where
+    none fits, or with "all" of each face that does not fit."""
     check_framing(framing, face)
     try:
         image = open_image(source)
