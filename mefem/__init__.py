@@ -14,7 +14,7 @@ _PUBLIC = {
 _MODULES = {
     "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
+    "probing", "metrics", "own_labels", "evaluation", "report", "ablations", "fairness", "pictures", "datasheets",
     "readme", "cli",
 }
 

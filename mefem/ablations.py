@@ -20,7 +20,8 @@ import pandas as pd
 from .config import Settings, ablation_probing, ablation_settings
 from .features import FEATURE_SETS
 from .files import write_atomic, write_json
-from .metrics import evaluate_encoder, paired_difference, write_result
+from .evaluation import evaluate_encoder, write_result
+from .metrics import paired_difference
 from .probing import ProbeResult, get_task
 from .report import STYLE, describe_run, load_result, save_figure, scale_of, table_csv, tex
 from .shards import read_manifest
