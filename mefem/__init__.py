@@ -5,6 +5,14 @@ The names below are loaded when they are first used: `import mefem` itself needs
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
+    from .config import load_settings as load_settings
+    from .encoders import WeightsAbsent as WeightsAbsent, load_encoder as load_encoder
+    from .faces import (CropError as CropError, Face as Face, FaceDetector as FaceDetector, ImageError as ImageError,
+                        crop_face as crop_face, read_image as read_image)
+    from .embedding import FaceEmbedder as FaceEmbedder, embed as embed
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
@@ -12,14 +20,14 @@ _PUBLIC = {
     "FaceEmbedder": "embedding", "load_settings": "config",
 }
 _MODULES = {
-    "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
+    "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "own_labels", "evaluation", "report", "ablations", "fairness", "pictures", "datasheets",
-    "readme", "cli",
+    "probing", "metrics", "own_labels", "evaluation", "provenance",
+    "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(_import_module(f"mefem.{_PUBLIC[name]}"), name)
     if name in _MODULES:
@@ -27,5 +35,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'mefem' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC, *_MODULES})

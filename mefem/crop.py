@@ -36,15 +36,15 @@ class Cropping:
     """How the photographs of a data set are cropped; defaults are the paper's.
 
     `framing`: "paper" (a square of `scale` x the publisher's or the detector's box), "dataset" (the largest centred
-    square of the picture as published), or None for what the data set needs (`Reader.framing`). `stray`: how far the
-    paper's squares are moved at random, seeded by the photograph's key (`mefem.faces.stray_square`)."""
+    square of the picture as published), or None for what the data set needs (`Reader.framing`). `jitter`: how far the
+    paper's squares are moved at random, seeded by the photograph's key (`mefem.faces.jitter_square`)."""
 
     size: int = 224  # pixels per side of a crop
     min_side: int = 224  # pixels of the photograph that the square must have
     scale: float = 2.0  # side of the square / longer side of the box
     framing: str | None = None
     min_score: float = 0.5  # of the detector
-    stray: float = 0.0
+    jitter: float = 0.0
 
     def __post_init__(self):
         if self.framing not in (None, "paper", "dataset"):
@@ -92,7 +92,7 @@ def crop_one(photo: Photograph, how: Cropping) -> tuple[bytes | None, str, str |
             min_side=how.min_side,
             detector=detector,
             framing=how.framing,
-            stray=how.stray,
+            jitter=how.jitter,
             seed=zlib.crc32(photo.key.encode()),
         )
         return encode_crop(crop), SUCCESS, None

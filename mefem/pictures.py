@@ -28,7 +28,7 @@ from mefem.probing import (
     make_splits,
     task_targets,
 )
-from .report import STYLE, save_figure
+from .figures import STYLE, save_figure
 from .shards import load_images, read_manifest
 
 # %% ../nbs/64_pictures.ipynb #81677b9e

@@ -25,7 +25,7 @@ def provide_dataset(
     """Bring `root` = data/raw/<name> to a known state; returns {"state": "simulated" | "publisher" | "absent", "reason": ...}.
 
     Simulates `photographs` people unless the publisher's files are there; with 0, removes what an earlier profile simulated."""
-    from mefem.simulate.publishers import is_ours, remove_simulated, simulate_dataset
+    from mefem.simulate.run import is_ours, remove_simulated, simulate_dataset
 
     root, reader = Path(root), get_reader(name)
     (root / NOTE).unlink(missing_ok=True)

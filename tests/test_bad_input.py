@@ -474,7 +474,7 @@ def test_keys_that_would_be_misread_are_not_written(tmp_path, key):
 
 
 def test_a_key_that_comes_twice_is_not_written(tmp_path):
-    with pytest.raises(ShardError, match="'a' comes twice"), ShardWriter(tmp_path, 0) as shard:
+    with pytest.raises(ShardError, match="'a' is a duplicate"), ShardWriter(tmp_path, 0) as shard:
         shard.add_sample("a", b"1", {})
         shard.add_sample("a", b"2", {})
     assert not list(tmp_path.iterdir())
@@ -795,10 +795,10 @@ def test_a_kill_at_any_file_of_the_crop_stage(captions, tmp_path, after):
 
 FAKE_PEOPLE = """
 import pickle, sys, types
-import mefem.simulate.further as F, mefem.simulate.publishers as S
+import mefem.simulate.publishers as P, mefem.simulate.run as S
 sys.modules["mefem.simulate.render"] = types.SimpleNamespace(load_bust=lambda: None)
-S.UNIT, S._describe, F.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
-S.make_unit = F.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
+S.UNIT, P._describe, P.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
+P.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
 """
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from mefem import datasheets as D
 from mefem.faces import encode_crop, read_image
 from mefem.shards import SUCCESS, leaked_keys, write_manifest, write_shard
+from mefem.tables import write_frame
 
 
 def pattern(seed, size=64):
@@ -88,7 +89,7 @@ def test_lost_photograph_stops_the_stage(faces):
 
 def test_written_tables(faces, tmp_path):
     found = D.accounts(faces)
-    text = D.write_frame(D.table1(found), tmp_path, "table1", "Table 1.", D.scale_line(found, "demo"))
+    text = write_frame(D.table1(found), tmp_path, "table1", "Table 1.", D.scale_line(found, "demo"))
     assert (
         "Simulated people" in text and "15,078,935" in text and text == (tmp_path / "table1.md").read_text()
     )

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted((ROOT / "nbs" / "stages").glob("*.ipynb"))
 # What is kept between runs, and the modules whose code is part of its key.
 KEPT = {
-    "photographs": ("simulate.publishers",),
+    "photographs": ("simulate.run",),
     "crops": ("datasets.core", "datasets.bmi"),
     "checkpoints": ("training",),
     "features": ("features",),
