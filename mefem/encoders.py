@@ -42,7 +42,9 @@ def check_pictures(images) -> Tensor:
 
 # %% ../nbs/50_encoders.ipynb #f31dcfe9
 def resize(x: Tensor, size: int) -> Tensor:
-    """uint8 [B, H, H, 3] to [B, size, size, 3], bicubic and antialiased (float32, 0 to 255); only square pictures."""
+    """Square pictures uint8 [B, H, H, 3] to [B, size, size, 3], bicubic and antialiased.
+
+    The result is float32 from 0 to 255; pictures of that size are left as they are."""
     _, height, width, _ = x.shape
     if height != width:
         raise ValueError(f"expected square face crops, found {width} x {height} pixels")
@@ -106,9 +108,12 @@ class FrozenEncoder(ABC):
 
 # %% ../nbs/50_encoders.ipynb #104ec216
 class TimmTokens(nn.Module):
-    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D]: CLS or the pooled vector, then the patches.
+    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D].
 
-    `image_size`: pixels per side, at which it is tried out; `ValueError` where it gives no square of patches."""
+    CLS or the pooled vector, then the patches.
+
+    `image_size`: pixels per side, at which it is tried out. `ValueError` where there is no square of
+    patches."""
 
     def __init__(self, model: nn.Module, image_size: int):
         super().__init__()
@@ -129,13 +134,15 @@ class TimmTokens(nn.Module):
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise ValueError(
-                f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is not supported"
+                f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is "
+                f"not supported"
             )
         self.has_cls = not self._has_tokens(out) or self.class_token
         patches = self._tokens(out).shape[1] - self.has_cls
         if round(patches**0.5) ** 2 != patches:
             raise ValueError(
-                f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be patches: these "
+                f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be "
+                f"patches: these "
                 f"are no square; such a model is not supported"
             )
 
@@ -212,7 +219,9 @@ class WeightsAbsent(FileNotFoundError):
 
 # %% ../nbs/50_encoders.ipynb #86f425e1
 class WeightsMismatch(ValueError):
-    """A weight file that does not fit its model; the text lists the first keys that do not fit, `faults` all of them."""
+    """A weight file that does not fit its model.
+
+    The text lists the first keys that do not fit, `faults` all of them."""
 
     def __init__(self, message: str, faults=()):
         super().__init__(message)
@@ -229,7 +238,8 @@ def read_checkpoint(path) -> dict:
         raise
     except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
         raise WeightsMismatch(
-            f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else could run a "
+            f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else "
+            f"could run a "
             f"program and is not loaded"
         ) from error
     if not isinstance(checkpoint, dict):
@@ -238,7 +248,9 @@ def read_checkpoint(path) -> dict:
 
 # %% ../nbs/50_encoders.ipynb #0aab3c32
 def fit_state_dict(model: nn.Module, state: dict, source, may_drop: str = r"(head|fc)\.") -> list[str]:
-    """Load `state` (any float type) into `model`, every key; returns those that match `may_drop` and were left out.
+    """Load `state` (any float type) into `model`, every key.
+
+    Returns those that match `may_drop` and were left out.
 
     Raises `WeightsMismatch` with each key that is missing, has no place, or has another shape."""
     wanted = model.state_dict()
@@ -316,7 +328,9 @@ def weight_folders() -> list[Path]:
 
 # %% ../nbs/50_encoders.ipynb #44df4d55
 def find_weights(name: str, file: str = "") -> Path:
-    """Path of the weights `name` (a key of WEIGHTS), at `file` or where they are looked for; else `WeightsAbsent`."""
+    """Path of the weights `name` (a key of WEIGHTS); `WeightsAbsent` where they are not there.
+
+    They are looked for at `file`, or in the `weight_folders`."""
     known = WEIGHTS[name]
     places = [Path(file)] if file else [folder / known.file for folder in weight_folders()]
     for place in places:
@@ -329,7 +343,7 @@ def find_weights(name: str, file: str = "") -> Path:
 
 # %% ../nbs/50_encoders.ipynb #3a9d906a
 def weights_at_hand(folder=None) -> dict[str, dict]:
-    """For each released file of weights: state ("present", "absent"), file, title, licence and the command that gets it.
+    """State ("present", "absent"), file, title, licence and command of each released file of weights.
 
     Looked for in `folder` (default: wherever `find_weights` looks)."""
     folders = [Path(folder)] if folder else weight_folders()
@@ -418,7 +432,9 @@ def _known_to_timm(timm_name: str) -> None:
 
 # %% ../nbs/50_encoders.ipynb #f52a7e23
 def _timm_encoder(name: str, timm_name: str, file: Path | None = None, **options) -> FrozenEncoder:
-    """The network with the weights in `file`, or those it was initialised with; size, mean and std as its authors'."""
+    """The network with the weights in `file`, or those it was initialised with.
+
+    Its size, mean and standard deviation are those of its authors."""
     import timm
 
     source = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
@@ -428,7 +444,9 @@ def _timm_encoder(name: str, timm_name: str, file: Path | None = None, **options
 
 # %% ../nbs/50_encoders.ipynb #2d11aaed
 def load_random(name: str, rest: str, seed: int = 0, **options) -> FrozenEncoder:
-    """`rest` is a timm name or the path of a checkpoint whose shape is taken; new weights are drawn from `seed`."""
+    """An untrained encoder, with weights drawn from `seed`.
+
+    `rest` is a timm name, or the path of a checkpoint whose shape is taken."""
     if Path(rest).exists() or rest.endswith(".safetensors"):
         like = load_mefem(name, rest, device="cpu")
         model = _redraw(like.model.model, seed)
@@ -439,7 +457,9 @@ def load_random(name: str, rest: str, seed: int = 0, **options) -> FrozenEncoder
 
 # %% ../nbs/50_encoders.ipynb #044e4a8f
 def timm_weights(timm_name: str) -> Path:
-    """The file of timm's published weights, where it was fetched before; else `WeightsAbsent`. Nothing is fetched."""
+    """The file of timm's published weights, where it was fetched before.
+
+    `WeightsAbsent` where it was not; nothing is fetched."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
@@ -459,9 +479,11 @@ def timm_weights(timm_name: str) -> Path:
     if file := next((place for place in places if place.is_file()), None):
         return file
     raise WeightsAbsent(
-        f"weights absent: timm's {timm_name} is neither in data/weights nor in the caches of timm; they are never "
+        f"weights absent: timm's {timm_name} is neither in data/weights nor in the caches of timm; they "
+        f"are never "
         f"fetched unasked\n  licence: {getattr(config, 'license', None) or 'see its model card'}\n"
-        f"  to get it: once, with a network, python -c \"import timm; timm.create_model('{timm_name}', pretrained=True)\"\n  for the same network "
+        f"  to get it: once, with a network, python -c \"import timm; timm.create_model('{timm_name}', "
+        f'pretrained=True)"\n  for the same network '
         f"with random weights: random:{timm_name}"
     )
 
@@ -473,7 +495,9 @@ def load_timm(name: str, rest: str, **options) -> FrozenEncoder:
 
 # %% ../nbs/50_encoders.ipynb #1c74a63a
 def load_farl(name: str, file: str = "", **options) -> FrozenEncoder:
-    """FaRL-Base from its published checkpoint; 197 x 768, normalised with CLIP's mean and standard deviation."""
+    """FaRL-Base from its published checkpoint.
+
+    197 x 768, normalised with CLIP's mean and standard deviation."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -494,7 +518,7 @@ def load_farl(name: str, file: str = "", **options) -> FrozenEncoder:
 
 # %% ../nbs/50_encoders.ipynb #d3732229
 def franca_positions(table: Tensor, grid: int, offset: float = 0.1) -> Tensor:
-    """Position table [1, 1 + M * M, D] interpolated to [1, 1 + grid * grid, D] as Franca (and DINOv2) does."""
+    """Position table [1, 1 + M * M, D] as [1, 1 + grid * grid, D], interpolated as Franca and DINOv2 do."""
     m = round((table.shape[1] - 1) ** 0.5)
     if m == grid:
         return table
@@ -558,7 +582,7 @@ def arcface_points() -> np.ndarray:
 
 # %% ../nbs/50_encoders.ipynb #aa398de0
 def similarity(points, onto) -> np.ndarray:
-    """Least-squares similarity [2, 3] (turn, scale, shift; no mirror) that maps points [N, 2] onto others [N, 2]."""
+    """Least-squares similarity [2, 3] (turn, scale, shift; no mirror) from points [N, 2] to others [N, 2]."""
     z, t = (np.asarray(p, float) @ [1, 1j] for p in (points, onto))
     spread = np.sum(np.abs(z - z.mean()) ** 2)
     if not spread > 0:
@@ -569,7 +593,7 @@ def similarity(points, onto) -> np.ndarray:
 
 # %% ../nbs/50_encoders.ipynb #424cc876
 def nominal_points(side: int) -> np.ndarray:
-    """Average places of the four points in a 2x crop of `side` pixels, whose middle half is the face's box."""
+    """The four points' average places in a crop of `side` pixels, whose middle half is the face's box."""
     return side / 4 + arcface_points() / ALIGNED_SIZE * side / 2
 
 # %% ../nbs/50_encoders.ipynb #b3134ff7
@@ -578,7 +602,8 @@ def align_face(rgb: np.ndarray, points) -> np.ndarray:
     from PIL import Image
 
     backwards = similarity(arcface_points(), points)  # Pillow asks where each pixel of the result comes from
-    # Pillow samples at pixel centres, (x + 0.5, y + 0.5); the template counts from the centre of the first pixel
+    # Pillow samples at pixel centres, (x + 0.5, y + 0.5); the template counts from the centre of the first
+    # pixel
     backwards[:, 2] += 0.5 - backwards[:, :2] @ [0.5, 0.5]
     return np.asarray(
         Image.fromarray(rgb).transform(
@@ -588,9 +613,10 @@ def align_face(rgb: np.ndarray, points) -> np.ndarray:
 
 # %% ../nbs/50_encoders.ipynb #868f95a6
 class BuffaloEncoder(FrozenEncoder):
-    """InsightFace's w600k_r50.onnx through onnxruntime: aligned 112 x 112 BGR, (x - 127.5) / 127.5 -> [B, 1, 512].
+    """InsightFace's w600k_r50.onnx through onnxruntime: one vector of 512 per face.
 
-    `unaligned` counts the pictures in which the detector saw no face and the nominal points of a 2x crop were used."""
+    Pictures are aligned to 112 x 112, blue first, (x - 127.5) / 127.5. `unaligned` counts those in which the
+    detector saw no face and the nominal points of a 2x crop were used."""
 
     has_cls = True
     image_size = 224
@@ -738,10 +764,10 @@ _LOADERS = {
 def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEncoder:
     """A frozen encoder by name or file.
 
-    "mefem-s", "mefem-b", a checkpoint file or a run's folder, "farl[:FILE]", "franca[:FILE]", "buffalo[:FILE]",
-    "random:TIMM_NAME" or "random:CHECKPOINT", "pixels[:FILE]", "timm:NAME" or just the name of any timm model.
-    `WeightsAbsent` where the file is not here (nothing is fetched), `WeightsMismatch` where it does not fit, `ValueError`
-    for an unknown name."""
+    "mefem-s", "mefem-b", a checkpoint file or a run's folder, "farl[:FILE]", "franca[:FILE]",
+    "buffalo[:FILE]", "random:TIMM_NAME" or "random:CHECKPOINT", "pixels[:FILE]", "timm:NAME" or just the
+    name of any timm model. `WeightsAbsent` where the file is not here (nothing is fetched), `WeightsMismatch`
+    where it does not fit, `ValueError` for an unknown name."""
     name = str(name_or_path)
     options = {"device": device, "precision": precision}
     kind, _, rest = name.partition(":")

@@ -29,7 +29,9 @@ def result_stem(task: str, feature_set: str, head: str | None = None) -> str:
 
 # %% ../nbs/55_evaluation.ipynb #d5047820
 def write_result(out, result: ProbeResult, replicates: int = 2000, **about) -> dict:
-    """Write a probe's numbers (and predictions) as `out`/<task>.<feature set>.json (.parquet); returns the numbers."""
+    """Write a probe's numbers and predictions; returns the numbers.
+
+    The files are `out`/<task>.<feature set>.json and .parquet."""
     info = result.info
     stem = result_stem(info["task"], info["feature_set"], info.get("head"))
     path = Path(out) / f"{stem}.json"
@@ -62,7 +64,9 @@ class Cell:
 
 # %% ../nbs/55_evaluation.ipynb #685e63ea
 def cells_of(features, tasks, feature_sets=None, linear: bool = False, skip=()) -> list[Cell]:
-    """All probes that the features in a folder allow, without the pairs (name of a task, feature set) in `skip`."""
+    """All probes that the features in a folder allow.
+
+    `skip`: pairs (name of a task, feature set) that are left out."""
     cells = []
     left_out = {(get_task(task).name, feature_set) for task, feature_set in skip}
     if unknown := {feature_set for _, feature_set in skip} - set(FEATURE_SETS):
@@ -105,7 +109,7 @@ def _kept_result(out, cell: Cell, key: str) -> dict | None:
 def probe_cell(
     features, out, cell: Cell, bootstrap: int = 2000, device: str = "cpu", memory: int = 4 << 30, **probing
 ) -> dict:
-    """One probe of the features in a folder, from features to the file in `out`; kept where it is finished."""
+    """One probe of the features in a folder, written to `out`; a finished one is kept."""
     loaded = task_features(features, cell.task)
     made = _result_key(features, cell, loaded.meta, bootstrap=bootstrap, probing=probing)
     if kept := _kept_result(out, cell, made.key):
@@ -140,10 +144,11 @@ def evaluate(
     progress: bool = True,
     **settings,
 ) -> pd.DataFrame:
-    """Probe {encoder: (folder of features, folder for results)}; one row per encoder, task, feature set, head, metric.
+    """Probe {encoder: (folder of features, folder for results)}.
 
-    `skip`: pairs (task, feature set) to leave out. `jobs` processes (None: one per core; one on a GPU) share `memory` bytes.
-    `settings`: the section `probing` of params.yaml. `seeds` repeats each probe, from `seed` upwards; `device` and
+    Returns one row per encoder, task, feature set, head and metric. `skip`: pairs (task, feature set) to
+    leave out. `jobs` processes (None: one per core; one on a GPU) share `memory` bytes. `settings`: the
+    section `probing` of params.yaml. `seeds` repeats each probe, from `seed` upwards; `device` and
     `memory` say where; the rest goes to `probe_cell` (folds, epochs, lrs, bootstrap ...)."""
     device = str(choose_device(settings.pop("device", "auto")))
     seed = settings.pop("seed", 0)
@@ -180,7 +185,9 @@ def evaluate(
 def evaluate_encoder(
     features, out, tasks=("bmi", "fairface-age"), feature_sets=None, **options
 ) -> pd.DataFrame:
-    """`evaluate` for the features of one encoder in a folder, without linear probes; one row per task, set and metric."""
+    """`evaluate` for the features of one encoder in a folder, without linear probes.
+
+    Returns one row per task, feature set and metric."""
     options = {"linear": False, "jobs": 1, **options}
     table = evaluate({Path(features).name: (features, out)}, tasks, feature_sets, **options)
     return table.drop(columns="encoder")

@@ -19,7 +19,9 @@ from .probing import Task, get_task
 # %% ../nbs/53_metrics.ipynb #7ea50442
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a function of per-photograph terms: `terms(target, prediction)` [N, k], `value(sums [..., k])`."""
+    """A metric as a function of per-photograph terms.
+
+    `terms(target, prediction)` gives [N, k], `value(sums [..., k])` the metric."""
 
     name: str
     terms: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -109,7 +111,7 @@ def person_sums(predictions: pd.DataFrame, metric: str) -> np.ndarray:
 
 # %% ../nbs/53_metrics.ipynb #d971638a
 def draws(persons: int, replicates: int, seed: int = 0, chunk: int = 4_000_000) -> Iterator[np.ndarray]:
-    """Yield counts [b, persons], each row the times every person was drawn in one of `replicates` resamples."""
+    """Yield counts [b, persons]: how often every person was drawn in each of `replicates` resamples."""
     rng = np.random.default_rng([seed, persons])
     rows = max(1, chunk // persons)
     for start in range(0, replicates, rows):
@@ -119,7 +121,7 @@ def draws(persons: int, replicates: int, seed: int = 0, chunk: int = 4_000_000) 
 
 # %% ../nbs/53_metrics.ipynb #b27a6aea
 def resampled(sums: np.ndarray, metric: str, replicates: int, seed: int = 0, stream: int = 0) -> np.ndarray:
-    """The metric in `replicates` resamples [replicates] of `sums` [seeds, persons, k]: people and seeds are drawn.
+    """The metric in `replicates` resamples [replicates] of people and seeds, from `sums` [seeds, persons, k].
 
     `sums` may be [labels, seeds, persons, k]: then the mean over the labels, all on the same drawn people."""
     *labels, seeds, persons, k = sums.shape
@@ -175,9 +177,10 @@ def _point(sums, metric):
 def bootstrap_interval(
     predictions: pd.DataFrame, metric: str, replicates: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap over people (and seeds) of `metric` (columns key, person, target, prediction[, seed, label]).
+    """Percentile bootstrap over people (and seeds) of `metric`.
 
-    With labels, the metric is the mean over the labels."""
+    The predictions have the columns key, person, target and prediction, and may have seed and label. With
+    labels, the metric is the mean over the labels."""
     sums = label_sums(predictions, metric)
     low, high = _percentiles(resampled(sums, metric, replicates, seed), confidence)
     return Interval(_point(sums, metric), low, high, int(predictions.key.nunique()), sums.shape[-2])
@@ -209,7 +212,8 @@ def _same_photographs(first: pd.DataFrame, second: pd.DataFrame):
     differ = sorted(set(sides.key[sides.side != "both"]))
     if differ:
         raise ValueError(
-            f"a paired comparison needs the same photographs, persons and targets on both sides; {len(differ)} "
+            f"a paired comparison needs the same photographs, persons and targets on both sides; "
+            f"{len(differ)} "
             f"differ, the first is {differ[0]!r}"
         )
 
@@ -223,7 +227,8 @@ def paired_differences(
 ) -> Iterator[tuple[str, str, Difference]]:
     """(first, second, difference) for each pair of named predictions, each resampled once.
 
-    The generator of `draws` depends on the seed and the number of people alone, so all see the same drawn people."""
+    The generator of `draws` depends on the seed and the number of people alone, so all see the same drawn
+    people."""
     reference = next(iter(predictions.values()))
     sums = {}
     for name, frame in predictions.items():
@@ -297,7 +302,9 @@ def summarise(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict:
-    """Numbers of one probe: {"values": {"r2", "accuracy/White" ...: value, low, high, n, persons}, counts, folds}."""
+    """Numbers of one probe: values with intervals, counts, folds.
+
+    "values" holds {"r2", "accuracy/White" ...: value, low, high, n, persons}."""
     task = get_task(task)
     predictions = _check_predictions(predictions)
     bootstrap = {"replicates": replicates, "confidence": confidence, "seed": seed}

@@ -67,12 +67,14 @@ SCALINGS = ("standardise", "whiten")
 def feature_scalings(
     batches: Iterable[Tensor], scalings: Iterable[str] = SCALINGS, floor: float = 0.3
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean [D] of all tokens in `batches` [B, K, D] (or vectors [B, D]), and per scaling a matrix [D, D] for x - mean.
+    """The mean [D] of all tokens in `batches` [B, K, D] (or vectors [B, D]).
 
-    "standardise": S = diag(1 / s), s the features' deviations, 1 for a feature that never changes. "whiten":
-    S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors and eigenvalues of S C S, C the covariance of
-    x[b, k] - mean over b of x[b, k]: the directions in which pictures differ at the same place count alike, and
-    weak ones less. Sums in float64, in one pass."""
+    And per scaling a matrix [D, D].
+
+    A head sees (x - mean) @ matrix. "standardise": S = diag(1 / s), s the features' deviations, 1 for a
+    feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors and
+    eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which
+    pictures differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
     count, places, squares, products = 0, 0.0, 0.0, 0.0
     for x in batches:
         x = (x if x.ndim == 3 else x[:, None]).double()  # [B, K, D]
@@ -113,10 +115,10 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def scale_features(self, batches: Iterable[Tensor], scalings: Sequence[str] = ()) -> None:
-        """Scale prepared training features, copy c by scalings[c] ("standardise" unless given); see `feature_scalings`.
+        """Scale prepared training features (see `feature_scalings`), copy c by scalings[c].
 
-        Without it the few features that encode a token's position dominate those of its content. What a head can
-        express stays the same."""
+        All are standardised unless given. Without it the few features that encode a token's position dominate
+        those of its content. What a head can express stays the same."""
         scalings = scalings or ["standardise"] * len(self.basis)
         centre, matrices = feature_scalings(batches, set(scalings))
         self.centre.copy_(centre)
@@ -127,9 +129,10 @@ class Head(nn.Module):
 
 # %% ../nbs/52_probing.ipynb #060e0f35
 class AttentivePooler(Head):
-    """Tokens [B, K, dim] -> [B, outputs] (with `copies=C`: [C, B, outputs]) by one learned query, as V-JEPA.
+    """Tokens [B, K, dim] -> [B, outputs] by one learned query, as in V-JEPA.
 
-    q + crossattention(q, LN(x)), then + MLP(LN(.)), then a linear head; `heads` attention heads, MLP ratio `ratio`."""
+    With `copies=C`: [C, B, outputs]. q + crossattention(q, LN(x)), then + MLP(LN(.)), then a linear head;
+    `heads` attention heads, MLP ratio `ratio`."""
 
     def __init__(
         self,
@@ -165,7 +168,8 @@ class AttentivePooler(Head):
         key = self.to_key.weight.view(c, self.dim, self.heads, d)
         folded = torch.einsum("cihd,chd->chi", key, query) * self.norm_tokens.scale * d**-0.5  # [C, H, D]
         folded = folded @ self.basis.transpose(1, 2)  # of tokens as they are
-        # a batched product: broadcasting with @ would make autograd sum the queries' gradient over a copy per picture
+        # a batched product: broadcasting with @ would make autograd sum the queries' gradient over a copy per
+        # picture
         return torch.bmm(folded.flatten(0, 1).expand(len(tokens), -1, -1), tokens.transpose(1, 2)).softmax(-1)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -267,7 +271,9 @@ class TooFewLabels(ValueError):
 # %% ../nbs/52_probing.ipynb #96c6f286
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of training, validation and test photographs; `name` is the fold, or "test" for an official split."""
+    """Row numbers of training, validation and test photographs.
+
+    `name` is the fold, or "test" for an official split."""
 
     name: str
     train: np.ndarray
@@ -285,12 +291,15 @@ def check_split(persons, split: Split) -> None:
     for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
         if shared := sorted(parts[a] & parts[b]):
             raise PersonLeak(
-                f"split {split.name}: {len(shared)} people are in both {a} and {b}, the first is {str(shared[0])!r}"
+                f"split {split.name}: {len(shared)} people are in both {a} and {b}, the first is "
+                f"{str(shared[0])!r}"
             )
 
 # %% ../nbs/52_probing.ipynb #9057b143
 def person_folds(persons, targets, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Fold 0 .. folds-1 of each photograph [N]: never a person in two, people stratified by their mean target."""
+    """Fold 0 .. folds-1 of each photograph [N].
+
+    Never a person in two, people stratified by their mean target."""
     people, index = np.unique(np.asarray(persons).astype(str), return_inverse=True)
     if not 2 <= folds <= len(people):
         raise TooFewLabels(
@@ -307,9 +316,10 @@ def person_folds(persons, targets, folds: int = 5, seed: int = 0) -> np.ndarray:
 # %% ../nbs/52_probing.ipynb #05ee1b95
 @dataclass(frozen=True)
 class Task:
-    """What is predicted: `target` column of `dataset` (several joined: "bmi+mcd-rppg"); `group` = (column, value) splits people.
+    """What is predicted: the `target` column of `dataset` (several joined: "bmi+mcd-rppg").
 
-    `classes` are the values of a classification's column, or the columns (yes or no each) of a multilabel task."""
+    `classes` are the values of a classification's column, or the columns (yes or no each) of a multilabel
+    task. `group` = (column, value) splits people."""
 
     name: str
     dataset: str
@@ -381,7 +391,9 @@ def get_task(task: str | Task) -> Task:
 
 # %% ../nbs/52_probing.ipynb #902145dc
 class JoinedRows:
-    """Arrays [N_i, K, D] as one [N, K, D] without copying; `[rows]` reads rows, `[:, columns]` cuts every array."""
+    """Arrays [N_i, K, D] as one [N, K, D] without copying.
+
+    `[rows]` reads rows, `[:, columns]` cuts every array."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = parts
@@ -411,7 +423,9 @@ def _labels_of(name: str, part: Features) -> pd.DataFrame:
 
 # %% ../nbs/52_probing.ipynb #f5d17d30
 def _check_disjoint(labels: pd.DataFrame, homes: pd.Series) -> None:
-    """Refuse a source in several data sets, a person in several sources (`PersonLeak`), a key in several sources."""
+    """`PersonLeak` where a person is in several sources.
+
+    `ValueError` where a key is, or a source in several sets."""
     for column, within, kinds, error in (
         ("source", homes, "data sets", ValueError),
         ("person", labels.source, "sources", PersonLeak),
@@ -425,11 +439,11 @@ def _check_disjoint(labels: pd.DataFrame, homes: pd.Series) -> None:
 
 # %% ../nbs/52_probing.ipynb #c422bb99
 def join_features(parts: dict[str, Features]) -> Features:
-    """Features of several data sets {name: features} as one, without copying; meta["parts"] accounts for each of them.
+    """Features of several data sets {name: features} as one, without copying.
 
-    Sets that are not present are passed over. `PersonLeak` where two sources have a person in common, `ValueError` where
-    they have a key in common, where two data sets have a source in common (its photographs would count twice), or where
-    they are of different encoders."""
+    meta["parts"] accounts for each of them; sets that are not present are passed over. `PersonLeak` where two
+    sources have a person in common, `ValueError` where they have a key in common, where two data sets have a
+    source in common (its photographs would count twice), or where they are of different encoders."""
     there = {name: part for name, part in parts.items() if part.state == "present"}
     about = {"dataset": "+".join(parts), "parts": {name: part.meta for name, part in parts.items()}}
     if not there:
@@ -483,7 +497,9 @@ def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
 
 # %% ../nbs/52_probing.ipynb #39666272
 def task_targets(labels: pd.DataFrame, task: Task) -> np.ndarray:
-    """Targets float64 [N] (class indices for a classification), or [N, classes] of 0 and 1; NaN where one is missing."""
+    """Targets float64 [N] (class indices for a classification), NaN where one is missing.
+
+    For a multilabel task [N, classes] of 0 and 1."""
     columns = task.classes if task.kind == "multilabel" else (task.target,)
     if missing := [c for c in columns if c not in labels]:
         raise ValueError(
@@ -512,7 +528,9 @@ def _complete(targets: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/52_probing.ipynb #d3b97ddd
 def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
-    """The publisher's split; without a "test" part, "validation" is tested on and nobody is left for validation."""
+    """The publisher's split.
+
+    Without a "test" part, "validation" is tested on and nobody is left for validation."""
     names = labels.split.to_numpy()[rows]
     if unknown := sorted(set(names) - {"train", "validation", "test"}, key=str):
         raise ValueError(
@@ -534,10 +552,12 @@ def _cut_validation(name, rest, test, persons, targets, share, seed) -> Split:
 def make_splits(
     labels: pd.DataFrame, targets, task: Task, folds: int = 5, validation: float = 0.15, seed: int = 0
 ) -> list[Split]:
-    """The task's splits over the rows with all targets, each checked: folds by person, or the publisher's own.
+    """The task's splits over the rows with all targets.
 
-    Where the publisher has only "train" and "validation" (FairFace), "validation" is the test, as in the paper, and
-    the probe's validation people are cut from the training people; likewise with folds."""
+    Each checked: folds by person, or the publisher's own.
+
+    Where the publisher has only "train" and "validation" (FairFace), "validation" is the test, as in the
+    paper, and the probe's validation people are cut from the training people; likewise with folds."""
     rows = np.flatnonzero(_complete(targets))
     persons = labels.person.to_numpy(str)
     strata = targets if targets.ndim == 1 else targets.sum(1)
@@ -578,7 +598,9 @@ class TokenStore:
         return self.kept[torch.as_tensor(rows, device=self.device)]
 
     def batches(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (row numbers, prepared features) for `rows` in order, reading one batch ahead when streaming."""
+        """Yield (row numbers, prepared features) for `rows` in order.
+
+        Reading one batch ahead when streaming."""
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self.kept is not None:
             yield from ((part, self[part]) for part in parts)
@@ -617,7 +639,9 @@ LOSSES = {"regression": squared_error, "classification": cross_entropy, "multila
 # %% ../nbs/52_probing.ipynb #0e82808a
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the grid: learning rate, weight decay, and scaling of the features (see `feature_scalings`)."""
+    """One point of the grid: learning rate.
+
+    Weight decay, and scaling of the features (see `feature_scalings`)."""
 
     lr: float
     weight_decay: float
@@ -720,8 +744,8 @@ def train_heads(
 ) -> dict:
     """Train all copies of `head` on split.train; leave each at its best epoch on split.validation.
 
-    `generator` orders the pictures, after it has initialised the head. Returns {"best_epoch" [C], "validation" [C]
-    (losses), "curves": {"train", "validation"} [epochs][C]}."""
+    `generator` orders the pictures, after it has initialised the head. Returns {"best_epoch" [C],
+    "validation" [C] (losses), "curves": {"train", "validation"} [epochs][C]}."""
 
     def targets_of(rows):
         return targets[torch.as_tensor(rows, device=targets.device)]
@@ -749,7 +773,9 @@ def train_heads(
 
 # %% ../nbs/52_probing.ipynb #6af0eab4
 def class_shares(targets: np.ndarray, outputs: int) -> np.ndarray:
-    """Share of each class [outputs] among class indices [N], or of "yes" among 0 and 1 [N, outputs]; never 0 or 1."""
+    """Share of each class [outputs] among class indices [N], or of "yes" among 0 and 1 [N, outputs].
+
+    Never 0 or 1."""
     if targets.ndim == 2:
         return (targets.sum(0) + 1) / (len(targets) + 2)  # one more of each, so that no logarithm is infinite
     return (np.bincount(targets.astype(int), minlength=outputs) + 1) / (len(targets) + outputs)
@@ -783,7 +809,9 @@ SEEN = (
 def fit_head(
     targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
 ) -> tuple[Head, dict]:
-    """One head with a copy for each candidate, each at its best epoch; and the account, whose "chosen" is the best copy."""
+    """One head with a copy for each candidate, each at its best epoch.
+
+    And the account, whose "chosen" is the best copy."""
     generator = torch.Generator().manual_seed(recipe.seed)
     head = make_head(
         recipe.head,
@@ -806,7 +834,9 @@ def fit_head(
 def probe_split(
     targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
 ) -> tuple[dict, dict]:
-    """Train the grid on one split: answers for split.test (see `answers_of`), account of candidates and curves."""
+    """Train the grid on one split: answers for split.test (see `answers_of`).
+
+    Account of candidates and curves."""
     head, info = fit_head(targets, task, split, recipe, store, tick)
     outputs = _outputs(head, store, split.test, 4 * recipe.batch)[info["chosen"]]  # [N_test, outputs]
     shares = None if task.kind == "regression" else class_shares(targets[split.train], task.outputs)
@@ -821,9 +851,9 @@ def probe_split(
 class ProbeResult:
     """Predictions and their account; empty where absent.
 
-    Columns: key, person, fold, seed, target, prediction; `source` where the task joins data sets; `group` where it has
-    groups; `balanced` (the prediction if all classes were equally frequent) for classes; `label` for a multilabel task,
-    one row per photograph and label."""
+    Columns: key, person, fold, seed, target, prediction; `source` where the task joins data sets; `group`
+    where it has groups; `balanced` (the prediction if all classes were equally frequent) for classes;
+    `label` for a multilabel task, one row per photograph and label."""
 
     predictions: pd.DataFrame
     info: dict
@@ -838,8 +868,8 @@ class ProbeResult:
 class ProbeOptions:
     """How a probe is trained; fields and defaults are those of the section `probing` of params.yaml.
 
-    The grid is lrs x weight_decays x scalings. `heads` counts only where the features do not say how many heads their
-    encoder has. `device`: "auto" or what PyTorch takes."""
+    The grid is lrs x weight_decays x scalings. `heads` counts only where the features do not say how many
+    heads their encoder has. `device`: "auto" or what PyTorch takes."""
 
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     weight_decays: tuple[float, ...] = (1e-2, 1e-1)
@@ -897,11 +927,12 @@ def probe(
     progress: bool = True,
     **options,
 ) -> ProbeResult:
-    """Probe one encoder's features (a folder of `extract_features`, or `Features`) for `task` with one feature set.
+    """Probe one encoder's features for `task` with one feature set.
 
-    "cls" takes the perceptron, "patches" and "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp",
-    "linear") says otherwise. `options`: fields of `ProbeOptions`. Features beyond `memory` bytes are streamed. Absent
-    features give an empty result whose info has their state and the reason. Raises `TooFewLabels` where the labels do
+    `features`: a folder of `extract_features`, or `Features`. "cls" takes the perceptron, "patches" and
+    "patches+cls" the attentive pooler, unless `head` ("attentive", "mlp", "linear") says otherwise.
+    `options`: fields of `ProbeOptions`. Features beyond `memory` bytes are streamed. Absent features give
+    an empty result whose info has their state and the reason. Raises `TooFewLabels` where the labels do
     not suffice, `PersonLeak` where a split is not one of people."""
     task, how = get_task(task), ProbeOptions(**options)
     device = choose_device(str(how.device))

@@ -1,4 +1,6 @@
-"""The options of the crop stage; its work on data sets is tested with the readers, on folders with the embeddings."""
+"""The options of the crop stage.
+
+Its work on data sets is tested with the readers, on folders with the embeddings."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,6 @@
-"""Each loader against an independent forward pass in double precision, from random weights in the publisher's keys."""
+"""Each loader against an independent forward pass in double precision.
+
+From random weights in the publisher's keys."""
 
 import pickle
 import struct
@@ -35,7 +37,8 @@ def draw(rng, *shape):
     return torch.from_numpy(rng.standard_normal(shape) * 0.05)
 
 
-# -- ours ------------------------------------------------------------------------------------------------------------
+# -- ours
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -127,7 +130,8 @@ def test_nothing_in_a_file_is_executed(tmp_path):
             load_encoder(f"pixels:{tmp_path / name}")
 
 
-# -- FaRL: CLIP's image tower, from the equations of its paper ---------------------------------------------------------
+# -- FaRL: CLIP's image tower, from the equations of its paper
+# ---------------------------------------------------------
 
 
 def clip_state(rng, dim=128, depth=2, grid=14):
@@ -224,7 +228,8 @@ def test_farl(tmp_path):
     assert torch.allclose(encoder.model.double()(x), wanted, atol=1e-10)
 
 
-# -- Franca: DINOv2's ViT with SwiGLU and layer scale ------------------------------------------------------------------
+# -- Franca: DINOv2's ViT with SwiGLU and layer scale
+# ------------------------------------------------------------------
 
 
 def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
@@ -259,7 +264,7 @@ def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
 
 
 def bicubic_matrix(out, size, scale):
-    """Rows of weights of bicubic interpolation (Keys' kernel, a = -0.75) with given scale and repeated borders."""
+    """Weights of bicubic interpolation (Keys' kernel, a = -0.75) with given scale and repeated borders."""
 
     def kernel(t):
         t = abs(t)
@@ -320,7 +325,8 @@ def test_franca(tmp_path):
         load_encoder(f"franca:{tmp_path / 'other.pth'}")
 
 
-# -- Buffalo: an ONNX file written by hand -----------------------------------------------------------------------------
+# -- Buffalo: an ONNX file written by hand
+# -----------------------------------------------------------------------------
 
 
 def varint(n):
@@ -419,7 +425,8 @@ def test_buffalo_alignment_on_real_faces(shared):
     assert len(errors) >= 4 and np.mean(errors) < 4  # pixels of 112
 
 
-# -- pixels, timm, names ---------------------------------------------------------------------------------------------
+# -- pixels, timm, names
+# ---------------------------------------------------------------------------------------------
 
 
 def test_pixels_are_scikit_learns_pca_and_come_back_from_disk(tmp_path):

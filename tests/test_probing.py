@@ -1,4 +1,6 @@
-"""The heads against PyTorch's own layers, the batched grid against separate runs, and the rules on who may be where."""
+"""The heads against PyTorch's own layers.
+
+The batched grid against separate runs, and the rules on who may be where."""
 
 import numpy as np
 import pandas as pd
@@ -82,7 +84,9 @@ def test_pooler_is_the_plain_formula(dim, heads, tokens, outputs):
 
 
 def test_pooler_by_hand():
-    """Identity projections, a query along the first axis: softmax weights and their mean can be written down."""
+    """Identity projections, a query along the first axis.
+
+    Softmax weights and their mean can be written down."""
     head = AttentivePooler(2, 1, 1).double()
     with torch.no_grad():
         for p in head.parameters():
@@ -458,7 +462,8 @@ def test_copies_start_alike():
     assert all(torch.equal(layer.weight[0], layer.weight[c]) for c in range(4))
 
 
-# -- attributes, rare classes, official splits --------------------------------------------------------------------------
+# -- attributes, rare classes, official splits
+# --------------------------------------------------------------------------
 
 QUIZ = Task("quiz", "toy", "answers", "multilabel", classes=("Bald", "Smiling"), split="official")
 
@@ -531,7 +536,9 @@ def test_binary_cross_entropy_is_torchs_for_each_copy():
 
 
 def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
-    """Two Gaussians at -1 and 1, the second one in fifty: adjusted, the boundary must come back to the middle."""
+    """Two Gaussians at -1 and 1, the second one in fifty.
+
+    Adjusted, the boundary must come back to the middle."""
     x = np.linspace(-3, 3, 601)
     shares = np.array([0.98, 0.02])
     logits = np.stack([np.log(shares[0]) - (x + 1) ** 2 / 2, np.log(shares[1]) - (x - 1) ** 2 / 2], axis=-1)
@@ -596,7 +603,8 @@ from mefem.files import write_json
 from mefem.probing import probe
 
 n, k, d = 200_000, 197, 768                                    # CelebA by a ViT-B: 60 GB
-tokens = np.lib.format.open_memmap(sys.argv[1], "w+", np.float16, (n, k, d))     # a sparse file: only what is written takes space
+# a sparse file: only what is written takes space
+tokens = np.lib.format.open_memmap(sys.argv[1], "w+", np.float16, (n, k, d))
 labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": np.arange(n).astype(str), "bmi": np.nan})
 rows = np.arange(0, n, n // 60)[:60]
 labels.loc[rows, "bmi"] = np.linspace(20, 30, 60)
@@ -606,10 +614,10 @@ tokens = np.load(sys.argv[1], mmap_mode="r")
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 30), used + (1 << 30)))   # one GiB more, not sixty
 features = Features("present", tokens, labels, {"has_cls": True, "heads": 12, "tokens": k})
-settings = dict(folds=2, epochs=1, batch=16, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2, progress=False)
+settings = dict(folds=2, epochs=1, batch=16, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2)
 print(len(probe(features, "bmi", "patches+cls", memory=64 << 20, **settings).predictions), "predicted")
 try:
-    probe(features, "bmi", "patches+cls", memory=1 << 40, **settings)
+    probe(features, "bmi", "patches+cls", memory=1 << 40, progress=False, **settings)
 except (MemoryError, RuntimeError):
     print("in memory it does not fit")
 """
@@ -701,7 +709,9 @@ def test_a_feature_that_never_changes_is_only_shifted():
 
 
 def test_a_start_is_chosen_on_validation_people():
-    """Every feature shows one thing that all pictures differ in most; the target lies in what is left: whitened, it is found sooner."""
+    """Every feature shows one thing that all pictures differ in most.
+
+    The target lies in what is left: whitened, it is found sooner."""
     generator = torch.Generator().manual_seed(0)
     common, own = torch.randn(300, 1, generator=generator), torch.randn(300, 40, generator=generator)
     tokens, y = (common + 0.1 * own)[:, None].expand(-1, 4, -1).numpy(), own[:, :2].sum(1)
