@@ -186,10 +186,10 @@ class Probing(Section):
     batch: Count = 128
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 3e-3)
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (1e-2, 1e-1)
-    starts: tuple[Literal["standardise", "whiten"], ...] = (
+    scalings: tuple[Literal["standardise", "whiten"], ...] = (
         "standardise",
         "whiten",
-    )  # how a head sees its features at first
+    )  # of a head's features: each to deviation 1, or whitened
     patience: Count = 10  # epochs without a better validation loss before a fold stops
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.15  # share of the training people
     hidden: Count = 256  # of the perceptron on CLS

@@ -157,7 +157,7 @@ assert Path(mefem.__file__).parent == Path({package!r})
 from mefem.config import Pretrain
 from mefem.crop import crop_dataset
 from mefem.features import features_of
-from mefem.metrics import evaluate
+from mefem.evaluation import evaluate
 from mefem.training import pretrain
 root = Path({root!r})
 faces = root / "data" / "faces" / "bmi"
