@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 import pytest
 
-from mefem.config import Crop
+from mefem.config import CropSettings
 from mefem.crop import Cropping, Framing
 from mefem.datasets.core import DatasetError
 
 
 def test_defaults_of_the_crop_stage_are_those_of_the_settings():
-    settings, defaults = Crop().model_dump(), asdict(Cropping())
+    settings, defaults = CropSettings().model_dump(), asdict(Cropping())
     assert settings.pop("framing") == {} and defaults.pop("framing") is None
     assert settings == defaults
 
