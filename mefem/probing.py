@@ -67,14 +67,12 @@ SCALINGS = ("standardise", "whiten")
 def feature_scalings(
     batches: Iterable[Tensor], scalings: Iterable[str] = SCALINGS, floor: float = 0.3
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean [D] of all tokens in `batches` [B, K, D] (or vectors [B, D]).
+    """The mean [D] of all tokens, and per scaling a matrix [D, D]: a head sees (x - mean) @ matrix.
 
-    And per scaling a matrix [D, D].
-
-    A head sees (x - mean) @ matrix. "standardise": S = diag(1 / s), s the features' deviations, 1 for a
-    feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors and
-    eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which
-    pictures differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
+    `batches`: tokens [B, K, D] or vectors [B, D]. "standardise": S = diag(1 / s), s the features' deviations, 1
+    for a feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors and
+    eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which pictures
+    differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
     count, places, squares, products = 0, 0.0, 0.0, 0.0
     for x in batches:
         x = (x if x.ndim == 3 else x[:, None]).double()  # [B, K, D]
@@ -809,9 +807,9 @@ SEEN = (
 def fit_head(
     targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
 ) -> tuple[Head, dict]:
-    """One head with a copy for each candidate, each at its best epoch.
+    """One head with a copy for each candidate, each at its best epoch, and its account.
 
-    And the account, whose "chosen" is the best copy."""
+    "chosen" in the account is the best copy."""
     generator = torch.Generator().manual_seed(recipe.seed)
     head = make_head(
         recipe.head,
