@@ -21,7 +21,8 @@ from .config import Settings, ablation_probing, ablation_settings
 from .features import FEATURE_SETS
 from .figures import STYLE, save_figure
 from .files import write_atomic, write_json
-from .metrics import evaluate_encoder, paired_difference, write_result
+from .evaluation import evaluate_encoder, write_result
+from .metrics import paired_difference
 from .probing import ProbeResult, get_task
 from .provenance import describe_run
 from .shards import read_manifest
