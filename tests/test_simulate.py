@@ -1,4 +1,4 @@
-"""The simulator: bodies against Anny itself, determinism, the publishers' formats, the detector's view, bad input."""
+"""The simulator: bodies against Anny, determinism, publishers' formats, the detector's view, bad input."""
 
 import io
 import json
