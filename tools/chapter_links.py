@@ -1,4 +1,4 @@
-"""Write the line of links below each chapter's title: the chapter before, the next, the index, the paper's section."""
+"""Write the line of links below each chapter's title: index, chapter before, next, the paper's section."""
 
 import json
 from pathlib import Path
