@@ -319,7 +319,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 # %% ../nbs/00_config.ipynb #6a38963c
 def _nearest(loc: tuple, model: type[BaseModel] | None) -> str:
-    """The known key most like the unknown one at `loc`, as a question; all keys of its section if none is alike."""
+    """The known key most like the unknown one at `loc`, as a question; else all keys of its section."""
     if model is None:
         return ""
     *above, key = map(str, loc)
@@ -418,8 +418,8 @@ def run_name(run) -> str:
     """The name of a run, checked: text that names a folder below data/runs."""
     if not isinstance(run, str):
         raise SettingsError(
-            f"run {run!r} is not text but {type(run).__name__}: papermill's -p turns names into numbers, -r keeps "
-            f"them as they are (-r run {run}); in YAML and Python put it in quotes"
+            f"run {run!r} is not text but {type(run).__name__}: papermill's -p turns names into numbers, "
+            f"-r keeps them as they are (-r run {run}); in YAML and Python put it in quotes"
         )
     parts = PurePath(run).parts
     if not parts or PurePath(run).is_absolute() or ".." in parts:
@@ -438,7 +438,7 @@ def pretrain_settings(settings: Settings, run: str, **changes) -> PretrainSettin
 
 
 def changes_of(assignments: Iterable[str]) -> dict:
-    """Nested changes to a `pretrain` section from texts as `masking.width=5`; values are YAML, later ones win."""
+    """Nested changes to a `pretrain` section from texts as `masking.width=5`; values are YAML."""
     changes = {}
     for text in assignments:
         key, equals, value = (part.strip() for part in text.partition("="))
