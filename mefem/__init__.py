@@ -22,7 +22,7 @@ _PUBLIC = {
 _MODULES = {
     "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "evaluation", "own_labels", "provenance",
+    "probing", "metrics", "own_labels", "evaluation", "provenance",
     "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
 }
 

@@ -21,7 +21,8 @@ from .config import Settings, ablation_probing, ablation_settings
 from .features import FEATURE_SETS
 from .figures import STYLE, save_figure
 from .files import write_atomic, write_json
-from .metrics import evaluate_encoder, paired_difference, write_result
+from .evaluation import evaluate_encoder, write_result
+from .metrics import paired_difference
 from .probing import ProbeResult, get_task
 from .provenance import describe_run
 from .shards import read_manifest
@@ -152,7 +153,9 @@ def absent_data(root, config) -> str:
 
 # %% ../nbs/62_ablations.ipynb #34346db1
 def probe_run(settings: Settings, root, run: str, seed: int, progress: bool = True) -> Path:
-    """Probe BMI with the encoder of a finished run, by each of its feature sets; returns the folder of results."""
+    """Probe BMI with the encoder of a finished run, by each of its feature sets.
+
+    Returns the folder of results."""
     from mefem.features import features_of
 
     home = run_folder(root, run, seed)
@@ -225,7 +228,9 @@ VERDICTS = ("supported", "contradicted", "inconclusive")
 
 
 def verdict(low: float, high: float, seeds: int) -> str:
-    """What the interval of (claimed better) - (claimed worse) says of a claim; `seeds`: pretrainings per row."""
+    """What the interval of (claimed better) - (claimed worse) says of a claim.
+
+    `seeds`: pretrainings per row."""
     if seeds < 2 or low <= 0 <= high:
         return "inconclusive"
     return "supported" if low > 0 else "contradicted"
@@ -272,12 +277,13 @@ def summary_of(claims: pd.DataFrame) -> str:
     if tested.empty:
         return "None of the paper's orderings could be tested: nothing has been run."
     if tested.seeds.max() < 2:
-        text = f"One seed of pretraining per row cannot decide an ordering: all {len(tested)} tested are inconclusive."
+        text = "One seed of pretraining per row cannot decide an ordering: "
+        text += f"all {len(tested)} tested are inconclusive."
     else:
         supported, contradicted, inconclusive = ((tested.verdict == word).sum() for word in VERDICTS)
         text = (
-            f"Of the paper's {len(papers)} orderings these runs, {int(tested.seeds.min())} seeds per row, support "
-            f"{supported} and contradict {contradicted}; {inconclusive} are inconclusive."
+            f"Of the paper's {len(papers)} orderings these runs, {int(tested.seeds.min())} seeds per row, "
+            f"support {supported} and contradict {contradicted}; {inconclusive} are inconclusive."
         )
     missing = len(papers) - len(tested)
     return text + (f" {missing} could not be tested." if missing else "")

@@ -67,7 +67,9 @@ def _account(source: Source, manifest: dict) -> dict:
 
 
 def accounts(faces, sources=SOURCES) -> pd.DataFrame:
-    """One line per data set from the manifests in `faces`: state, simulated, original, usable, dropped (a dict)."""
+    """One line per data set from the manifests in `faces`: state, simulated, original, usable, dropped.
+
+    `dropped` is a dict, reason -> number."""
     lines = [_account(source, read_manifest(Path(faces) / source.name)) for source in sources]
     return pd.DataFrame(lines).astype({"paper_original": "Int64", "paper_usable": "Int64"})
 
@@ -134,9 +136,10 @@ def _plot_examples(ax, row, folder, columns: int, size: int, real: bool) -> None
 def figure_examples(
     faces, sets: pd.DataFrame, path=None, columns: int = 8, size: int = 112, real: bool = False
 ):
-    """Figure 1: a row of crops for each training set, written to `path` if given (else the figure is returned).
+    """Figure 1: a row of crops for each training set, written to `path`.
 
-    Sets of real people are left blank unless `real`, which is refused together with `path`."""
+    Without a path the figure is returned. Sets of real people are left blank unless `real`, which is refused
+    together with `path`."""
     import matplotlib.pyplot as plt
 
     if real and path:
@@ -174,7 +177,9 @@ def _sexes(labels: pd.DataFrame) -> pd.Series | None:
 
 
 def demographics(labels: pd.DataFrame) -> dict[str, pd.Series]:
-    """What labels say about `age`, `sex`, `ancestry` and `bmi`: numbers, or categories; only what is known."""
+    """What labels say about `age`, `sex`, `ancestry` and `bmi`: numbers or categories.
+
+    Only what is known is in it."""
     known = {"age": _ages(labels), "sex": _sexes(labels)}
     known["ancestry"] = labels.race_name.astype("category") if "race_name" in labels else None
     known["bmi"] = pd.to_numeric(labels.bmi) if "bmi" in labels else None
@@ -206,7 +211,9 @@ def _distribution(ax, values) -> None:
 
 # %% ../nbs/61_datasheets.ipynb #5b1ab8db
 def figure_datasheets(labels: dict[str, pd.DataFrame], path) -> Path:
-    """Distributions of age, sex, ancestry and BMI, a row per data set (title -> labels); written to `path`."""
+    """Distributions of age, sex, ancestry and BMI, a row per data set.
+
+    `labels`: title -> labels; written to `path`."""
     import matplotlib.pyplot as plt
 
     rows = max(len(labels), 1)  # one empty row where nothing is present
@@ -240,7 +247,9 @@ def hash_bits(coefficients: np.ndarray, median: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/61_datasheets.ipynb #85a9a670
 def set_coefficients(folder, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, coefficients float16 [N, 64]) of all crops in a folder, read as a stream: 128 bytes per picture stay."""
+    """(keys, coefficients float16 [N, 64]) of all crops in a folder, read as a stream.
+
+    128 bytes per picture stay in memory."""
     keys, parts, images = [], [], []
     for key, jpeg, _ in iter_samples(folder):
         keys.append(key)
@@ -318,7 +327,9 @@ def find_duplicates(faces, sets: pd.DataFrame, distance: int = MAX_DISTANCE) -> 
 
 # %% ../nbs/61_datasheets.ipynb #db322f94
 def write_leaks(pairs: pd.DataFrame, faces, distance: int = MAX_DISTANCE) -> dict:
-    """Write data/faces/leaks.json: the keys of each pretraining set that are in an evaluation set; returns it."""
+    """Write data/faces/leaks.json: the keys of each pretraining set that are in an evaluation set.
+
+    Returns what was written."""
     between = pairs[pairs.a != pairs.b]
     keys = {name: sorted(set(part.key_a)) for name, part in between.groupby("a")}
     leaks = {"distance": distance, "bits": 64, "leaked": keys}
@@ -327,7 +338,9 @@ def write_leaks(pairs: pd.DataFrame, faces, distance: int = MAX_DISTANCE) -> dic
 
 # %% ../nbs/61_datasheets.ipynb #686f28f9
 def duplicates_table(pairs: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """Near-duplicates as text: each set's own, and each pretraining set's photographs in each evaluation set."""
+    """Near-duplicates as text: each set's own, and leaked ones.
+
+    Leaked: each pretraining set's photographs in each evaluation set."""
     present = sets[sets.state == "present"]
     evaluation = present[present.role == "evaluation"]
     rows = []

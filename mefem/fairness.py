@@ -53,7 +53,9 @@ def face_regions(size: int) -> dict[str, np.ndarray]:
 
 # %% ../nbs/63_fairness.ipynb #3234a558
 def show_only(images: np.ndarray, mask: np.ndarray, fill) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] with everything outside `mask` bool [S, S] in the colour `fill` [3], 0 to 255."""
+    """Pictures uint8 [B, S, S, 3] with everything outside a mask in one colour.
+
+    `mask` bool [S, S]; `fill` [3], 0 to 255."""
     if mask.shape != images.shape[1:3]:
         raise ValueError(f"a mask of {mask.shape} does not fit pictures of {images.shape[1:3]}")
     return np.where(mask[..., None], images, np.asarray(fill).round().astype(np.uint8))
@@ -84,7 +86,9 @@ def cheeks(size: int) -> np.ndarray:
 
 # %% ../nbs/63_fairness.ipynb #e306cdb4
 def typology_angle(crops: np.ndarray) -> np.ndarray:
-    """Individual typology angle, degrees [N], of crops uint8 [N, S, S, 3]; NaN where the skin has no measurable colour."""
+    """Individual typology angle, degrees [N], of crops uint8 [N, S, S, 3].
+
+    NaN where the skin has no measurable colour."""
     lab = np.median(to_lab(crops[:, cheeks(crops.shape[1])]), axis=1)
     angle = np.degrees(np.arctan2(lab[:, 0] - 50, np.maximum(lab[:, 2], LEAST_COLOUR)))
     return np.where(lab[:, 2] >= LEAST_COLOUR, angle, np.nan)
@@ -94,12 +98,16 @@ TONES = {"dark": -90.0, "brown": -30.0, "tan": 10.0, "intermediate": 28.0, "ligh
 
 
 def tone_classes(angles) -> pd.Categorical:
-    """Del Bino's class of each angle: dark, brown (over -30), tan (10), intermediate (28), light (41), very light (55)."""
+    """Del Bino's class of each angle.
+
+    Dark, brown (over -30), tan (10), intermediate (28), light (41), very light (55)."""
     return pd.cut(np.asarray(angles, float), [*TONES.values(), 90.0], labels=list(TONES), include_lowest=True)
 
 # %% ../nbs/63_fairness.ipynb #15fed738
 def skin_tones(faces, size: int = 112, batch: int = 256) -> pd.Series:
-    """The typology angle of each crop in the folder `faces` (NaN: not measurable), by key; read in batches."""
+    """The typology angle of each crop in the folder `faces` (NaN: not measurable), by key.
+
+    Read in batches."""
     keys = []
 
     def pictures():
@@ -133,8 +141,8 @@ ANCESTRY = ("ancestry", "ethnicity", "race_name")
 def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataFrame:
     """Sex, age band, ancestry and skin tone of each person (those that are known), indexed by person.
 
-    `labels`: one row per photograph with `key`, `person` and, where known, `sex` or `gender_name`, `age` (years), one of
-    `ancestry`, `ethnicity`, `race_name`. `tones`: `skin_tones` of the same photographs."""
+    `labels`: one row per photograph with `key`, `person` and, where known, `sex` or `gender_name`, `age`
+    (years), one of `ancestry`, `ethnicity`, `race_name`. `tones`: `skin_tones` of the same photographs."""
     person = labels.person.astype(str)
     columns = {}
     sex = next((labels[c] for c in ("sex", "gender_name") if c in labels), None)
@@ -152,7 +160,9 @@ def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataF
 def toy_predictions(
     people: int = 400, biased: dict | None = None, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(predictions, labels) of made-up people with two photographs each; `biased`: {age band: shift of the prediction}."""
+    """(predictions, labels) of made-up people with two photographs each.
+
+    `biased`: {age band: shift of the prediction}."""
     rng = np.random.default_rng(seed)
     age, bmi, fold = rng.integers(18, 80, people), rng.normal(26, 5, people), rng.integers(5, size=people)
     labels = pd.DataFrame(
@@ -174,7 +184,9 @@ def toy_predictions(
 
 # %% ../nbs/63_fairness.ipynb #9f38b812
 def person_terms(predictions: pd.DataFrame, classification: bool = False) -> pd.DataFrame:
-    """Per person: photographs `n`, and sums of the absolute `error` and the signed `bias` (classes: of wrong ones)."""
+    """Per person: photographs `n`, and sums of the absolute `error` and the signed `bias`.
+
+    For a classification the error is the share of wrong classes, and there is no bias."""
     signed = predictions.prediction - predictions.target
     error = (signed != 0).astype(float) if classification else signed.abs()
     terms = pd.DataFrame({"n": 1.0, "error": error} | ({} if classification else {"bias": signed}))
@@ -182,7 +194,9 @@ def person_terms(predictions: pd.DataFrame, classification: bool = False) -> pd.
 
 # %% ../nbs/63_fairness.ipynb #8859ad4e
 def _means(part: pd.DataFrame, measures, replicates: int, seed: int, confidence: float = 0.95) -> dict:
-    """Mean of each measure over photographs, with its percentile interval over people (NaN for a single person)."""
+    """Mean of each measure over photographs, with its percentile interval over people.
+
+    NaN for a single person."""
     tail = (1 - confidence) / 2
     means = {}
     sums = part[["n", *measures]].to_numpy(float)
@@ -199,9 +213,10 @@ def _means(part: pd.DataFrame, measures, replicates: int, seed: int, confidence:
 def by_group(
     terms: pd.DataFrame, people: pd.DataFrame, replicates: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """Means of `terms` (indexed by person; column n and sums of measures) with intervals, for each group of each attribute.
+    """Means of `terms` (indexed by person; column n and sums of measures) for each group of each attribute.
 
-    One row per group: attribute, group, persons, photographs, and each measure with its 95 % interval. First all people."""
+    One row per group: attribute, group, persons, photographs, and each
+    measure with its 95 % interval. First all people."""
     measures = [c for c in terms if c != "n"]
     joined = terms.join(people)
     groups = [("everybody", "everybody", terms)]
@@ -225,7 +240,9 @@ def _group_means(codes: np.ndarray, groups: int, n: np.ndarray, total: np.ndarra
 
 # %% ../nbs/63_fairness.ipynb #9f0ef228
 def _shuffled_gaps(codes, groups, n, total, replicates, rng) -> np.ndarray:
-    """Largest gaps [replicates] with the people shuffled over the groups; a part at a time, for the memory."""
+    """Largest gaps [replicates] with the people shuffled over the groups.
+
+    A part at a time, for the memory."""
     rows = max(1, 2_000_000 // len(codes))
     gaps = []
     for start in range(0, replicates, rows):
@@ -255,7 +272,8 @@ def largest_gap(
 ) -> dict | None:
     """The two groups of `attribute` that differ most in `measure`: names, gap, 95 % interval and p.
 
-    p is that of a permutation test over people. None where fewer than two groups have `min_persons` people."""
+    p is that of a permutation test over people. None where fewer than two groups have `min_persons`
+    people."""
     joined = terms.join(people[[attribute]]).dropna(subset=[attribute])
     sizes = joined[attribute].value_counts()
     names = sorted(sizes.index[sizes >= min_persons], key=list(sizes.sort_index().index).index)
@@ -276,7 +294,9 @@ def largest_gap(
 
 # %% ../nbs/63_fairness.ipynb #e6523b5a
 def all_gaps(terms: pd.DataFrame, people: pd.DataFrame, **options) -> pd.DataFrame:
-    """`largest_gap` of every attribute and measure, one row each; attributes with fewer than two groups are left out."""
+    """`largest_gap` of every attribute and measure, one row each.
+
+    Attributes with fewer than two groups are left out."""
     measures = [c for c in terms if c != "n"]
     gaps = [largest_gap(terms, people, a, m, **options) for a in people.columns for m in measures]
     columns = ["attribute", "measure", "most", "least", "gap", "low", "high", "persons", "p"]
@@ -301,7 +321,9 @@ def _line(sums, middle):
 
 # %% ../nbs/63_fairness.ipynb #8a24d03c
 def calibration(predictions: pd.DataFrame, replicates: int = 2000, seed: int = 0) -> dict:
-    """Slope and intercept of the least-squares line of observed on predicted, each with its 95 % interval over people."""
+    """Slope and intercept of the least-squares line of observed on predicted.
+
+    Each with its 95 % interval over people."""
     p, t = (predictions[c].to_numpy(float) for c in ("prediction", "target"))
     middle = p.mean()  # centred, so that no digits are lost
     terms = pd.DataFrame({"n": 1.0, "p": p - middle, "t": t, "pp": (p - middle) ** 2, "pt": (p - middle) * t})
@@ -328,9 +350,10 @@ class _AsPredicted:
 
 
 def conformal_margins(calibration: pd.DataFrame, predictions, confidence: float = 0.9) -> np.ndarray:
-    """Interval [N, 2] around each of `predictions` [N] from the errors of `calibration`; NaN where those are too few.
+    """Interval [N, 2] around each of `predictions` [N] from the errors of `calibration`.
 
-    `calibration`: columns target and prediction, one row per person. At least ceil((n + 1) confidence) <= n rows are needed."""
+    NaN where those are too few. `calibration`: columns target and prediction, one row per person. At least
+    ceil((n + 1) confidence) <= n rows are needed."""
     from mapie.regression import SplitConformalRegressor
 
     n, points = len(calibration), np.asarray(predictions, float)[:, None]
@@ -342,9 +365,9 @@ def conformal_margins(calibration: pd.DataFrame, predictions, confidence: float 
 
 # %% ../nbs/63_fairness.ipynb #3fd12e57
 def conformal(predictions: pd.DataFrame, confidence: float = 0.9, seed: int = 0) -> pd.DataFrame:
-    """`predictions` (key, person, fold, seed, target, prediction) with the conformal interval `low`, `high` of each photograph.
+    """`predictions` (key, person, fold, seed, target, prediction) with the interval of each photograph.
 
-    NaN where a half fold has too few people for the confidence."""
+    `low` and `high` are NaN where a half fold has too few people for the confidence."""
     intervals = predictions.assign(low=np.nan, high=np.nan)
     rng = np.random.default_rng(seed)
     for _, fold in predictions.groupby(["seed", "fold"]):
@@ -359,7 +382,9 @@ def conformal(predictions: pd.DataFrame, confidence: float = 0.9, seed: int = 0)
 
 # %% ../nbs/63_fairness.ipynb #a16b61bf
 def coverage_terms(intervals: pd.DataFrame) -> pd.DataFrame:
-    """Per person: n = 1, the share of photographs whose interval holds the target, and the intervals' mean `width`."""
+    """Per person: n = 1, the `coverage` and the mean `width` of the intervals.
+
+    Coverage is the share of photographs whose interval holds the target."""
     known = intervals.dropna(subset=["low", "high"])
     inside = known.target.between(known.low, known.high).astype(float)
     terms = pd.DataFrame({"n": 1.0, "coverage": inside, "width": known.high - known.low})
@@ -367,10 +392,12 @@ def coverage_terms(intervals: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/63_fairness.ipynb #2976e986
 class SeesOnly(FrozenEncoder):
-    """`encoder`, to which every picture is shown with everything outside one mask painted over; see `show_only`."""
+    """`encoder`, to which every picture is shown with everything outside one mask painted over.
+
+    See `show_only`."""
 
     def __init__(self, encoder: FrozenEncoder, mask: np.ndarray | None = None, fill=(127, 127, 127)):
-        self.__dict__.update(vars(encoder))
+        self.describe_like(encoder)
         self.inner, self.dim, self.mask, self.fill = encoder, encoder.dim, mask, fill
 
     def __reduce__(self):  # by what it was made of: the inner encoder knows how it travels to another process
@@ -393,7 +420,9 @@ class SeesOnly(FrozenEncoder):
 
 # %% ../nbs/63_fairness.ipynb #18d8ec67
 def mean_tokens(features: Features) -> Features:
-    """The mean patch token of each picture as features of one token [N, 1, D], float32; one vector is left as it is."""
+    """The mean patch token of each picture as features of one token [N, 1, D], float32.
+
+    One vector is left as it is."""
     tokens = features.tokens if features.meta["tokens"] == 1 else features.select("patches")
     parts = [
         np.asarray(tokens[i : i + 512], np.float32).mean(1, keepdims=True) for i in range(0, len(tokens), 512)
@@ -424,9 +453,9 @@ def region_predictions(
 ) -> dict[str, pd.DataFrame]:
     """Predictions of a linear probe on mean patch tokens, of the whole picture and of each region alone.
 
-    `faces`: a folder of crops; `regions`: {name: mask bool [S, S] at the encoder's size} (default: `face_regions`);
-    `pictures`: at a time through the encoder; `jobs` views side by side (None: one per core, or one on a GPU); `probing` goes to
-    `probe`. Every probe has the same people in the same folds."""
+    `faces`: a folder of crops; `regions`: {name: mask bool [S, S] at the encoder's size} (default:
+    `face_regions`); `pictures`: at a time through the encoder; `jobs` views side by side (None: one per
+    core, or one on a GPU); `probing` goes to `probe`. Every probe has the same people in the same folds."""
     import joblib
     from tqdm import tqdm
 
@@ -497,7 +526,9 @@ def audit(
     replicates: int = 2000,
     seed: int = 0,
 ) -> Audit:
-    """Error, bias, largest gaps, calibration and coverage of one regression's `predictions` (see `ProbeResult`)."""
+    """Error, bias, largest gaps, calibration and coverage of one regression's `predictions`.
+
+    See `ProbeResult`."""
     task = get_task(task)
     if task.kind != "regression":
         raise ValueError(
@@ -572,7 +603,9 @@ def _all_predictions(
 
 # %% ../nbs/63_fairness.ipynb #48ed0de2
 def _people_of(features, task: Task, faces, out, tones: dict) -> pd.DataFrame:
-    """`attributes` of the people of a task; `tones` keeps each data set's skin tones once they are measured."""
+    """`attributes` of the people of a task.
+
+    `tones` keeps each data set's skin tones once they are measured."""
     loaded = task_features(features, task)
     parts = loaded.meta.get("parts", {task.dataset: loaded.meta})
     there = [name for name, part in parts.items() if part["state"] == "present"]
@@ -599,9 +632,9 @@ def audit_encoder(
 ) -> list[Audit]:
     """Audit of each of `targets` for the encoder whose `features` and `results` are in these folders.
 
-    `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with their
-    intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs` probes are fitted at a
-    time (None: one per core, one on a GPU); `probing` goes to `probe`."""
+    `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with
+    their intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs`
+    probes are fitted at a time (None: one per core, one on a GPU); `probing` goes to `probe`."""
     people, tones, audits = {}, {}, []
     probed = _all_predictions(features, results, targets, feature_set, jobs, seeds=(seed,), **probing)
     for task, result in zip(targets, probed, strict=True):

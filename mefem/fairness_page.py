@@ -58,8 +58,8 @@ def headline(audits: list[Audit]) -> str:
     if not named:
         aside = " Regression to the mean, of age by age band, is listed below." if gaps else ""
         return (
-            "**No gap between groups is beyond noise.** That is no proof of fairness: with this number of people, "
-            f"small gaps go undetected.{aside}"
+            "**No gap between groups is beyond noise.** That is no proof of fairness: with this number of "
+            f"people, small gaps go undetected.{aside}"
         )
     # The surest first; among equally sure ones the largest, as a share of the mean error.
     gap, one = min(
@@ -82,8 +82,8 @@ def _verdict(one: Audit) -> str:
     name, r2 = name_of(one.task), one.score
     if r2.low <= 0:
         return (
-            f"**It does not predict {name} here**: with r² {r2} it is indistinguishable from always predicting the mean, "
-            "and the errors below are those of such a constant."
+            f"**It does not predict {name} here**: with r² {r2} it is indistinguishable from always "
+            "predicting the mean, and the errors below are those of such a constant."
         )
     return f"It explains {r2.value:.0%} of the variance of {name} (r² {r2})."
 
@@ -108,9 +108,9 @@ def _summary(one: Audit) -> str:
     if len(one.coverage):
         width = f" The interval that should hold nine in ten is {one.coverage.width[0]:.1f} {unit} wide."
     return (
-        f"{_verdict(one)} Tested on {one.score.n:,} photographs of {one.score.persons:,} people. On average it is off by "
-        f"{one.errors.error[0]:.2f} {unit}. Calibration: observed = {_interval(line, 'intercept')} + "
-        f"{_interval(line, 'slope')} x predicted (ideal: 0 and 1).{width}"
+        f"{_verdict(one)} Tested on {one.score.n:,} photographs of {one.score.persons:,} people. "
+        f"On average it is off by {one.errors.error[0]:.2f} {unit}. Calibration: observed = "
+        f"{_interval(line, 'intercept')} + {_interval(line, 'slope')} x predicted (ideal: 0 and 1).{width}"
     )
 
 
@@ -137,8 +137,8 @@ def shortcut_sentence(left: pd.DataFrame) -> str:
     return "Background and clothes alone predict nothing beyond noise."
 
 # %% ../nbs/66_fairness_page.ipynb #ee9ba567
-SHORTCUT = """Body mass index by a linear probe on the mean patch token, with all but one part of the picture painted over;
-photographs of the data set `bmi` alone."""
+SHORTCUT = """Body mass index by a linear probe on the mean patch token, with all but one part of the picture
+painted over; photographs of the data set `bmi` alone."""
 
 
 def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
@@ -161,21 +161,24 @@ MUST_NOT = """This is research software, not a medical device. It must not be us
 - to guess the health of a person who has not agreed to it;
 - for any group of people that the tables above do not show, or show with few people."""
 
-CAUTIONS = """Error: mean absolute error. Bias: mean of predicted minus observed. In brackets: 95 % bootstrap intervals over people.
+CAUTIONS = """Error: mean absolute error. Bias: mean of predicted minus observed. In brackets: 95 %
+bootstrap intervals over people.
 
-A gap is beyond noise by a permutation test over people, adjusted for all gaps on this page (false discovery rate 5 %). Groups of fewer
-than {min_persons} people are shown but not compared.
+A gap is beyond noise by a permutation test over people, adjusted for all gaps on this page (false discovery
+rate 5 %). Groups of fewer than {min_persons} people are shown but not compared.
 
-Skin tone is the individual typology angle of the cheeks in the photograph. Light and camera change it, and it is not a person's
-ancestry.
+Skin tone is the individual typology angle of the cheeks in the photograph. Light and camera change it,
+and it is not a person's ancestry.
 
-Regression to the mean: a probe that explains little predicts values near the mean, too high for low values and too low for high ones. So age
-is overestimated for the young and underestimated for the old, whatever the encoder."""
+Regression to the mean: a probe that explains little predicts values near the mean, too high for low values
+and too low for high ones. So age is overestimated for the young and underestimated for the old,
+whatever the encoder."""
 
 WARNINGS = {
-    True: "**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows which questions are "
-    "asked of the model and that the answers can be computed.",
-    False: "Tested on the real people of the data sets named in the README, who are not a sample of any population.",
+    True: "**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows which "
+    "questions are asked of the model and that the answers can be computed.",
+    False: "Tested on the real people of the data sets named in the README, who are not a sample of any "
+    "population.",
 }
 
 # %% ../nbs/66_fairness_page.ipynb #82910c59
@@ -268,7 +271,9 @@ def _second_row(axes, one: Audit, left) -> None:
 
 # %% ../nbs/66_fairness_page.ipynb #9496b199
 def figure_who(path, audits: list[Audit], left: pd.DataFrame | None = None) -> Path:
-    """The page's figure as PNG: errors by group of each target; calibration, coverage and shortcut of the first."""
+    """The page's figure as PNG: errors by group of each target.
+
+    Calibration, coverage and shortcut of the first."""
     import matplotlib.pyplot as plt
 
     who = "simulated" if audits[0].simulated else "real"
@@ -291,7 +296,9 @@ def figure_who(path, audits: list[Audit], left: pd.DataFrame | None = None) -> P
 def write_page(
     out, audits: list[Audit], left: pd.DataFrame | None = None, model: str = "", reason: str = ""
 ) -> str:
-    """Write who_it_works_for.md and .png to `out` (p values adjusted over all audits); returns the Markdown."""
+    """Write who_it_works_for.md and .png to `out` (p values adjusted over all audits).
+
+    Returns the Markdown."""
     audits = adjust_all(audits)
     text = page(audits, left, model, reason)
     write_atomic(Path(out) / "who_it_works_for.md", text)

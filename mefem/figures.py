@@ -69,9 +69,10 @@ def _plot_mask(ax, grid) -> None:
 
 # %% ../nbs/58_figures.ipynb #5ece49f7
 def figure_maskings(path, maskings: dict | None = None, samples: int = 3, seed: int = 6) -> Path:
-    """Figure 2: `samples` samples of each masking in `maskings` ({title: masking}; default: the paper's three).
+    """Figure 2: `samples` samples of each masking.
 
-    Multiblock shows its two modes in turn; there, patches in neither were dropped to make lengths equal."""
+    `maskings`: {title: masking}; default: the paper's three. Multiblock shows its two modes in
+    turn; there, patches in neither were dropped to make lengths equal."""
     import matplotlib.pyplot as plt
     import torch
 
@@ -117,7 +118,7 @@ def _plot_profile(ax, radius, weights, r0, sigma) -> None:
 
 # %% ../nbs/58_figures.ipynb #26048ada
 def figure_weights(path, grid: int = 14, r0: float = 5.5, sigma: float = 1.5) -> Path:
-    """Figure 3: the circular loss weights as a map with numbers at the scale, and their profile over the radius."""
+    """Figure 3: the circular loss weights as a map, and their profile over the radius."""
     import matplotlib.pyplot as plt
     from mefem.weighting import circular_weights
 

@@ -87,9 +87,10 @@ def _sources_changed(root) -> bool:
 
 # %% ../nbs/57_provenance.ipynb #fa1b5d80
 def provenance(root, settings=None, seed: int | None = None, started: float | None = None) -> dict:
-    """Commit, whether sources differ from it, hash of the settings, versions, hardware, seed, seconds since `started`.
+    """Commit, whether sources differ from it, hash of the settings, versions, hardware, seed and time.
 
-    `settings` is a section of params.yaml or any JSON object; `started` is `time.time()` at the start."""
+    `settings` is a section of params.yaml or any JSON object; `started` is
+    `time.time()` at the start."""
     from importlib.metadata import version
 
     packages = ("mefem", "torch", "timm", "numpy", "pandas", "scikit-learn")

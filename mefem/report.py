@@ -173,7 +173,9 @@ def compare(results, table: Table, replicates: int = 2000) -> pd.DataFrame:
 
 # %% ../nbs/60_report.ipynb #59ba112b
 def against(pairs: pd.DataFrame, column: str, name: str, rival: str) -> dict | None:
-    """The pair as `name` sees it: verdict (beats, loses, inconclusive), difference and interval; None: not compared."""
+    """The pair as `name` sees it: verdict, difference and interval.
+
+    The verdict is "beats", "loses" or "inconclusive"; None where the two were not compared."""
     sides = pairs["first"].isin([name, rival]) & pairs["second"].isin([name, rival])
     pair = pairs[(pairs.column == column) & sides]
     if pair.empty or name == rival:
@@ -190,7 +192,9 @@ RIVALS = {"random": "Random encoder", "pixels": "PCA of pixels"}
 
 
 def rival_of(features: str, rival: str) -> str:
-    """The row that ours with these features is compared with: same features, or the pixels with the same head."""
+    """The row that ours with these features is compared with.
+
+    Same features, or the pixels with the same head."""
     components = rival == "pixels" and features != "Linear probe"
     return f"{RIVALS[rival]} / {'Components' if components else features}"
 
@@ -242,7 +246,7 @@ def _number(value) -> float | int | None:
 
 
 def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
-    """{row: {column: state, value, interval, counts and, for rows of ours, the pair with each of `RIVALS`}}."""
+    """{row: {column: state, value, interval, counts}}; rows of ours have the pair with each of `RIVALS`."""
     rows = {}
     for cell in cells.to_dict("records"):
         entry = {"state": cell["state"], "size": cell["size"]}
@@ -258,9 +262,9 @@ def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
 
 # %% ../nbs/60_report.ipynb #f3248cb1
 def write_table(table: Table, results, out, about: About, replicates: int = 2000) -> str:
-    """Write <name>.md, .csv, .tex, .json (for `dvc metrics`), _cells.json and _pairs.csv; returns the Markdown.
+    """Write <name>.md, .csv, .tex, .json (for `dvc metrics`), _cells.json and _pairs.csv.
 
-    `results` has a folder for each encoder, see `mefem.metrics.write_result`."""
+    Returns the Markdown. `results` has a folder for each encoder, see `mefem.metrics.write_result`."""
     cells, pairs = results_table(results, table, replicates, about.size)
     scale = scale_of(cells, about)
     stem = Path(out) / table.name

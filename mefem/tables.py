@@ -25,7 +25,7 @@ from .files import write_atomic
 # %% ../nbs/59_tables.ipynb #10038730
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its name in files, group and heading in print, and the task and metric that it shows."""
+    """A column of a table: its name in files, group and heading in print, task and metric."""
 
     name: str
     group: str
@@ -38,7 +38,8 @@ class Column:
 class Row:
     """A row of a table: labels, the folder and feature set of our results, and the paper's numbers.
 
-    A number that the paper does not give is None. A row without `source` is quoted from the paper, not run."""
+    A number that the paper does not give is None. A row without `source` is quoted from the paper, not
+    run."""
 
     name: str
     labels: dict  # field -> text
@@ -126,7 +127,9 @@ def load_predictions(results, row: Row, column: Column) -> pd.DataFrame | None:
 # %% ../nbs/59_tables.ipynb #951319f8
 @dataclass(frozen=True)
 class About:
-    """What a caption says of a run: the profile, the model and its pretraining as phrases, and the model's size."""
+    """What a caption says of a run.
+
+    The profile, the model and its pretraining as phrases, and the model's size."""
 
     profile: str
     model: str = ""
@@ -141,7 +144,7 @@ def _people(part: pd.DataFrame) -> str:
 
 # %% ../nbs/59_tables.ipynb #79e167b3
 def scale_of(cells: pd.DataFrame, about: About) -> str:
-    """The scale in one paragraph: profile, test photographs, people (simulated or real), model, pretraining."""
+    """The scale in one paragraph: profile, test photographs, whose, model, pretraining."""
     run = cells[cells.state == "present"]
     if run.empty:
         return f"Scale: profile {about.profile}; nothing has been run."
@@ -158,8 +161,8 @@ def scale_of(cells: pd.DataFrame, about: About) -> str:
 
 
 SIMULATED = (
-    " **Simulated people: these numbers test the pipeline and the ordering of methods; they say nothing about "
-    "real faces and are not comparable with the paper's.**"
+    " **Simulated people: these numbers test the pipeline and the ordering of methods; they say nothing "
+    "about real faces and are not comparable with the paper's.**"
 )
 
 # %% ../nbs/59_tables.ipynb #b86d07da
@@ -169,7 +172,8 @@ NOTES = {
     "(paired bootstrap over people).",
     "beats_pixels": "b: better than the PCA of pixels, beyond noise (paired bootstrap over people).",
     "star": "* approximate parameter count of a comparable ViT, as in the paper.",
-    "best": "Bold: the best of its column. c: not distinguishable from the best (paired bootstrap over people).",
+    "best": "Bold: the best of its column. c: not distinguishable from the best "
+    "(paired bootstrap over people).",
     "r2": "An r² whose interval holds 0 is indistinguishable from always predicting the mean.",
     "quoted": "Baseline: remote photoplethysmography over the whole video, as reported by its authors; "
     "its split is not known.",
@@ -227,7 +231,9 @@ MARKS = {"a": "beats_random", "b": "beats_pixels", "c": "near_best"}
 
 
 def marks_of(cell) -> str:
-    """ "a" if the random encoder is beaten beyond noise, "b" for the pixels, "c" if indistinguishable from the best."""
+    """The marks of a cell.
+
+    "a": beats the random encoder beyond noise, "b": the pixels, "c": indistinguishable from the best."""
     return "".join(mark for mark, field in MARKS.items() if getattr(cell, field, None) is True)
 
 # %% ../nbs/59_tables.ipynb #f47f8d13
@@ -251,7 +257,9 @@ def paper_text(cell) -> str:
 
 # %% ../nbs/59_tables.ipynb #dca64460
 def body_of(cells: pd.DataFrame, columns, table: Table, ours=ours_text, none: str = "") -> list[list[str]]:
-    """The lines of a block: labels, then for each column ours and, if the paper has the table, its value or `none`."""
+    """The lines of a block: labels, then for each column ours and the paper's value or `none`.
+
+    Where the paper has none of the cells, its columns are left out."""
     cells = cells[cells.column.isin([column.name for column in columns])]
     printed, body = has_paper(cells), []
     for _, row in cells.groupby("row", sort=False):

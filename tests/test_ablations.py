@@ -1,4 +1,4 @@
-"""Table 4: the paper's rows and claims, verdicts from paired intervals over people and seeds, one run at a time."""
+"""Table 4: the paper's rows and claims, verdicts over people and seeds, one run at a time."""
 
 import io
 import json
@@ -28,7 +28,8 @@ from mefem.ablations import (
     write_table4,
 )
 from mefem.config import Settings, SettingsError, ablation_probing, ablation_settings, load_settings
-from mefem.metrics import paired_difference, write_result
+from mefem.evaluation import write_result
+from mefem.metrics import paired_difference
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
 from mefem.shards import write_manifest, write_shard
@@ -174,8 +175,8 @@ def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
     assert found.paper["Stripes beat multiblock"] == pytest.approx(0.447 - 0.371)
     words = summary_of(found.reset_index())
     assert (
-        "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. 9 could not be tested."
-        in words
+        "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. "
+        "9 could not be tested." in words
     )
 
 
@@ -193,7 +194,7 @@ def test_one_seed_decides_nothing_however_wide_the_gap(tmp_path, settings):
 
 
 def test_seeds_that_disagree_leave_it_inconclusive(tmp_path, settings):
-    """Many people, three seeds: what differs between the seeds is larger than the gap, which over people alone would be far from 0."""
+    """Many people, three seeds: the seeds differ by more than the gap, which people alone would decide."""
     truth = 26 + 5 * np.random.default_rng(0).standard_normal(400)
     for run, errors in (("stripes3", (1.0, 2.4, 3.6)), ("multiblock", (2.0, 3.0, 4.0))):
         frames = [

@@ -178,7 +178,7 @@ def test_copies_are_found_and_only_they(faces):
     assert leaked_keys(faces, "facecaption") == {"facecaption2"} and leaked_keys(faces, "avspeech") == set()
     table = D.duplicates_table(pairs, found).set_index("Near-duplicates of")
     assert table.loc["FaceCaption-15M", ["in itself", "in BMI", "in CelebA"]].tolist() == ["0", "1", "0"]
-    assert table.loc["BMI", "in BMI"] == "", "leakage is asked about pretraining sets"
+    assert table.loc["BMI", "in BMI"] == "", "leakage is a question about pretraining sets"
 
 
 def real_hashes(images):
@@ -187,7 +187,7 @@ def real_hashes(images):
 
 
 def test_hash_on_real_faces(shared):
-    """Centred real faces are alike; still nearly all saved-again copies are found and hardly any pair of different ones."""
+    """Centred real faces are alike; still nearly all copies are found and hardly any other pair."""
     import pyarrow.parquet as pq
 
     rows = (

@@ -1,4 +1,4 @@
-"""Who it works for: planted gaps are found, absent ones are not; intervals cover; skin tone and regions against references."""
+"""Who it works for: planted gaps are found, absent ones are not; intervals cover; skin tones, regions."""
 
 import io
 import json
@@ -515,7 +515,7 @@ def test_the_headline_names_the_gap_and_its_absence():
 
 
 def test_regression_to_the_mean_is_not_the_headline():
-    """A fair but poor probe of age: its gaps by age band are listed and named, and another target's gap leads the page."""
+    """A fair but poor probe of age: its gaps by age band are named; another gap leads the page."""
     predictions, labels = toy_predictions(300, biased={"60 and over": -4.0})
     ages = predictions.assign(target=labels.age, prediction=49 + 0.2 * (labels.age - 49))
     people = attributes(labels)

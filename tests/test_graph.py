@@ -1,4 +1,4 @@
-"""The graph and its notebooks: described, parameterised, free of definitions, and the same in every profile."""
+"""The graph and its notebooks: described, parameterised, free of definitions, the same in every profile."""
 
 import ast
 import shutil
@@ -48,7 +48,7 @@ def test_stages_depend_on_code_not_on_notebooks():
 
 
 def test_a_directory_is_an_output_where_it_can_be():
-    """No list of files is kept by hand: beside the executed notebook, leaks.json and README.md, every output is a folder."""
+    """No list of files by hand: every output is a folder but notebooks, leaks.json and README.md."""
     for name, stage in stages().items():
         outs = [
             next(iter(out)).replace("${item.run}-${item.seed}", "x").replace("${item}", "x")

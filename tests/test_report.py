@@ -1,4 +1,4 @@
-"""Table 2 as a whole: every row of the paper, honest states, marks that follow the paired bootstrap, stable bytes."""
+"""Table 2 as a whole: every row of the paper, states, marks by the paired bootstrap, stable bytes."""
 
 import csv
 import json
@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mefem.evaluation import evaluate, evaluate_encoder, write_result
 from mefem.features import FEATURE_SETS
 from mefem.figures import figure_learning, figure_maskings, figure_weights
 from mefem.files import write_json
-from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
+from mefem.metrics import paired_difference
 from mefem.probing import ProbeResult
 from mefem.provenance import provenance, size_of
 from mefem.report import (
@@ -40,10 +41,10 @@ MeFEm	Base	Patches + CLS	0.496	3.495	0.910	0.570	0.576
 
 
 PAPER3 = """
-MeFEm	Base	Patches	0.233	0.948	0.089	0.47	-0.060	0.621	0.136	10.8	-0.060	7.15	0.073	0.8
-MeFEm	Base	CLS	0.263	0.952	0.076	0.49	-0.084	0.640	0.058	11.8	-0.090	7.20	-0.557	1.3
-MeFEm	Base	Patches + CLS	0.234	0.959	0.055	0.48	-0.015	0.623	0.115	11.2	-0.054	7.14	0.081	0.8
-Baseline	—	Video superpixels	—	—	—	0.41	—	0.60	—	12.8	—	8.39	—	0.9
+MeFEm|Base|Patches|0.233|0.948|0.089|0.47|-0.060|0.621|0.136|10.8|-0.060|7.15|0.073|0.8
+MeFEm|Base|CLS|0.263|0.952|0.076|0.49|-0.084|0.640|0.058|11.8|-0.090|7.20|-0.557|1.3
+MeFEm|Base|Patches + CLS|0.234|0.959|0.055|0.48|-0.015|0.623|0.115|11.2|-0.054|7.14|0.081|0.8
+Baseline|—|Video superpixels|—|—|—|0.41|—|0.60|—|12.8|—|8.39|—|0.9
 """
 
 
@@ -53,7 +54,7 @@ def printed(row):
 
 def test_the_papers_numbers():
     third = [[*printed(r), *(v or "—" for v in r.paper)] for r in TABLE3_ROWS if r.paper]
-    assert third == [line.split("\t") for line in PAPER3.strip().splitlines()]
+    assert third == [line.split("|") for line in PAPER3.strip().splitlines()]
     found = [[*printed(r), *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
     assert {(r.source, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
@@ -325,7 +326,7 @@ def test_latex(run):
 
 
 def test_table3_from_probe_to_paper(tmp_path):
-    """Six values probed in a multi-encoder run; two blocks of columns, the baseline quoted, absent data said to be absent."""
+    """Six values by three encoders; two blocks of columns, the baseline quoted, absent data named."""
     rng = np.random.default_rng(0)
     n = 60
     labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str)})
@@ -394,7 +395,7 @@ def test_table3_from_probe_to_paper(tmp_path):
 
 
 def test_what_pretraining_adds_by_two_heads(tmp_path):
-    """MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; there is no column of the paper's."""
+    """MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; no paper."""
     rng, n = np.random.default_rng(0), 60
     labels = pd.DataFrame(
         {
@@ -510,7 +511,7 @@ def test_evaluate_encoder(tmp_path):
         batch=32,
         lrs=(1e-3,),
         weight_decays=(0.1,),
-        starts=("whiten",),
+        scalings=("whiten",),
         validation=0.2,
         hidden=4,
         heads=2,
