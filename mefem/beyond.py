@@ -130,7 +130,7 @@ class SIGRegJEPA(JEPA):
         self.weight = weight
 
     @property
-    def extra_operations(self) -> int:
+    def extra_operations(self) -> int:  # type: ignore[override]  # the encoder's width decides
         """Multiply-adds per picture, forward and backward, of the projections on 64 directions."""
         return 2 * min(16, self.masking.tokens) * self.student.embed_dim * 64
 
@@ -168,6 +168,7 @@ def _load_file(path: str, size: int, changed: int):
     """The module in the file `path`; an edited file is another module."""
     name = f"mefem_idea_{settings_hash([path, size, changed])}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader, path  # there is one for every name that ends in .py
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

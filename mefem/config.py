@@ -69,8 +69,8 @@ METHOD_NAMES = ("jepa", "target-share", "sigreg")  # of `mefem.beyond`
 Options = dict[str, int | float | str | bool]  # numbers of a method, or of an idea of your own
 
 
-def kind_among(*names: str):
-    """The type of a setting that is one of `names`, or names an idea in a file: ideas/diagonal.py:Diagonal."""
+def kind_among(*names: str) -> AfterValidator:
+    """Validates a setting that is one of `names`, or names an idea in a file: ideas/diagonal.py:Diagonal."""
 
     def check(kind: str) -> str:
         if kind not in names and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", kind):
@@ -79,7 +79,7 @@ def kind_among(*names: str):
             )
         return kind
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
 
 # %% ../nbs/00_config.ipynb #bea2c7d3
 class EncoderSettings(Section):
@@ -97,7 +97,7 @@ class EncoderSettings(Section):
 
 # %% ../nbs/00_config.ipynb #5abd438d
 class MaskingSettings(Section):
-    kind: kind_among("stripes", "quadrant", "multiblock") = "stripes"
+    kind: Annotated[str, kind_among("stripes", "quadrant", "multiblock")] = "stripes"
     width: Annotated[int, Field(ge=1)] = 3  # of a stripe, patches
     k: Annotated[float, Field(gt=0)] = 0.175  # spread of its position, eq. 4
     cls_in_source: Fraction | None = 0.5  # P of eq. 2; null: a model without CLS
@@ -105,7 +105,7 @@ class MaskingSettings(Section):
 
 # %% ../nbs/00_config.ipynb #5869ab4b
 class WeightsSettings(Section):
-    kind: kind_among("circular", "uniform") = "circular"
+    kind: Annotated[str, kind_among("circular", "uniform")] = "circular"
     r0: Annotated[float, Field(gt=0)] = 5.5  # patches
     sigma: Annotated[float, Field(gt=0)] = 1.5  # 1 / patches
     options: Options = {}  # of weights of your own
@@ -157,7 +157,7 @@ class PretrainSettings(Section):
     optimiser: OptimiserSettings = OptimiserSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     teacher_input: Literal["image", "targets"] = "image"
-    method: kind_among(*METHOD_NAMES) = "jepa"  # others are beyond the paper
+    method: Annotated[str, kind_among(*METHOD_NAMES)] = "jepa"  # others are beyond the paper
     method_options: Options = {}  # the method's own numbers
     flip: bool = False
     batch: Count = 2048  # pictures per step, over all processes

@@ -688,7 +688,7 @@ class PixelEncoder(FrozenEncoder):
         self.axes = None  # [components, P]
 
     @property
-    def dim(self) -> int:
+    def dim(self) -> int:  # type: ignore[override]  # known when it is fitted
         """Components, as many as were found."""
         return self.components if self.axes is None else len(self.axes)
 
