@@ -1,15 +1,15 @@
 """Photographs a second from JPEG in a shard to cropped JPEG in a shard, beside the plain way, in one run.
 
-    python benchmarks/crop.py                                   # everything, about a quarter of an hour on two cores
+    python benchmarks/crop.py    # everything, about a quarter of an hour on two cores
     python benchmarks/crop.py --photographs 40 --memory 200 --steps 2    # the same parts, short
     python benchmarks/crop.py --only box detection              # some parts: PARTS below
-    python benchmarks/crop.py --write benchmarks/rates.json     # what nbs/tutorials/plan_15_million.ipynb reads; all parts
+    python benchmarks/crop.py --write benchmarks/rates.json  # read by nbs/tutorials/plan_15_million.ipynb; all parts
 
-Rates are given by the clock (`_per_s`) and by the processor's time (`_per_core_s`: what one core does that does nothing else; on
-a busy machine only these can be compared). Ours and the plain way take turns; the median of the turns counts.
-Targets: 70 a second and core with the publisher's box, 45 with detection; two processes 1.8 times one; under 1.5 GiB resident over
-50,000 photographs; reading for training twice what the training step eats.
-"""
+Rates are given by the clock (`_per_s`) and by the processor's time (`_per_core_s`: what one core does that
+does nothing else; on a busy machine only these can be compared). Ours and the plain way take turns; the
+median of the turns counts. Targets: 70 a second and core with the publisher's box, 45 with detection; two
+processes 1.8 times one; under 1.5 GiB resident over 50,000 photographs; reading for training twice what the
+training step eats."""
 
 import argparse
 import io
@@ -86,7 +86,8 @@ def plainly(files: list[Path], out: Path, box) -> int:
 
 
 def rates(works: dict, count: int, turns: int) -> dict:
-    """For each name of `works` (what returns how many photographs it used): photographs a second, and a second of processor time."""
+    """For each name of `works` (what returns how many photographs it used): photographs a second, and a
+    second of processor time."""
     taken = {name: [] for name in works}
     for turn in range(turns):
         for name in works if turn % 2 == 0 else reversed(works):
@@ -144,7 +145,8 @@ def measure_crop(place: Place, name: str, box, turns: int) -> dict:
 
 
 def measure_other(place: Place, turns: int) -> dict:
-    """Portraits of 1024 pixels made smaller (SFHQ), a frame of a clip with its detection (AVSpeech), hashes of crops (datasheets)."""
+    """Portraits of 1024 pixels made smaller (SFHQ), a frame of a clip with its detection (AVSpeech), hashes
+    of crops (datasheets)."""
     from mefem.datasets.core import video_frame
     from mefem.datasheets import set_coefficients
     from mefem.simulate.publishers import encode_clip, moved
@@ -191,7 +193,8 @@ def measure_parallel(place: Place, shards: int, turns: int) -> dict:
 
 
 def measure_memory(place: Place, photographs: int) -> dict:
-    """Resident MiB of this one process over a long run: the shard again and again, with the box and with detection in turn."""
+    """Resident MiB of this one process over a long run: the shard again and again, with the box and with
+    detection in turn."""
     process, seen = psutil.Process(), []
     for number in range(max(photographs // place.count, 2)):
         through_shards(place.raw, place.out, 0, None if number % 2 else BOX)
@@ -205,7 +208,8 @@ def measure_memory(place: Place, photographs: int) -> dict:
 
 
 def measure_training(place: Place, steps: int) -> dict:
-    """Pictures a second read by one process from shards in random order, and eaten by the training step, for two models."""
+    """Pictures a second read by one process from shards in random order, and eaten by the training step, for
+    two models."""
     import torch
     from step import Ours
 
@@ -312,10 +316,12 @@ def verdicts(report: dict) -> list[str]:
         if key in report:
             good = report[key] >= target if more else report[key] <= target
             lines.append(
-                f"{report[key]:9.2f} {what} (target {'at least' if more else 'at most'} {target}): {'met' if good else 'NOT met'}"
+                f"{report[key]:9.2f} {what} (target {'at least' if more else 'at most'} {target}): "
+                f"{'met' if good else 'NOT met'}"
             )
     return lines + [
-        f"{report[f'{name}_per_core_s'] / report[f'{name}_plain_per_core_s']:9.2f} times the plain way, {name}"
+        f"{report[f'{name}_per_core_s'] / report[f'{name}_plain_per_core_s']:9.2f} times the plain way, "
+        f"{name}"
         for name in ("box", "detection")
         if f"{name}_per_core_s" in report
     ]

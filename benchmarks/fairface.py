@@ -1,8 +1,9 @@
-"""Age on the real FairFace, White and non-White people apart, beside the majority class: random encoder, PCA of pixels, MeFEm.
+"""Age on the real FairFace, White and non-White people apart, beside the majority class: random encoder, PCA
+of pixels, MeFEm.
 
-python benchmarks/fairface.py --raw ../shared/data/fairface --encoder data/runs/main/encoder.safetensors --write benchmarks/fairface
-python benchmarks/fairface.py --raw ../shared/data/fairface --encoder FILE --limit 300 --epochs 3     # a quick look
-"""
+python benchmarks/fairface.py --raw ../shared/data/fairface --encoder data/runs/main/encoder.safetensors
+--write benchmarks/fairface python benchmarks/fairface.py --raw ../shared/data/fairface --encoder FILE --limit
+300 --epochs 3     # a quick look"""
 
 import argparse
 import json
@@ -30,7 +31,8 @@ def first_rows(raw: Path, out: Path, limit: int) -> Path:
 
 
 def measure(faces: Path, out: Path, sources: dict, fit_limit: int = 4096, **probing) -> pd.DataFrame:
-    """Accuracy for each group of each encoder, feature set and head, from the folder of crops `faces`; resumable in `out`."""
+    """Accuracy for each group of each encoder, feature set and head, from the folder of crops `faces`;
+    resumable in `out`."""
     for name, source in sources.items():
         features_of(
             source, [faces], out / "features" / name, fit_on=[faces], fit_limit=fit_limit
@@ -45,7 +47,8 @@ def measure(faces: Path, out: Path, sources: dict, fit_limit: int = 4096, **prob
 
 
 def sentence(numbers: pd.DataFrame, group: str) -> str:
-    """What the best probe of each encoder reaches for one group, and whether that is more than the majority class."""
+    """What the best probe of each encoder reaches for one group, and whether that is more than the majority
+    class."""
     part = numbers[numbers.metric == f"accuracy/{group}"]
     best = part.loc[part.groupby("encoder", sort=False).value.idxmax()]
     said = [
@@ -54,7 +57,8 @@ def sentence(numbers: pd.DataFrame, group: str) -> str:
         for row in best.itertuples()
     ]
     return (
-        f"{group} people ({part.n.iloc[0]:,} photographs): always the most frequent class {part.majority.iloc[0]:.3f}; "
+        f"{group} people ({part.n.iloc[0]:,} photographs): always the most frequent class "
+        f"{part.majority.iloc[0]:.3f}; "
         f"best probe of {', of '.join(said)}."
     )
 
@@ -66,13 +70,16 @@ def page(numbers: pd.DataFrame, about: dict) -> str:
             [
                 "# Age on the real FairFace",
                 "",
-                f"{about['train']:,} training and {about['validation']:,} validation photographs of FairFace (padding 0.25, the publisher's own framing), nine age "
+                f"{about['train']:,} training and {about['validation']:,} validation photographs of FairFace "
+                "(padding 0.25, the publisher's own framing), nine age "
                 f"classes, official split; MeFEm's encoder: {about['encoder']}.",
                 "",
                 *(f"- {sentence(numbers, group)}" for group in GROUPS),
                 "",
-                "The best of several probes is named, so these are upper ends. The paper's encoder reaches 0.572 and 0.575 in its Table 2, at another scale of "
-                "data and model. An encoder of the demo has seen rendered people only: what it reaches here is what carries over to real faces.",
+                "The best of several probes is named, so these are upper ends. The paper's encoder reaches "
+                "0.572 and 0.575 in its Table 2, at another scale of "
+                "data and model. An encoder of the demo has seen rendered people only: what it reaches here "
+                "is what carries over to real faces.",
                 "",
                 numbers.round(3).to_markdown(index=False),
             ]

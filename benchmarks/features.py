@@ -1,4 +1,5 @@
-"""Extraction of features against the bare forward pass of the same encoder, in one run: pictures per second and their ratio.
+"""Extraction of features against the bare forward pass of the same encoder, in one run: pictures per second
+and their ratio.
 
 python benchmarks/features.py                                        # the demo's encoder and a ViT-S/16
 python benchmarks/features.py --pictures 2000 --encoder random:vit_base_patch16_224
@@ -96,7 +97,8 @@ def main() -> None:
                 pairs.append((forward, whole, whole / forward))
             forward, whole, ratio = (median(column) for column in zip(*pairs, strict=True))
             print(
-                f"{encoder.name}: bare forward {forward:.0f}/s, extraction {whole:.0f}/s, ratio {ratio:.2f} (median of {args.rounds})",
+                f"{encoder.name}: bare forward {forward:.0f}/s, extraction {whole:.0f}/s, ratio {ratio:.2f} "
+                f"(median of {args.rounds})",
                 flush=True,
             )
 

@@ -1,12 +1,14 @@
-"""How fast is a pretraining step? Ours, the same written plainly, and I-JEPA of the package `lightly`, in turn in one run.
+"""How fast is a pretraining step? Ours, the same written plainly, and I-JEPA of the package `lightly`, in
+turn in one run.
 
-    python benchmarks/step.py [--encoder vit_small_patch16_224] [--batch 8] [--pairs 9] [--depth 12] [--no-lightly] [--out FILE.json]
+    python benchmarks/step.py [--encoder vit_small_patch16_224] [--batch 8] [--pairs 9] [--depth 12]
+        [--no-lightly] [--out FILE.json]
 
-All three have the same encoder, predictor (width 384, `--depth`), batch, precision (bf16 autocast) and optimiser. They take turns, step by
-step, so that a machine that is busy slows all of them; what is printed is the median step of each and the median of the ratios
-within a turn. On a GPU times are taken after synchronising. `lightly` is installed into an environment of its own, .venv-bench, on
-top of this one's packages; the project does not depend on it.
-"""
+All three have the same encoder, predictor (width 384, `--depth`), batch, precision (bf16 autocast) and
+optimiser. They take turns, step by step, so that a machine that is busy slows all of them; what is printed is
+the median step of each and the median of the ratios within a turn. On a GPU times are taken after
+synchronising. `lightly` is installed into an environment of its own, .venv-bench, on top of this one's
+packages; the project does not depend on it."""
 
 import argparse
 import copy
@@ -50,7 +52,8 @@ class Ours:
 
 
 class Plain(Ours):
-    """The same algorithm, written as one would at first: Python masks, boolean indexing, attention spelled out, a loop for the EMA."""
+    """The same algorithm, written as one would at first: Python masks, boolean indexing, attention spelled
+    out, a loop for the EMA."""
 
     def __init__(self, config, device):
         super().__init__(config, device)
@@ -108,7 +111,8 @@ class Plain(Ours):
 
 
 class LightlyIJEPA:
-    """I-JEPA from lightly's own modules: backbone wrapper, predictor and mask collator; no CLS and the I-JEPA paper's scales."""
+    """I-JEPA from lightly's own modules: backbone wrapper, predictor and mask collator; no CLS and the I-JEPA
+    paper's scales."""
 
     def __init__(self, config, device):
         import timm
@@ -186,7 +190,8 @@ def with_lightly() -> None:
 
 
 def measure(steps: dict, images, pairs: int, device) -> dict:
-    """Seconds of each step in `pairs` turns, every other turn in reverse order; the first two turns warm up."""
+    """Seconds of each step in `pairs` turns, every other turn in reverse order; the first two turns warm
+    up."""
     taken = {name: [] for name in steps}
     for turn in range(pairs + 2):
         for name in steps if turn % 2 else reversed(steps):
@@ -200,7 +205,8 @@ def measure(steps: dict, images, pairs: int, device) -> dict:
 
 
 def report(taken: dict, batch: int) -> dict:
-    """Pictures per second of each, and ours as a multiple of it: the median over turns of the ratio of the two times."""
+    """Pictures per second of each, and ours as a multiple of it: the median over turns of the ratio of the
+    two times."""
     rows = {}
     for name, seconds in taken.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds, taken["ours"], strict=True)]
@@ -259,7 +265,8 @@ def main() -> None:
     for name, row in rows.items():
         low, high = row["ratios"]
         print(
-            f"{name:15} {row['pictures_per_second']:8.2f} pictures/s   ours is {row['ours_is_faster_by']:.2f} times as fast ({low:.2f} to {high:.2f})"
+            f"{name:15} {row['pictures_per_second']:8.2f} pictures/s   ours is "
+            f"{row['ours_is_faster_by']:.2f} times as fast ({low:.2f} to {high:.2f})"
         )
     print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
     if arguments.out:

@@ -1,6 +1,7 @@
 """MeFEm: a face encoder pretrained by a joint embedding predictive architecture (arXiv 2602.14672).
 
-The names below are loaded when they are first used: `import mefem` itself needs neither torch nor mediapipe."""
+The names below are loaded when they are first used: `import mefem` itself needs neither torch nor
+mediapipe."""
 
 __version__ = "0.1.0"
 

@@ -124,7 +124,8 @@ def crop(
 ):
     """Square face crops; every photograph is used or counted under the reason why not.
 
-    Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what helps.
+    Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what
+    helps.
 
     Example: mefem crop photos/ -o crops/ --framing auto"""
     with _Plainly():
@@ -153,7 +154,8 @@ def crop(
 
 
 def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None):
-    """`framing`, or the default; `ValueError` for an option that would do nothing, or is for something else."""
+    """`framing`, or the default; `ValueError` for an option that would do nothing, or is for something
+    else."""
     from mefem.faces import check_framing
 
     if dataset is None and framing == "dataset":
@@ -313,9 +315,10 @@ def embed(
 ):
     """Embeddings of photographs: one row each, with a reason where there is none.
 
-    Columns: file, status, reason (what was found and what helps), faces (number found), score and box x0 y0 x1 y1 of
-    the face, framing (as used), other_framings (that would use a refused picture), encoder, features, dim, embedding
-    (in CSV: e0, e1 ...). A run that was killed goes on where it was, by the same command.
+    Columns: file, status, reason (what was found and what helps), faces (number found), score and box x0 y0
+    x1 y1 of the face, framing (as used), other_framings (that would use a refused picture), encoder,
+    features, dim, embedding (in CSV: e0, e1 ...). A run that was killed goes on where it was, by the same
+    command.
 
     Example: mefem embed photos/ -o embeddings.parquet -e encoder.safetensors"""
     from mefem.crop import nothing_usable
@@ -416,8 +419,8 @@ def probe(
     mefem embed photos/ -o random.parquet -e random:FILE
     mefem probe embeddings.parquet labels.csv --target BMI --against random.parquet
 
-    With a folder of data/features: the graph's own probe of --task. What is not given is then as params.yaml has it, so that
-    the numbers are those of the graph; outside a checkout, as `Probing` has it."""
+    With a folder of data/features: the graph's own probe of --task. What is not given is then as params.yaml
+    has it, so that the numbers are those of the graph; outside a checkout, as `Probing` has it."""
     own = {
         "LABELS": labels,
         "--target": target,
@@ -476,7 +479,8 @@ def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dic
 
     if labels is None or target is None:
         raise ValueError(
-            f"{'LABELS' if labels is None else '--target'} is missing: mefem probe {table} labels.csv --target COLUMN"
+            f"{'LABELS' if labels is None else '--target'} is missing: mefem probe {table} labels.csv "
+            "--target COLUMN"
         )
     if out:
         check_folder(out)
@@ -490,11 +494,13 @@ def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dic
         typer.echo(line)
     if not found.against:
         typer.echo(
-            "better than an untrained encoder? mefem embed photos/ -o random.parquet -e random:FILE, then --against random.parquet"
+            "better than an untrained encoder? mefem embed photos/ -o random.parquet -e random:FILE, then "
+            "--against random.parquet"
         )
     if out:
         typer.echo(
-            f"predictions, model and report in {out}; for new photographs: mefem predict {out} new.parquet -o predictions.csv"
+            f"predictions, model and report in {out}; for new photographs: mefem predict {out} new.parquet "
+            "-o predictions.csv"
         )
 
 
@@ -531,7 +537,8 @@ def _probe_graph(
 
 
 def _probing_settings(profile: str | None) -> dict:
-    """The `probing` section of params.yaml, or its defaults where there is no params.yaml and no profile is asked for."""
+    """The `probing` section of params.yaml, or its defaults where there is no params.yaml and no profile is
+    asked for."""
     try:
         root = find_root()
     except FileNotFoundError:
@@ -576,7 +583,9 @@ def info_data(
         typer.Option(help="get this data set from Hugging Face first; goes on where it was stopped"),
     ] = None,
 ):
-    """All data sets: state, counts, size, and how to obtain what is absent. Nothing is fetched without --fetch."""
+    """All data sets: state, counts, size, and how to obtain what is absent.
+
+    Nothing is fetched without --fetch."""
     from mefem.datasets.core import READERS, fetch_dataset, is_simulated
 
     with _Plainly():

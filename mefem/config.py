@@ -75,7 +75,8 @@ def kind_among(*names: str) -> AfterValidator:
     def check(kind: str) -> str:
         if kind not in names and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", kind):
             raise ValueError(
-                f"expected {', '.join(names)}, or a file and a name in it as ideas/diagonal.py:Diagonal; found {kind!r}"
+                f"expected {', '.join(names)}, or a file and a name in it as ideas/diagonal.py:Diagonal; "
+                f"found {kind!r}"
             )
         return kind
 
@@ -129,7 +130,9 @@ class OptimiserSettings(Section):
 
 # %% ../nbs/00_config.ipynb #a6c027ba
 class RuntimeSettings(Section):
-    """How a run is run. None of it is part of the run's hash: a run may continue elsewhere with other numbers here."""
+    """How a run is run.
+
+    None of it is part of the run's hash: a run may continue elsewhere with other numbers here."""
 
     processes: Count | None = (
         None  # that the stage starts by torchrun; null: one per GPU, `cpu_processes` without
@@ -191,7 +194,8 @@ class PretrainSettings(Section):
 
 # %% ../nbs/00_config.ipynb #8819f6f6
 def idea_path(kind: str) -> Path:
-    """The file that a kind as `ideas/diagonal.py:Diagonal` names, below the checkout or the working folder."""
+    """The file that a kind as `ideas/diagonal.py:Diagonal` names, below the checkout or the working
+    folder."""
     path = Path(kind.rpartition(":")[0])
     try:
         return find_root() / path
@@ -430,7 +434,8 @@ def run_name(run) -> str:
 
 
 def pretrain_settings(settings: Settings, run: str, **changes) -> PretrainSettings:
-    """The `pretrain` section of `run`; `changes` (nested dictionaries) come last, as papermill's parameters do."""
+    """The `pretrain` section of `run`; `changes` (nested dictionaries) come last, as papermill's parameters
+    do."""
     if run_name(run) not in settings.runs and not changes:
         raise SettingsError(f"run {run!r} is not one of {', '.join(settings.runs)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.overrides.get(run, {}))
@@ -466,7 +471,8 @@ def read_pretrain(path) -> PretrainSettings:
 
 
 def ablation_settings(settings: Settings, run: str, seed: int = 0) -> PretrainSettings:
-    """The `pretrain` section of a run of Table 4: the profile's, its `ablation.pretrain`, then what `ablations` has for the run."""
+    """The `pretrain` section of a run of Table 4: the profile's, its `ablation.pretrain`, then what
+    `ablations` has for the run."""
     if run not in settings.ablations:
         raise SettingsError(f"run {run!r} is not one of ablations: {', '.join(settings.ablations)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.active.ablation.pretrain)

@@ -22,14 +22,16 @@ def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def rankme(embeddings: torch.Tensor) -> float:
-    """Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1 to min(N, D)."""
+    """Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1
+    to min(N, D)."""
     singular = _singular_values(embeddings)
     p = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
     return torch.exp(torch.special.entr(p).sum()).item()
 
 # %% ../nbs/44_monitoring.ipynb #259e2f00
 def alpha_req(embeddings: torch.Tensor, floor: float = 1e-6) -> float:
-    """Decay exponent of the covariance spectrum of embeddings [N, D] (Agrawal et al. 2022), by least squares on logarithms.
+    """Decay exponent of the covariance spectrum of embeddings [N, D] (Agrawal et al. 2022), by least squares
+    on logarithms.
 
     Eigenvalues under `floor` times the first are rounding and left out; NaN where fewer than three remain."""
     eigenvalues = _singular_values(embeddings - embeddings.double().mean(0)).square()
@@ -42,14 +44,16 @@ def alpha_req(embeddings: torch.Tensor, floor: float = 1e-6) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #c2211aa3
 def relative_spread(tokens: torch.Tensor) -> float:
-    """Deviation over the pictures of tokens [B, K, D], relative to their root mean square: 0 is collapse, 1 is no common part."""
+    """Deviation over the pictures of tokens [B, K, D], relative to their root mean square: 0 is collapse, 1
+    is no common part."""
     tokens = tokens.double()
     variance = (tokens - tokens.mean(0)).square().mean()
     return (variance / tokens.square().mean().clamp_min(torch.finfo(tokens.dtype).tiny)).sqrt().item()
 
 # %% ../nbs/44_monitoring.ipynb #494dc545
 def ridge_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
-    """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold; `groups`: person of each.
+    """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold;
+    `groups`: person of each.
 
     Labels that are not floating point count as classes. Raises `ValueError` for missing labels."""
     import pandas as pd
@@ -78,7 +82,8 @@ def ridge_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #c9c57bb5
 def block_operations(dim: int, hidden: int, tokens: int) -> int:
-    """Multiply-adds of one Transformer block: four projections, the perceptron, and the two products of attention."""
+    """Multiply-adds of one Transformer block: four projections, the perceptron, and the two products of
+    attention."""
     return tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
 
 
@@ -87,7 +92,8 @@ def _vit_operations(blocks, dim: int, tokens: int) -> int:
 
 
 def step_operations(jepa) -> dict[str, int]:
-    """Multiply-adds of a training step (forward and backward) for one picture: {'teacher', 'student', 'predictor'}."""
+    """Multiply-adds of a training step (forward and backward) for one picture: {'teacher', 'student',
+    'predictor'}."""
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
@@ -111,7 +117,8 @@ def step_operations(jepa) -> dict[str, int]:
 # %% ../nbs/44_monitoring.ipynb #1697b8c7
 @torch.no_grad()
 def peak_operations(device, dtype=torch.float32, size: int | None = None, seconds: float = 0.3) -> float:
-    """Multiply-adds per second of the fastest of several products of two [size, size] matrices on `device`."""
+    """Multiply-adds per second of the fastest of several products of two [size, size] matrices on
+    `device`."""
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -135,28 +142,32 @@ def health(
 ) -> list[str]:
     """What is wrong with a run, as sentences; empty when nothing is.
 
-    `target_spread`: standard deviation over pictures of the normalised targets' mean token (`mefem.jepa.spread`); `rank`: RankMe of
-    the mean-centred embeddings; `teacher_spread`: `relative_spread` of the teacher's tokens; `waiting`: share of the time in
-    which the loop waited for pictures."""
+    `target_spread`: standard deviation over pictures of the normalised targets' mean token
+    (`mefem.jepa.spread`); `rank`: RankMe of the mean-centred embeddings; `teacher_spread`: `relative_spread`
+    of the teacher's tokens; `waiting`: share of the time in which the loop waited for pictures."""
     found = []
     if not math.isfinite(loss):
         found.append(f"the loss is {loss}: lower the learning rate or clip gradients")
     elif loss > 1:
         found.append(
-            f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the learning rate"
+            f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the "
+            "learning rate"
         )
     if target_spread < min_spread:
         found.append(
-            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher collapsed"
+            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the "
+            "teacher collapsed"
         )
     if teacher_spread is not None and not teacher_spread >= 2.5 * min_spread:  # NaN counts as ill
         found.append(
-            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): it collapsed"
+            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < "
+            f"{2.5 * min_spread:.2f}): it collapsed"
         )
     if rank is not None and rank < 2:
         found.append(f"embeddings use {rank:.2f} directions: dimensional collapse")
     if waiting is not None and waiting > 0.2:
         found.append(
-            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller crops"
+            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store "
+            "smaller crops"
         )
     return found

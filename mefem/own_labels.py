@@ -34,9 +34,11 @@ from .metrics import Difference, Interval, bootstrap_interval, majority, paired_
 # %% ../nbs/54_own_labels.ipynb #08ad947d
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings float [N, D] of the photographs `files`, all different; a photograph without one has a row of NaN.
+    """Embeddings float [N, D] of the photographs `files`, all different; a photograph without one has a row
+    of NaN.
 
-    `status`: why there is none, [N]; `name`: what messages call the table; `encoder`, `features`: "" where not known."""
+    `status`: why there is none, [N]; `name`: what messages call the table; `encoder`, `features`: "" where
+    not known."""
 
     files: tuple[str, ...]
     vectors: np.ndarray
@@ -48,12 +50,14 @@ class Embeddings:
     def __post_init__(self):
         if np.ndim(self.vectors) != 2 or len(self.vectors) != len(self.files):
             raise ValueError(
-                f"{self.name}: expected {len(self.files)} rows of embeddings [N, D], one for each photograph; found "
+                f"{self.name}: expected {len(self.files)} rows of embeddings [N, D], one for each "
+                "photograph; found "
                 f"an array of shape {np.shape(self.vectors)}"
             )
         if twice := sorted(name for name, count in Counter(self.files).items() if count > 1):
             raise ValueError(
-                f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph (embed with --face "
+                f"{self.name}: {twice[0]} stands there twice; expected one row for each photograph (embed "
+                "with --face "
                 "surest or largest)"
             )
 
@@ -137,7 +141,8 @@ def _vectors(table: pd.DataFrame, path) -> np.ndarray:
 
 
 def read_embeddings(path) -> Embeddings:
-    """The table that `mefem embed` wrote to a .parquet, .csv or .npz file; `ValueError` names what is wrong with it."""
+    """The table that `mefem embed` wrote to a .parquet, .csv or .npz file; `ValueError` names what is wrong
+    with it."""
     path, expected = Path(path), "expected a table that `mefem embed photos/ -o embeddings.parquet` writes"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: {expected}")
@@ -179,7 +184,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Labels:
-    """A table of text cells, indexed by the line on which each row begins; `picture` is the column that names photographs."""
+    """A table of text cells, indexed by the line on which each row begins; `picture` is the column that names
+    photographs."""
 
     name: str
     cells: pd.DataFrame
@@ -214,14 +220,16 @@ def _picture_column(name: str, columns, question: Question) -> str:
         found = [column for column in found if column.lower() != "name"]
     if len(found) != 1:
         raise DatasetError(
-            f"{name}: which column names the photographs? expected one of {', '.join(PICTURE_COLUMNS)}, found "
+            f"{name}: which column names the photographs? expected one of {', '.join(PICTURE_COLUMNS)}, "
+            "found "
             f"{' and '.join(found) or 'none'} among {', '.join(columns)}; say it with --image COLUMN"
         )
     return found[0]
 
 
 def read_labels(labels, question: Question) -> Labels:
-    """The table in a CSV file (any of the usual separators, UTF-8), or a data frame; `DatasetError` where a column is missing."""
+    """The table in a CSV file (any of the usual separators, UTF-8), or a data frame; `DatasetError` where a
+    column is missing."""
     columns = [name for name in (question.target, question.person, question.group, question.image) if name]
     if isinstance(labels, pd.DataFrame):
         name, cells = "labels", _as_cells(labels, columns)
@@ -235,7 +243,8 @@ def _path(name: str) -> str:
 
 
 def _key(name: str) -> tuple[tuple[str, ...], str]:
-    """Folders and name without case and ending, and the ending; accents as one character, as macOS writes two."""
+    """Folders and name without case and ending, and the ending; accents as one character, as macOS writes
+    two."""
     path = unicodedata.normalize("NFC", _path(name)).casefold()
     stem, ending = posixpath.splitext(path)
     if ending not in PICTURES:  # as in portrait.001
@@ -255,7 +264,8 @@ def _choose(name: str, place: str, found: list[str], table: str) -> str | None:
         found = exact
     if len(found) > 1:
         raise DatasetError(
-            f"{place}: {name!r} fits two photographs of {table}: {found[0]!r} and {found[1]!r}; write the one that is "
+            f"{place}: {name!r} fits two photographs of {table}: {found[0]!r} and {found[1]!r}; write the "
+            "one that is "
             "meant as it stands there"
         )
     return found[0] if found else None
@@ -264,7 +274,8 @@ def _choose(name: str, place: str, found: list[str], table: str) -> str | None:
 def match_names(names: list[str], places: list[str], files, table: str) -> list[str | None]:
     """For each of `names` the one of the photographs `files` that it means, None where there is none.
 
-    `DatasetError` (with the name's place) where two photographs fit one name, or two names one photograph of `table`."""
+    `DatasetError` (with the name's place) where two photographs fit one name, or two names one photograph of
+    `table`."""
     index, taken, matched = {}, {}, []
     for photograph in sorted(files):
         key = _key(photograph)
@@ -277,7 +288,8 @@ def match_names(names: list[str], places: list[str], files, table: str) -> list[
         if found in taken:
             other, where = taken[found]
             raise DatasetError(
-                f"{place}: {name!r} is {found!r} of {table}, and so is {other!r} ({where}); expected one row for each "
+                f"{place}: {name!r} is {found!r} of {table}, and so is {other!r} ({where}); expected one row "
+                "for each "
                 "photograph"
             )
         if found is not None:
@@ -294,13 +306,15 @@ def _no_number(labels: Labels, question: Question, odd: pd.Series, numbers: int)
     line, text = odd.index[0], odd.iloc[0]
     hint = "a decimal comma? it has to be a point" if _COMMA.fullmatch(text) else "correct it, or write NA"
     return DatasetError(
-        f"{labels.place(line, question.target)}: {text!r} is no number, {numbers:,} others are; {hint}, or treat all "
+        f"{labels.place(line, question.target)}: {text!r} is no number, {numbers:,} others are; {hint}, or "
+        "treat all "
         "as classes with --kind classes"
     )
 
 
 def target_kind(labels: Labels, question: Question) -> str:
-    """ "numbers" or "classes", from what the target\'s column holds; `DatasetError` where that cannot be told."""
+    """ "numbers" or "classes", from what the target\'s column holds; `DatasetError` where that cannot be
+    told."""
     column = labels.cells[question.target]
     said = column[[not is_missing(text) for text in column]]
     values = [as_number(text) for text in said]
@@ -321,7 +335,8 @@ def target_kind(labels: Labels, question: Question) -> str:
     ):
         raise DatasetError(
             f"{labels.name}, column {question.target}: {len(numbers)} different whole numbers "
-            f"({', '.join(f'{value:g}' for value in sorted(numbers))}) may be amounts or names of classes: say "
+            f"({', '.join(f'{value:g}' for value in sorted(numbers))}) may be amounts or names of classes: "
+            "say "
             "--kind numbers or --kind classes"
         )
     return "classes" if len(odd) else "numbers"
@@ -329,7 +344,8 @@ def target_kind(labels: Labels, question: Question) -> str:
 # %% ../nbs/54_own_labels.ipynb #b3a19ef3
 @dataclass(frozen=True)
 class Joined:
-    """Photographs with embedding and label, sorted: `rows` has file, person, target (a number, or the class's) and group.
+    """Photographs with embedding and label, sorted: `rows` has file, person, target (a number, or the
+    class's) and group.
 
     `vectors` float64 [N, D]; `left_out`: reason -> names of the photographs or rows that are not used."""
 
@@ -354,7 +370,8 @@ def _people(labels: Labels, question: Question, used: pd.DataFrame, files: list[
     for line, text in used[question.person].items():
         if is_missing(text):
             raise DatasetError(
-                f"{labels.place(line, question.person)}: {text!r} names nobody; give each photograph the id of the person "
+                f"{labels.place(line, question.person)}: {text!r} names nobody; give each photograph the id "
+                "of the person "
                 "it shows"
             )
     return used[question.person].str.strip().tolist()
@@ -372,7 +389,8 @@ def _targets(
         if (other := alike.setdefault(text.casefold(), text)) != text:
             line = texts.index[(texts == text).to_numpy().argmax()]
             raise DatasetError(
-                f"{labels.place(line, question.target)}: {text!r} and {other!r} differ in case alone; make them one"
+                f"{labels.place(line, question.target)}: {text!r} and {other!r} differ in case alone; make "
+                "them one"
             )
     return [float(classes.index(text)) for text in texts], tuple(classes)
 
@@ -380,13 +398,16 @@ def _targets(
 def _nothing_fits(embeddings: Embeddings, labels: Labels) -> DatasetError:
     names = ", ".join(map(repr, labels.cells[labels.picture][:3]))
     return DatasetError(
-        f"no row of {labels.name} can be used with {embeddings.name}: column {labels.picture} has {names}, and the "
-        f"photographs are {', '.join(map(repr, sorted(embeddings.files)[:3]))}; another column? --image COLUMN"
+        f"no row of {labels.name} can be used with {embeddings.name}: column {labels.picture} has {names}, "
+        "and the "
+        f"photographs are {', '.join(map(repr, sorted(embeddings.files)[:3]))}; another column? --image "
+        "COLUMN"
     )
 
 
 def join_labels(embeddings: Embeddings, labels: Labels, question: Question) -> Joined:
-    """Embeddings and labels of the photographs that have both; `DatasetError` (file, line, column) where a row is ambiguous."""
+    """Embeddings and labels of the photographs that have both; `DatasetError` (file, line, column) where a
+    row is ambiguous."""
     kind, names = target_kind(labels, question), labels.cells[labels.picture].tolist()
     places = [labels.place(line, labels.picture) for line in labels.cells.index]
     matched = match_names(names, places, embeddings.files, embeddings.name)
@@ -433,7 +454,8 @@ def say_join(joined: Joined, question: Question) -> list[str]:
     )
     if joined.kind == "numbers":
         said = [
-            f"{question.target}: {len(target):,} numbers, {target.min():g} to {target.max():g}: regression{other}"
+            f"{question.target}: {len(target):,} numbers, {target.min():g} to {target.max():g}: "
+            f"regression{other}"
         ]
     else:
         counts = Counter(joined.classes[int(code)] for code in target).most_common()
@@ -446,7 +468,8 @@ def say_join(joined: Joined, question: Question) -> list[str]:
     said += [_named(reason, names) for reason, names in joined.left_out.items()]
     if question.person is None:
         said.append(
-            "caution: each photograph counts as a person of its own; where someone is in several, give the column with "
+            "caution: each photograph counts as a person of its own; where someone is in several, give the "
+            "column with "
             "people's ids (--person COLUMN), or the numbers are too good"
         )
     return said
@@ -462,11 +485,13 @@ def _splitter(kind: str, folds: int, seed: int):
 
 
 def check_enough(joined: Joined, question: Question) -> None:
-    """`ValueError` where there are too few people for the folds, too few of a class, or nothing to tell apart."""
+    """`ValueError` where there are too few people for the folds, too few of a class, or nothing to tell
+    apart."""
     least, people, rows = max(question.folds, 4), joined.rows.person.nunique(), joined.rows
     if people < least:
         raise ValueError(
-            f"{people} people with {question.target} are too few for {question.folds} folds: expected at least {least}"
+            f"{people} people with {question.target} are too few for {question.folds} folds: expected at "
+            f"least {least}"
         )
     if rows.target.nunique() < 2:
         raise ValueError(
@@ -476,7 +501,8 @@ def check_enough(joined: Joined, question: Question) -> None:
     if few < least:
         code = int(rows.groupby("target").person.nunique().idxmin())
         raise ValueError(
-            f"{question.target}: class {joined.classes[code]!r} has {few} people, too few for {question.folds} folds: expected "
+            f"{question.target}: class {joined.classes[code]!r} has {few} people, too few for "
+            f"{question.folds} folds: expected "
             f"at least {least}; join it with another class, or write NA for it"
         )
 
@@ -493,7 +519,8 @@ def person_fold(joined: Joined, question: Question) -> np.ndarray:
 
 # %% ../nbs/54_own_labels.ipynb #c6d652e4
 def fit_head(vectors, target, person, kind: str, seed: int = 0):
-    """A scikit-learn pipeline fitted to embeddings [N, D] and targets [N]: standardised, then ridge or logistic regression.
+    """A scikit-learn pipeline fitted to embeddings [N, D] and targets [N]: standardised, then ridge or
+    logistic regression.
 
     Its strength is chosen by folds of `person` [N] inside what is given."""
     from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -518,7 +545,8 @@ def fit_head(vectors, target, person, kind: str, seed: int = 0):
 
 
 def predict_out(vectors, rows: pd.DataFrame, kind: str, seed: int = 0) -> pd.DataFrame:
-    """Predictions for each photograph by a head that has not seen its person: file, person, fold, target, prediction, key."""
+    """Predictions for each photograph by a head that has not seen its person: file, person, fold, target,
+    prediction, key."""
     prediction = np.empty(len(rows))
     for fold in np.unique(rows.fold):
         test = (rows.fold == fold).to_numpy()
@@ -534,7 +562,8 @@ WORDS = {"r2": "r2", "mae": "MAE", "accuracy": "accuracy", "balanced_accuracy": 
 
 
 def verdict(difference: Difference) -> str:
-    """ "better", "worse" or "inconclusive": what the interval of first minus second allows to say of the first."""
+    """ "better", "worse" or "inconclusive": what the interval of first minus second allows to say of the
+    first."""
     return "better" if difference.better else "worse" if difference.beyond_noise else "inconclusive"
 
 
@@ -569,9 +598,11 @@ class Comparison:
 # %% ../nbs/54_own_labels.ipynb #d6191ba7
 @dataclass(frozen=True)
 class LabelProbe:
-    """What embeddings say about a label. `predictions`: file, person, fold, target, prediction[, group], classes as their numbers.
+    """What embeddings say about a label. `predictions`: file, person, fold, target, prediction[, group],
+    classes as their numbers.
 
-    `numbers`: metric -> `Interval`; `groups`: the error's interval for each group, None where it has one person."""
+    `numbers`: metric -> `Interval`; `groups`: the error's interval for each group, None where it has one
+    person."""
 
     question: Question
     joined: Joined
@@ -602,7 +633,8 @@ class LabelProbe:
         numbers = ", ".join(say_interval(metric, found) for metric, found in self.numbers.items())
         first = next(iter(self.numbers.values()))
         return (
-            f"{self.question.target}: {numbers}{self.constant} ({first.n:,} photographs of {first.persons:,} people, "
+            f"{self.question.target}: {numbers}{self.constant} ({first.n:,} photographs of {first.persons:,} "
+            "people, "
             f"{self.question.folds} folds)"
         )
 
@@ -614,7 +646,8 @@ class LabelProbe:
             else {}
         )
         return [
-            f"{self.question.group} {name}: {say_interval(self.error, found) if found else 'one person: no interval'} "
+            f"{self.question.group} {name}: "
+            f"{say_interval(self.error, found) if found else 'one person: no interval'} "
             f"({counts.n[name]:,} photographs of {counts.people[name]:,} people)"
             for name, found in self.groups.items()
         ]
@@ -646,7 +679,8 @@ def _others(against, embeddings: Embeddings) -> dict[str, Embeddings]:
     for name, other in named:
         if isinstance(other, (str, Path)) and not Path(other).is_file():
             raise FileNotFoundError(
-                f"--against {other}: no such file. A table of an untrained encoder of the same shape is made by: mefem "
+                f"--against {other}: no such file. A table of an untrained encoder of the same shape is made "
+                "by: mefem "
                 "embed photos/ -o random.parquet -e random:FILE (FILE: the encoder's; pixels: -e pixels:FILE)"
             )
         if isinstance(other, (str, Path)):
@@ -665,7 +699,8 @@ def _in_common(joined: Joined, others: dict[str, Embeddings]) -> tuple[Joined, d
         found = match_names(joined.rows.file.tolist(), [name] * len(joined.rows), usable, name)
         if not any(found):
             raise ValueError(
-                f"--against {name}: no photograph of it is among those with a label, such as {joined.rows.file[0]!r}"
+                f"--against {name}: no photograph of it is among those with a label, such as "
+                f"{joined.rows.file[0]!r}"
             )
         place = {file: row for row, file in enumerate(other.files)}
         rows[name] = dict(zip(joined.rows.file, (place.get(file) for file in found), strict=True))
@@ -679,10 +714,12 @@ def _in_common(joined: Joined, others: dict[str, Embeddings]) -> tuple[Joined, d
 
 
 def probe_labels(embeddings, labels, target: str, against=(), **asked) -> LabelProbe:
-    """How well embeddings predict a column of `labels`, on people unseen; see `Question` for what else can be `asked`.
+    """How well embeddings predict a column of `labels`, on people unseen; see `Question` for what else can be
+    `asked`.
 
-    `embeddings`: a file of `mefem embed`, or `Embeddings`; `labels`: a CSV file, or a data frame; `against`: files to compare
-    with, or {name: file, `Embeddings`, or array [N, D] with a row for each row of `embeddings`}."""
+    `embeddings`: a file of `mefem embed`, or `Embeddings`; `labels`: a CSV file, or a data frame; `against`:
+    files to compare with, or {name: file, `Embeddings`, or array [N, D] with a row for each row of
+    `embeddings`}."""
     question = Question(target, **asked)
     embeddings = embeddings if isinstance(embeddings, Embeddings) else read_embeddings(embeddings)
     joined = join_labels(embeddings, read_labels(labels, question), question)
@@ -769,7 +806,8 @@ class LabelModel:
         path = Path(path) / MODEL if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no model; expected the folder that `mefem probe TABLE LABELS --target COLUMN -o FOLDER` writes"
+                f"{path}: no model; expected the folder that `mefem probe TABLE LABELS --target COLUMN -o "
+                "FOLDER` writes"
             )
         try:
             with safe_open(path, framework="numpy") as file:
@@ -783,7 +821,8 @@ MODEL, PREDICTIONS, REPORT = "model.safetensors", "predictions.csv", "report.md"
 
 # %% ../nbs/54_own_labels.ipynb #f4cf3aef
 def check_folder(out) -> Path:
-    """`out` as a folder for a probe's results: new, empty, or with an earlier probe's in it; else `ValueError`."""
+    """`out` as a folder for a probe's results: new, empty, or with an earlier probe's in it; else
+    `ValueError`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: expected a folder for predictions, model and report")
@@ -817,8 +856,10 @@ def report(probe: LabelProbe) -> str:
     parts = [
         f"# {probe.question.target}",
         f"**{probe}**",
-        f"Embeddings: encoder {about['encoder'] or 'not known'}, features {about['features'] or 'not known'}. Head: {head} regression "
-        f"on standardised embeddings, its strength chosen by folds of people inside the training people. Folds are of people, "
+        f"Embeddings: encoder {about['encoder'] or 'not known'}, features "
+        f"{about['features'] or 'not known'}. Head: {head} regression "
+        "on standardised embeddings, its strength chosen by folds of people inside the training people. "
+        "Folds are of people, "
         f"seed {probe.question.seed}; in brackets the 95 % bootstrap interval over people.",
     ]
     for title, lines in (
@@ -871,27 +912,32 @@ def check_predictions(out) -> Path:
         out.is_file() and out.open("rb").readline().strip() == ",".join(_PREDICTED).encode()
     ):
         raise ValueError(
-            f"{out} is there and holds no predictions of `mefem predict`: it is not replaced; choose another name"
+            f"{out} is there and holds no predictions of `mefem predict`: it is not replaced; choose another "
+            "name"
         )
     return out
 
 
 def predict_labels(model, embeddings, out=None) -> pd.DataFrame:
-    """Predictions for a table of embeddings: file, status, prediction (empty where the status is not success); written to `out`.
+    """Predictions for a table of embeddings: file, status, prediction (empty where the status is not
+    success); written to `out`.
 
-    `model`: a folder of `write_probe`, or a `LabelModel`. `ValueError` where encoder, features or width are others."""
+    `model`: a folder of `write_probe`, or a `LabelModel`. `ValueError` where encoder, features or width are
+    others."""
     out = check_predictions(out) if out else None
     model = model if isinstance(model, LabelModel) else LabelModel.load(model)
     embeddings = embeddings if isinstance(embeddings, Embeddings) else read_embeddings(embeddings)
     for what, found in (("encoder", embeddings.encoder), ("features", embeddings.features)):
         if found != model.about[what]:
             raise ValueError(
-                f"{embeddings.name}: {what} is {found or 'not known'!r}, the model was fitted to {model.about[what] or 'not known'!r}"
+                f"{embeddings.name}: {what} is {found or 'not known'!r}, the model was fitted to "
+                f"{model.about[what] or 'not known'!r}"
             )
     usable = embeddings.usable
     if usable.any() and embeddings.vectors.shape[1] != len(model.weight):
         raise ValueError(
-            f"{embeddings.name}: embeddings of {embeddings.vectors.shape[1]} numbers, the model was fitted to {len(model.weight)}"
+            f"{embeddings.name}: embeddings of {embeddings.vectors.shape[1]} numbers, the model was fitted "
+            f"to {len(model.weight)}"
         )
     predicted = np.full(len(usable), "", object)
     if usable.any():

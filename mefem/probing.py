@@ -69,10 +69,10 @@ def feature_scalings(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean [D] of all tokens, and per scaling a matrix [D, D]: a head sees (x - mean) @ matrix.
 
-    `batches`: tokens [B, K, D] or vectors [B, D]. "standardise": S = diag(1 / s), s the features' deviations, 1
-    for a feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors and
-    eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which pictures
-    differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
+    `batches`: tokens [B, K, D] or vectors [B, D]. "standardise": S = diag(1 / s), s the features' deviations,
+    1 for a feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors
+    and eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which
+    pictures differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
     count, places, squares, products = 0, 0.0, 0.0, 0.0
     for x in batches:
         x = (x if x.ndim == 3 else x[:, None]).double()  # [B, K, D]

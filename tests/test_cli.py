@@ -1,4 +1,5 @@
-"""The command `mefem`, run as a person would: real photographs where they are at hand, simulated ones elsewhere."""
+"""The command `mefem`, run as a person would: real photographs where they are at hand, simulated ones
+elsewhere."""
 
 import json
 
@@ -205,7 +206,8 @@ def test_crops_inside_the_photographs_folder(shared, tmp_path, encoder_file):
     assert "choose another one" in mefem("crop", photos, "-o", photos, code=1).stderr
 
 
-# --- the probe -------------------------------------------------------------------------------------------------------
+# --- the probe
+# -------------------------------------------------------------------------------------------------------
 
 
 def toy_features(folder, n=80):

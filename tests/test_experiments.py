@@ -1,4 +1,5 @@
-"""Experiments that DVC runs in folders of their own (`dvc queue start`): they start with the checkout's data."""
+"""Experiments that DVC runs in folders of their own (`dvc queue start`): they start with the checkout's
+data."""
 
 import os
 import shutil
@@ -28,7 +29,7 @@ GRAPH = {
             "outs": [{"data/raw": {"cache": False, "persist": True}}],
         },
         "run": {
-            "cmd": "mkdir -p data/runs figures && echo ${width} > data/runs/width && cp data/runs/width figures",
+            "cmd": "mkdir -p data/runs figures; echo ${width} > data/runs/width; cp data/runs/width figures",
             "deps": ["data/raw"],
             "params": ["width"],
             "outs": [{"data/runs": {"cache": False, "persist": True}}, {"figures": {"cache": False}}],

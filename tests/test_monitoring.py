@@ -1,4 +1,5 @@
-"""Health: each measure against a direct formula in float64; a collapsed teacher is flagged within 200 steps."""
+"""Health: each measure against a direct formula in float64; a collapsed teacher is flagged within 200
+steps."""
 
 import csv
 
@@ -156,7 +157,8 @@ class Mean(nn.Module):
 
 
 def test_a_collapsed_teacher_is_flagged_within_200_steps(tmp_path, pictures, capsys, monkeypatch):
-    """Without a predictor and without an average, saying the same of everything is a solution, and the run finds it."""
+    """Without a predictor and without an average, saying the same of everything is a solution, and the run
+    finds it."""
     import mefem.training
 
     def build_without_predictor(config):

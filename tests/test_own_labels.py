@@ -1,4 +1,5 @@
-"""Own labels on embeddings: which row is which photograph, numbers that scikit-learn gives too, and every bad table."""
+"""Own labels on embeddings: which row is which photograph, numbers that scikit-learn gives too, and every bad
+table."""
 
 import json
 
@@ -80,7 +81,8 @@ def mefem(*arguments, code=0):
     return result
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
+# --- the numbers
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_predictions_are_those_of_scikit_learn(tables):
@@ -130,8 +132,8 @@ def test_classes(tables):
         balanced_accuracy_score(table.target, table.prediction)
     )
     assert (
-        f"; always '{found.joined.classes[int(table.target.mode()[0])]}' {table.target.value_counts(normalize=True).max():.3f} (119"
-        in str(found)
+        f"; always '{found.joined.classes[int(table.target.mode()[0])]}' "
+        f"{table.target.value_counts(normalize=True).max():.3f} (119" in str(found)
     )
 
 
@@ -226,7 +228,8 @@ def test_errors_by_group(tables):
     )
 
 
-# --- the tables ------------------------------------------------------------------------------------------------------
+# --- the tables
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".npz"])
@@ -369,7 +372,8 @@ def test_frll_as_it_is(shared):
     )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 COLUMNS = {"file": [f"{n}.jpg" for n in range(20)], "y": [f"{n}.5" for n in range(20)]}
 
@@ -395,7 +399,8 @@ COLUMNS = {"file": [f"{n}.jpg" for n in range(20)], "y": [f"{n}.5" for n in rang
         (
             {"y": ["0", "1"] * 10},
             {},
-            "column y: 2 different whole numbers (0, 1) may be amounts or names of classes: say --kind numbers or",
+            "column y: 2 different whole numbers (0, 1) may be amounts or names of classes: say --kind "
+            "numbers or",
         ),
         ({"y": list("12345") * 4}, {}, "5 different whole numbers (1, 2, 3, 4, 5)"),
         ({"y": ["NA"] * 20}, {}, "column y: no cell says anything"),
@@ -468,7 +473,8 @@ def test_bad_tables_of_embeddings(tmp_path):
         assert words in str(error.value) and name in str(error.value), (name, error.value)
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_saved_model_predicts_as_scikit_learn_does(tmp_path):

@@ -145,7 +145,8 @@ def test_a_cut_lock_is_replaced_by_the_last_whole_one_and_it_is_said(graph):
 def lock_of(stages: int) -> str:
     """A dvc.lock as DVC writes it."""
     part = (
-        "  part@{0}:\n    cmd: echo {0}\n    outs:\n    - path: part-{0}.txt\n      hash: md5\n      md5: 0123\n"
+        "  part@{0}:\n    cmd: echo {0}\n    outs:\n    - path: part-{0}.txt\n      hash: md5\n      md5: "
+        "0123\n"
         "      size: 2\n"
     )
     return "schema: '2.0'\nstages:\n" + "".join(part.format(number) for number in range(stages))

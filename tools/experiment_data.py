@@ -1,16 +1,16 @@
 """Gives an experiment that DVC runs in a folder of its own the data of the checkout that queued it.
 
-`dvc queue start` and `dvc exp run --temp` run in .dvc/tmp/exps, in a copy of what git has: without `data/`, which
-is too large for DVC's cache. The graph's first stage calls this. What is taken over is what the checkout made, so
-DVC and the keys of mefem.made_from decide as they do there what has to be made again. In the checkout itself, and
-where the folder has the data already, nothing happens.
-"""
+`dvc queue start` and `dvc exp run --temp` run in .dvc/tmp/exps, in a copy of what git has: without `data/`,
+which is too large for DVC's cache. The graph's first stage calls this. What is taken over is what the
+checkout made, so DVC and the keys of mefem.made_from decide as they do there what has to be made again. In
+the checkout itself, and where the folder has the data already, nothing happens."""
 
 import os
 import shutil
 from pathlib import Path
 
-# Written whole under another name and renamed, never changed in place: a second name for the same file is enough.
+# Written whole under another name and renamed, never changed in place: a second name for the same file is
+# enough.
 SHARED = {"raw", "faces", "features", "models", "weights"}
 # The first stage makes this one.
 LEFT_OUT = {"code"}
@@ -53,5 +53,6 @@ if __name__ == "__main__":
     here = Path.cwd().resolve()
     if checkout := checkout_of(here):
         print(
-            f"data taken over from {checkout}: {', '.join(take_over(checkout, here)) or 'nothing, all is here'}"
+            f"data taken over from {checkout}: "
+            f"{', '.join(take_over(checkout, here)) or 'nothing, all is here'}"
         )
