@@ -3,7 +3,7 @@
     python benchmarks/crop.py    # everything, about a quarter of an hour on two cores
     python benchmarks/crop.py --photographs 40 --memory 200 --steps 2    # the same parts, short
     python benchmarks/crop.py --only box detection              # some parts: PARTS below
-    python benchmarks/crop.py --write benchmarks/rates.json  # read by nbs/tutorials/plan_15_million.ipynb; all parts
+    python benchmarks/crop.py --write benchmarks/rates.json    # all parts, for the tutorial plan_15_million
 
 Rates are given by the clock (`_per_s`) and by the processor's time (`_per_core_s`: what one core does that
 does nothing else; on a busy machine only these can be compared). Ours and the plain way take turns; the
