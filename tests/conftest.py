@@ -22,6 +22,7 @@ def shared() -> Path:
     folder = Path(os.environ.get("MEFEM_SHARED", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(
-            "the real photographs (shared/data beside the checkout, or $MEFEM_SHARED) are not here: not checked on them"
+            "the real photographs (shared/data beside the checkout, or $MEFEM_SHARED) are not here: "
+            "not checked on them"
         )
     return folder

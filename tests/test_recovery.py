@@ -1,5 +1,5 @@
-"""SIGKILL at any moment: what DVC leaves half written is put right, and the next run ends where an uninterrupted one does.
-And the Makefile's targets that have to work for whoever runs them."""
+"""SIGKILL at any moment: what DVC leaves half written is put right, and the next run ends where an
+uninterrupted one does. And the Makefile's targets that have to work for whoever runs them."""
 
 import contextlib
 import json
@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "whole_lock.py"
-# Stages that say when they run, with an output in DVC's cache and one beside it; enough of them for a lock that takes time to write.
+# Stages that say when they run, with an output in DVC's cache and one beside it; enough of them for a lock
+# that takes time to write.
 PARTS = 5
 GRAPH = {
     "stages": {
@@ -143,7 +144,10 @@ def test_a_cut_lock_is_replaced_by_the_last_whole_one_and_it_is_said(graph):
 
 def lock_of(stages: int) -> str:
     """A dvc.lock as DVC writes it."""
-    part = "  part@{0}:\n    cmd: echo {0}\n    outs:\n    - path: part-{0}.txt\n      hash: md5\n      md5: 0123\n      size: 2\n"
+    part = (
+        "  part@{0}:\n    cmd: echo {0}\n    outs:\n    - path: part-{0}.txt\n      hash: md5\n      md5: 0123\n"
+        "      size: 2\n"
+    )
     return "schema: '2.0'\nstages:\n" + "".join(part.format(number) for number in range(stages))
 
 

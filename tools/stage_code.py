@@ -1,4 +1,5 @@
-"""What each stage of the graph depends on as code: one small file per notebook of nbs/stages (see nbs/04_made_from.ipynb)."""
+"""What each stage of the graph depends on as code: one small file per notebook of nbs/stages (see
+nbs/04_made_from.ipynb)."""
 
 import sys
 from pathlib import Path

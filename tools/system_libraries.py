@@ -52,7 +52,8 @@ def main() -> int:
         if not packages:
             return 0
     print(
-        f"MediaPipe needs system libraries that are not here. Type this, then run make again:\n\n    sudo {line}\n",
+        "MediaPipe needs system libraries that are not here. Type this, then run make again:\n\n"
+        f"    sudo {line}\n",
         file=sys.stderr,
     )
     return 1

@@ -1,13 +1,13 @@
 """Runs DVC so that a power cut or SIGKILL while DVC writes one of its own files does not stop the next run.
 
     python tools/whole_lock.py              put right what an interrupted DVC left, and say so
-    python tools/whole_lock.py dvc repro    the same, then the command, keeping copies of dvc.lock while it runs
+    python tools/whole_lock.py dvc repro    the same, then the command, keeping copies of dvc.lock meanwhile
 
-DVC 3 writes two files in place, so both can be left cut: `dvc.lock`, after which every command fails with "validation
-failed", and `.dvc/tmp/rwlock`, with "JSON structure is corrupted". The last whole dvc.lock is put back: the copy in
-`.dvc/tmp`, else git's, else none; DVC then runs again only the stages that the older file does not know. A cut rwlock
-is removed, as is one that names no living DVC. Nothing else needs care: cache and run cache are written beside and
-renamed, databases are SQLite's, and a process's file locks end with it.
+DVC 3 writes two files in place, so both can be left cut: `dvc.lock`, after which every command fails with
+"validation failed", and `.dvc/tmp/rwlock`, with "JSON structure is corrupted". The last whole dvc.lock is put
+back: the copy in `.dvc/tmp`, else git's, else none; DVC then runs again only the stages that the older file
+does not know. A cut rwlock is removed, as is one that names no living DVC. Nothing else needs care: cache and
+run cache are written beside and renamed, databases are SQLite's, and a process's file locks end with it.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ def _files(stage: dict) -> bool:
 
 
 def cut_short(text: str) -> bool:
-    """Whether dvc.lock was cut. A cut between two lines may still read well: then stages at the end are missing that
-    the copy has, and git has no such file."""
+    """Whether dvc.lock was cut. A cut between two lines may still read well: then stages at the end are
+    missing that the copy has, and git has no such file."""
     stages = stages_of(text)
     if stages is None:
         return True
@@ -92,7 +92,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def mend_lock() -> None:
-    """Put the last whole dvc.lock in the place of a cut one. Who removed it wants all anew: then the copy goes too."""
+    """Put the last whole dvc.lock in the place of a cut one.
+
+    Who removed it wants all anew: then the copy goes too."""
     if not LOCK.exists():
         COPY.unlink(missing_ok=True)
         return
@@ -105,13 +107,16 @@ def mend_lock() -> None:
             return
     LOCK.unlink()
     print(
-        f"{LOCK} was left half written by an interrupted run and there is no whole one: removed, all stages run again",
+        f"{LOCK} was left half written by an interrupted run and there is no whole one: "
+        "removed, all stages run again",
         flush=True,
     )
 
 
 def _runs_dvc(info: dict) -> bool:
-    """Whether the process of this number is DVC: numbers are given again, in containers soon. True where one cannot see."""
+    """Whether the process of this number is DVC: numbers are given again, in containers soon.
+
+    True where one cannot see."""
     return not Path("/proc/self").exists() or "dvc" in _read(Path(f"/proc/{info['pid']}/cmdline"))
 
 
@@ -163,7 +168,8 @@ def _watch(ended: threading.Event) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM; a terminal sends Ctrl-C to both."""
+    """Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM; a terminal sends Ctrl-C to
+    both."""
     child = subprocess.Popen(command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
