@@ -16,7 +16,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
 	@echo "make test        all checks, as CI runs them"
-	@echo "make lab         JupyterLab on nbs/"
+	@echo "make lab         JupyterLab on nbs/index.ipynb"
 	@echo "make readme      README.md from its template and figures/ (make reproduce does it too)"
 	@echo "make bench       pictures per second of a training step, beside I-JEPA's (minutes; nobody's CI runs it)"
 	@echo "make bench-crop  photographs a second of the crop stage, beside the plain way; needs a quiet machine"
@@ -48,6 +48,8 @@ lint:
 	@echo "== ruff"
 	ruff check .
 	ruff format --check .
+	@echo "== mypy"
+	mypy
 
 notebooks:
 	@echo "== the package is what the notebooks export, and the notebooks are clean"
@@ -69,7 +71,7 @@ readme: env
 
 # Jupyter refuses to run as root, which in a container is the only user, unless told that it may.
 lab: env
-	jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+	jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: env
 	@mkdir -p data/bench

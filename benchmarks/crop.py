@@ -27,12 +27,13 @@ import psutil
 from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFilter
 
-from mefem.datasets.core import Photograph, _crop_one
+from mefem.crop import Cropping, crop_one
+from mefem.datasets.core import Photograph
 from mefem.faces import FaceDetector
 from mefem.files import write_json
 from mefem.shards import SUCCESS, ShardWriter, iter_samples, write_manifest, write_shard
 
-CROP = {"size": 224, "min_side": 224, "scale": 2.0, "framing": "paper", "min_score": 0.5}
+CROP = Cropping(framing="paper")
 BOX = (176, 166, 336, 346)  # of the drawn face, pixels
 SHARD = 200  # photographs, at most
 PARTS = ("box", "detection", "other", "parallel", "memory", "training")
@@ -64,7 +65,7 @@ def through_shards(raw: Path, out: Path, index: int, box) -> int:
     """One shard to one shard, as `crop_unit` does it; returns how many photographs were usable."""
     with ShardWriter(out, index) as shard:
         for key, data, _ in iter_samples(raw):
-            jpeg, status, detail = _crop_one(Photograph(key, data, box), CROP)
+            jpeg, status, detail = crop_one(Photograph(key, data, box), CROP)
             if jpeg is not None:
                 shard.add_sample(key, jpeg, {"key": key})
             shard.add_row({"key": key, "status": status, "error_message": detail})
@@ -153,17 +154,17 @@ def measure_other(place: Place, turns: int) -> dict:
     face.resize((1024, 1024), Image.Resampling.BICUBIC).save(big, "JPEG", quality=90)
     clip = place.raw.parent / "clip.mp4"
     clip.write_bytes(encode_clip(moved(np.asarray(face))))
-    portrait, framed = Photograph("p", big.getvalue()), {**CROP, "framing": "dataset"}
+    portrait, framed = Photograph("p", big.getvalue()), Cropping(framing="dataset")
     through_shards(place.raw, place.out, 0, BOX)
     stats = json.loads((place.out / "00000_stats.json").read_text())
-    write_manifest(place.out, "drawn", place.count, [stats], {"size": CROP["size"]})
+    write_manifest(place.out, "drawn", place.count, [stats], {"size": CROP.size})
 
     def portraits():
-        return sum(_crop_one(portrait, framed)[1] == SUCCESS for _ in range(place.count))
+        return sum(crop_one(portrait, framed)[1] == SUCCESS for _ in range(place.count))
 
     def clips():
         return sum(
-            _crop_one(Photograph("c", video_frame(clip, 0.5)), CROP)[1] == SUCCESS for _ in range(place.count)
+            crop_one(Photograph("c", video_frame(clip, 0.5)), CROP)[1] == SUCCESS for _ in range(place.count)
         )
 
     return rates(
@@ -217,7 +218,7 @@ def measure_training(place: Place, steps: int) -> dict:
     for index in range(4):
         through_shards(place.raw, place.out, index, BOX)
         stats.append(json.loads((place.out / f"{index:05d}_stats.json").read_text()))
-    write_manifest(place.out, "drawn", 4 * place.count, stats, {"size": CROP["size"]})
+    write_manifest(place.out, "drawn", 4 * place.count, stats, {"size": CROP.size})
     found = {}
     for name, config in models.items():
         size, batch, device = config.encoder.image_size, config.batch, torch.device("cpu")

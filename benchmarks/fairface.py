@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mefem.datasets.core import crop_dataset
+from mefem.crop import crop_dataset
 from mefem.features import features_of
 from mefem.files import write_atomic, write_json
 from mefem.metrics import evaluate

@@ -5,18 +5,29 @@ The names below are loaded when they are first used: `import mefem` itself needs
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
+    from .config import load_settings as load_settings
+    from .encoders import WeightsAbsent as WeightsAbsent, load_encoder as load_encoder
+    from .faces import (CropError as CropError, Face as Face, FaceDetector as FaceDetector, ImageError as ImageError,
+                        crop_face as crop_face, read_image as read_image)
+    from .features import FaceEmbedder as FaceEmbedder, embed as embed
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
-    "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "features",
-    "FaceEmbedder": "features", "load_settings": "config",
+    "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "embedding",
+    "FaceEmbedder": "embedding", "load_settings": "config",
 }
-_MODULES = {"files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "provide", "masking", "weighting",
-            "models", "jepa", "monitoring", "training", "encoders", "features", "probing", "metrics", "own_labels", "report", "ablations",
-            "fairness", "pictures", "datasheets", "readme", "cli"}
+_MODULES = {
+    "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
+    "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
+    "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
+    "readme", "cli",
+}
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(_import_module(f"mefem.{_PUBLIC[name]}"), name)
     if name in _MODULES:
@@ -24,5 +35,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'mefem' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC, *_MODULES})

@@ -128,7 +128,7 @@ def crop(
             import pandas as pd
 
             from mefem.faces import CROP_LIST
-            from mefem.features import crop_photographs, nothing_usable
+            from mefem.crop import crop_photographs, nothing_usable
 
             account = crop_photographs(source, out, min_side=min_side, face=face or "surest", **how)
             message = nothing_usable(source, framing, pd.read_csv(out / CROP_LIST, dtype=str))
@@ -165,7 +165,7 @@ def _check_framing(framing: str | None, scale: float | None, face: str | None, d
 
 def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
     """Counts by reason of a data set's crops, and what to say where none is usable."""
-    from mefem.datasets.core import crop_dataset
+    from mefem.crop import crop_dataset
     from mefem.shards import on_cluster
 
     with on_cluster(cluster):
@@ -268,7 +268,8 @@ def embed(
     (in CSV: e0, e1 ...). A run that was killed goes on where it was, by the same command.
 
     Example: mefem embed photos/ -o embeddings.parquet -e encoder.safetensors"""
-    from mefem.features import embed_photographs, nothing_usable
+    from mefem.crop import nothing_usable
+    from mefem.embedding import embed_photographs
 
     with _Plainly():
         if not detect and framing not in (None, "as-is"):

@@ -51,7 +51,7 @@ class Crop(Section):
     min_side: Count = 224  # pixels of the original that the square must have
     scale: Annotated[float, Field(gt=0)] = 2.0  # side of the square / longer side of the box
     min_score: Fraction = 0.5  # of the detector
-    stray: Fraction = (
+    jitter: Fraction = (
         0.0  # how unsteady the detector is made: deviation of a box's place and log side, in sides of the box
     )
     framing: dict[

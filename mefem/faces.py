@@ -8,7 +8,7 @@ __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES
            'PAPER_SIDE', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
            'upright_size', 'decode', 'read_image', 'listed_crops', 'visible_files', 'is_photograph', 'flat_names',
            'ModelAbsent', 'detector_model', 'Face', 'check_rgb', 'FaceDetector', 'face_square', 'center_square',
-           'lies_inside', 'check_square', 'check_framed', 'stray_square', 'resample', 'crop_image', 'crop_face',
+           'lies_inside', 'check_square', 'check_framed', 'jitter_square', 'resample', 'crop_image', 'crop_face',
            'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
 # %% ../nbs/10_faces.ipynb #75672789
@@ -517,15 +517,15 @@ def check_framed(rgb: np.ndarray) -> np.ndarray:
     return rgb
 
 # %% ../nbs/10_faces.ipynb #5f3a9c11
-def stray_square(
-    square, stray: float, seed: int, width: int, height: int, min_side: int
+def jitter_square(
+    square, jitter: float, seed: int, width: int, height: int, min_side: int
 ) -> tuple[float, float, float]:
     """A square that lies in the picture, as a less steady detector would have put it, and still in the picture.
 
-    Log side and each coordinate of the centre move by normal deviates, of deviation `stray` and `stray` half sides: with
-    `scale` 2 a box that is off by `stray` of its own side. Where that would cross the border or `min_side`, it stops there."""
+    Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter` half sides: with
+    `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the border or `min_side`, it stops there."""
     (x0, y0, side), rng = square, np.random.default_rng(seed)
-    grow, right, down = stray * rng.standard_normal(3)
+    grow, right, down = jitter * rng.standard_normal(3)
     new = min(max(side * math.exp(grow), min_side), width, height)
     x, y = x0 + (side - new + right * side) / 2, y0 + (side - new + down * side) / 2
     return min(max(x, 0.0), width - new), min(max(y, 0.0), height - new), new
@@ -560,13 +560,13 @@ def crop_image(
     min_side: int = 224,
     detector=None,
     framing: str = "paper",
-    stray: float = 0.0,
+    jitter: float = 0.0,
     seed: int = 0,
 ) -> np.ndarray:
     """An opened picture as its face crop, uint8 [size, size, 3].
 
     `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face of
-    `detector`), moved by `stray` with `seed` (see `stray_square`). `framing="dataset"`: the largest centred square. Raises
+    `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest centred square. Raises
     `CropError` or `ImageError`.
     """
     rgb, (width, height) = None, upright_size(image)
@@ -578,8 +578,8 @@ def crop_image(
             box = _surest_box(rgb, detector or _default_detector())
         square = face_square(box, scale)
     check_square(square, width, height, min_side)
-    if stray and framing == "paper":
-        square = stray_square(square, stray, seed, width, height, min_side)
+    if jitter and framing == "paper":
+        square = jitter_square(square, jitter, seed, width, height, min_side)
     if rgb is not None:
         return resample(rgb, square, size)
     reduction = _reduction(image, square[2], size)

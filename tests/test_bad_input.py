@@ -22,8 +22,9 @@ from PIL import Image
 from test_datasets import QUICK, digest, facecaption_row, make_facecaption, make_fairface, photo
 from test_faces import cartoon, saved
 
+from mefem.crop import crop_dataset
 from mefem.datasets import bmi, facecaption
-from mefem.datasets.core import DatasetError, crop_dataset, get_reader
+from mefem.datasets.core import DatasetError, get_reader
 from mefem.faces import (
     CropError,
     FaceDetector,
@@ -473,7 +474,7 @@ def test_keys_that_would_be_misread_are_not_written(tmp_path, key):
 
 
 def test_a_key_that_comes_twice_is_not_written(tmp_path):
-    with pytest.raises(ShardError, match="'a' comes twice"), ShardWriter(tmp_path, 0) as shard:
+    with pytest.raises(ShardError, match="'a' is a duplicate"), ShardWriter(tmp_path, 0) as shard:
         shard.add_sample("a", b"1", {})
         shard.add_sample("a", b"2", {})
     assert not list(tmp_path.iterdir())
@@ -779,7 +780,7 @@ def kill_everywhere(imports, work, out, after=False) -> int:
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_at_any_file_of_the_crop_stage(captions, tmp_path, after):
     files = kill_everywhere(
-        "from mefem.datasets.core import crop_dataset",
+        "from mefem.crop import crop_dataset",
         f"crop_dataset('facecaption', {str(captions)!r}, out, **{QUICK!r})",
         tmp_path / "faces",
         after,

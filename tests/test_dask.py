@@ -9,7 +9,7 @@ import time
 import pytest
 from test_datasets import QUICK, digest, facecaption_row, make_facecaption, photo
 
-from mefem.datasets.core import crop_dataset
+from mefem.crop import crop_dataset
 from mefem.shards import SUCCESS, ClusterAbsent, ShardError, on_cluster
 
 distributed = pytest.importorskip("distributed")

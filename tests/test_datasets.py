@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from test_faces import cartoon, saved
 
+from mefem import crop as crop_stage
+from mefem.crop import Cropping, crop_dataset, crop_one, crop_photographs
 from mefem.datasets import core, facecaption, fairface
-from mefem.datasets.core import READERS, DatasetError, crop_dataset, get_reader, iter_rows
+from mefem.datasets.core import READERS, DatasetError, get_reader, iter_rows
 from mefem.faces import encode_crop, read_image
-from mefem.features import crop_photographs
 from mefem.shards import (
     SUCCESS,
     ShardError,
@@ -614,12 +615,11 @@ def test_the_face_that_the_publisher_means(shared):
     both = Image.new("RGB", (1200, 600))
     for i, portrait in enumerate(portraits):
         both.paste(portrait, (600 * i, 0))
-    crop = {"stray": 0.0, "min_score": 0.5, "framing": "paper", "scale": 2.0, "size": 64, "min_side": 64}
+    crop = Cropping(framing="paper", size=64, min_side=64)
 
     def cropped(picture, centre):
-        jpeg, status, _ = core._crop_one(
-            core.Photograph("k", encode_crop(np.asarray(picture)), centre=centre), crop
-        )
+        photo = core.Photograph("k", encode_crop(np.asarray(picture)), centre=centre)
+        jpeg, status, _ = crop_one(photo, crop)
         return (read_image(jpeg).astype(int) if jpeg else None), status
 
     for i, portrait in enumerate(portraits):
@@ -909,16 +909,16 @@ def test_result_does_not_depend_on_jobs_or_interruption(captions, tmp_path, monk
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
     done = []
-    real = core.crop_unit
+    real = crop_stage.crop_unit
 
-    def killed_in_the_second(name, options, raw, out, index, *rest):
-        if index == 1 and 1 not in done:
-            done.append(index)
+    def killed_in_the_second(task):
+        if task.index == 1 and 1 not in done:
+            done.append(task.index)
             raise KeyboardInterrupt
-        done.append(index)
-        return real(name, options, raw, out, index, *rest)
+        done.append(task.index)
+        return real(task)
 
-    monkeypatch.setattr(core, "crop_unit", killed_in_the_second)
+    monkeypatch.setattr(crop_stage, "crop_unit", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         crop_dataset("facecaption", captions, tmp_path / "again", **QUICK)
     assert not (tmp_path / "again/manifest.json").exists()

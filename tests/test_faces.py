@@ -296,14 +296,14 @@ def test_border_and_size(box, reason):
         assert caught.value.reason == reason
 
 
-def test_strayed_squares_stay_in_the_picture():
+def test_jittered_squares_stay_in_the_picture():
     """Far from every limit the moves are normal with the promised deviations; near one they stop there."""
-    free = np.array([faces.stray_square((400, 400, 200), 0.1, seed, 1000, 1000, 10) for seed in range(4000)])
+    free = np.array([faces.jitter_square((400, 400, 200), 0.1, seed, 1000, 1000, 10) for seed in range(4000)])
     centre, logs = free[:, :2] + free[:, 2:] / 2, np.log(free[:, 2] / 200)
     np.testing.assert_allclose([logs.mean(), logs.std()], [0, 0.1], atol=0.005)
     np.testing.assert_allclose([*centre.mean(0), *centre.std(0)], [500, 500, 10, 10], atol=0.5)
     assert np.abs(np.corrcoef(np.c_[centre, logs].T) - np.eye(3)).max() < 0.06
-    tight = np.array([faces.stray_square((10, 20, 250), 0.1, seed, 270, 300, 240) for seed in range(500)])
+    tight = np.array([faces.jitter_square((10, 20, 250), 0.1, seed, 270, 300, 240) for seed in range(500)])
     assert (
         (tight[:, :2] >= 0).all()
         and (tight[:, 0] + tight[:, 2] <= 270 + 1e-9).all()
@@ -312,10 +312,10 @@ def test_strayed_squares_stay_in_the_picture():
     assert tight[:, 2].min() == 240 and tight[:, 2].max() == 270
 
 
-def test_stray_moves_the_crop_by_its_seed_and_refuses_as_without():
+def test_jitter_moves_the_crop_by_its_seed_and_refuses_as_without():
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 320, 3), dtype=np.uint8))
     plain, *moved = (
-        crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100, stray=s, seed=k)
+        crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100, jitter=s, seed=k)
         for s, k in ((0, 3), (0.1, 3), (0.1, 3), (0.1, 4))
     )
     assert np.array_equal(plain, crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100))
@@ -325,8 +325,8 @@ def test_stray_moves_the_crop_by_its_seed_and_refuses_as_without():
         and not np.array_equal(moved[0], plain)
     )
     with pytest.raises(CropError, match="leaves the picture"):
-        crop_image(rgb, (0, 120, 156, 170), size=112, min_side=100, stray=0.1)
-    framed = [crop_image(rgb, size=112, min_side=100, framing="dataset", stray=s) for s in (0, 0.1)]
+        crop_image(rgb, (0, 120, 156, 170), size=112, min_side=100, jitter=0.1)
+    framed = [crop_image(rgb, size=112, min_side=100, framing="dataset", jitter=s) for s in (0, 0.1)]
     assert np.array_equal(*framed)
 
 

@@ -19,13 +19,14 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from test_faces import DISGUISES, cartoon
 
+from mefem import crop as crop_stage
+from mefem import embedding
 from mefem import features as module
+from mefem.embedding import FaceEmbedder, embed
 from mefem.encoders import PixelEncoder, freeze
 from mefem.faces import CropError, FaceDetector
 from mefem.features import (
-    FaceEmbedder,
     decode_ahead,
-    embed,
     extract_features,
     features_of,
     load_features,
@@ -171,7 +172,7 @@ def photos(tmp_path):
 
 def crop_all(photos, out, **options):
     """Counts, and the list of crops by the photographs' names."""
-    counts = module.crop_photographs(photos, out, size=64, jobs=1, progress=False, **options)
+    counts = crop_stage.crop_photographs(photos, out, size=64, jobs=1, progress=False, **options)
     table = pd.read_csv(out / "crops.csv", dtype=str, keep_default_na=False)
     return counts, {Path(row.file).relative_to(photos).as_posix(): row for row in table.itertuples()}
 
@@ -197,7 +198,7 @@ def test_each_photograph_has_its_own_crop(photos, tmp_path, inside):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert crop_all(photos, out) == (counts, rows), "a second run crops no crop"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.relative_to(photos).as_posix() for path in module.photographs_in(photos)] == sorted(SEEN)
+    assert [path.relative_to(photos).as_posix() for path in crop_stage.photographs_in(photos)] == sorted(SEEN)
 
 
 def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encoder):
@@ -214,16 +215,16 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
         *(row.crop for row in rows.values() if row.crop),
     }
     assert {"plain.jpg", before["a/b.jpg"].crop}.isdisjoint(path.name for path in out.iterdir())
-    table = module.embed_photographs(out, encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
+    table = embedding.embed_photographs(out, encoder, tmp_path / "e.parquet", framing="as-is", progress=False)
     assert len(table) == 6 and (table.status == "success").all()
 
 
 def test_a_run_that_was_stopped_is_taken_up(photos, tmp_path, monkeypatch):
-    out, real = tmp_path / "crops", module._crop_file
+    out, real = tmp_path / "crops", crop_stage._crop_file
     monkeypatch.setattr(
-        module,
+        crop_stage,
         "_crop_file",
-        lambda path, *rest, **crop: 1 / 0 if path.name == "plain.png" else real(path, *rest, **crop),
+        lambda path, *rest: 1 / 0 if path.name == "plain.png" else real(path, *rest),
     )
     with pytest.raises(ZeroDivisionError):
         crop_all(photos, out)
@@ -236,7 +237,7 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
     def refused(source, out, words):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match=words):
-            module.crop_photographs(source, out, jobs=1, progress=False)
+            crop_stage.crop_photographs(source, out, jobs=1, progress=False)
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     refused(photos, photos, "is the folder of the photographs")
@@ -275,9 +276,13 @@ FRAMED = {  # framing -> what it does with each photograph of `frames`
 
 @pytest.mark.parametrize("framing", FRAMED)
 def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
-    counts = module.crop_photographs(frames, tmp_path / "crops", 64, framing=framing, jobs=1, progress=False)
+    counts = crop_stage.crop_photographs(
+        frames, tmp_path / "crops", size=64, framing=framing, jobs=1, progress=False
+    )
     crops = pd.read_csv(tmp_path / "crops/crops.csv", dtype=str, keep_default_na=False)
-    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", framing=framing, progress=False)
+    table = embedding.embed_photographs(
+        frames, encoder, tmp_path / "e.parquet", framing=framing, progress=False
+    )
     assert [Path(name).name for name in crops.file] == table.file.tolist() and counts["usable"] == len(
         FRAMED[framing]
     )
@@ -293,8 +298,8 @@ def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
             and all(other in row.reason for other in would)
         )
     how = {"framing": framing, "min_side": 150, "progress": False}
-    few = module.crop_photographs(frames, tmp_path / "few", 64, jobs=1, **how)
-    again = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", **how)
+    few = crop_stage.crop_photographs(frames, tmp_path / "few", size=64, jobs=1, **how)
+    again = embedding.embed_photographs(frames, encoder, tmp_path / "e.parquet", **how)
     small = "tight.png" in FRAMED[framing] and framing != "pad"
     assert few["usable"] == (again.status == "success").sum() == counts["usable"] - small
 
@@ -306,7 +311,7 @@ def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder,
         Image.fromarray(CROPS[i]).resize((90, 90)).save(tmp_path / f"p/{i}.png")
 
     def embedded():
-        module.embed_photographs(
+        embedding.embed_photographs(
             tmp_path / "p", encoder, tmp_path / "e.parquet", framing="as-is", progress=False
         )
         return read_table(tmp_path / "e.parquet")[2]
@@ -321,9 +326,9 @@ def test_names_that_are_no_text(tmp_path, encoder):
     odd = os.path.join(os.fsencode(tmp_path), b"ren\xe9.png")
     save_face(tmp_path / "a.png", "red")
     os.rename(tmp_path / "a.png", odd)
-    counts = module.crop_photographs(tmp_path, tmp_path / "crops", size=64, jobs=1, progress=False)
+    counts = crop_stage.crop_photographs(tmp_path, tmp_path / "crops", size=64, jobs=1, progress=False)
     assert counts == {"usable": 1} and r"ren\xe9.png" in (tmp_path / "crops/crops.csv").read_text()
-    table = module.embed_photographs(tmp_path, encoder, tmp_path / "e.parquet", progress=False)
+    table = embedding.embed_photographs(tmp_path, encoder, tmp_path / "e.parquet", progress=False)
     assert table.file.tolist() == [r"ren\xe9.png"]
 
 
@@ -357,19 +362,19 @@ def test_tables_are_written_as_their_ending_says(encoder, tmp_path, name, featur
     (tmp_path / "crops/page.jpg").write_bytes(b"<html>")
     for _ in range(2):  # the second time over a table of ours
         out = tmp_path / name
-        module.embed_photographs(
+        embedding.embed_photographs(
             tmp_path / "crops", encoder, out, features, framing="as-is", batch=2, progress=False
         )
     path = (tmp_path / name).rename(tmp_path / name.lower())
-    files, status, embedding = read_table(path)
+    files, status, vectors = read_table(path)
     assert files == ["000.png", "001.png", "002.png", "page.jpg", "wide.png"]
     assert status == ["success"] * 3 + ["not an image", "not square"], (
         "one picture that is not square is a row like any other"
     )
     assert np.array_equal(
-        embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True
-    ) or np.allclose(embedding[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
-    assert np.isnan(embedding[3:].astype(float)).all()
+        vectors[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), equal_nan=True
+    ) or np.allclose(vectors[:3], embed(CROPS[:3], encoder, features).reshape(3, -1), atol=1e-5)
+    assert np.isnan(vectors[3:].astype(float)).all()
 
 
 def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
@@ -377,12 +382,12 @@ def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
         10.0
     ) ** np.arange(-9, 11)[:, None].astype(np.float32)
     kinds = {"string": "a", "float64": 0.1, "int64": 7}
-    row = {name: kinds[kind] for name, kind in module._TYPES.items()}
+    row = {name: kinds[kind] for name, kind in embedding._TYPES.items()}
     parts = [tmp_path / "0", tmp_path / "1"]
     for part, own in zip(parts, (vectors[:13], vectors[13:]), strict=True):
         rows = [{**row, "embedding": vector} for vector in own]
-        module._write_part(part, [*rows, {**row, "score": None, "embedding": None}])
-    for name, write in module._WRITERS.items():
+        embedding._write_part(part, [*rows, {**row, "score": None, "embedding": None}])
+    for name, write in embedding._WRITERS.items():
         write(parts, tmp_path / f"t{name}", 7)
         found = read_table(tmp_path / f"t{name}")[2].astype(np.float32)
         assert np.array_equal(np.delete(found, [13, 21], 0), vectors) and np.isnan(found[[13, 21]]).all(), (
@@ -397,7 +402,7 @@ KILLED = """
 import os, signal, sys
 import pyarrow.parquet as pq
 import torch
-from mefem import features as module
+from mefem import crop as crop_stage, embedding
 
 moment, source, encoder, out, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))  # as the test that compares: a last bit may depend on them
@@ -412,17 +417,17 @@ def at(count, real, before=lambda *_: None):
         return real(*arguments, **options)
     return call
 
-module._PART_ROWS = 4
+embedding._PART_ROWS = 4
 if moment == "reading":
-    module.frame_faces = at(8, module.frame_faces)
+    crop_stage.frame_faces = at(8, crop_stage.frame_faces)
 elif moment == "writing":
     pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
 elif moment == "joining":
     ending = os.path.splitext(out)[1]
-    module._WRITERS[ending] = at(1, module._WRITERS[ending], lambda parts, path, _: path.write_bytes(b"half a table"))
+    embedding._WRITERS[ending] = at(1, embedding._WRITERS[ending], lambda parts, path, _: path.write_bytes(b"half a table"))
 else:
-    module.shutil.rmtree = at(1, module.shutil.rmtree)
-module.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)
+    embedding.shutil.rmtree = at(1, embedding.shutil.rmtree)
+embedding.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)
 """
 
 
@@ -445,19 +450,19 @@ def ten(tmp_path):
     [("reading", ".parquet", 6), ("writing", ".csv", 6), ("joining", ".npz", 0), ("removing", ".parquet", 0)],
 )
 def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, ending, left):
-    monkeypatch.setattr(module, "_PART_ROWS", 4)
+    monkeypatch.setattr(embedding, "_PART_ROWS", 4)
     whole, out = tmp_path / "whole" / f"e{ending}", tmp_path / "out" / f"e{ending}"
     torch.set_num_threads(
         torch.get_num_threads()
     )  # told, as the killed process is: untold, MKL may take fewer
-    module.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
+    embedding.embed_photographs(*ten, whole, framing="as-is", batch=2, device="cpu", progress=False)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, moment, *map(str, ten), str(out), str(torch.get_num_threads())]
     )
     assert killed.returncode == -signal.SIGKILL and out.exists() == (moment == "removing")
-    seen, real = [], module.frame_faces
-    monkeypatch.setattr(module, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
-    table = module.embed_photographs(*ten, out, framing="as-is", batch=2, device="cpu", progress=False)
+    seen, real = [], crop_stage.frame_faces
+    monkeypatch.setattr(crop_stage, "frame_faces", lambda path, **how: seen.append(path) or real(path, **how))
+    table = embedding.embed_photographs(*ten, out, framing="as-is", batch=2, device="cpu", progress=False)
     assert len(seen) == left and len(table) == 10 and (table.status == "success").sum() == 9
     assert out.read_bytes() == whole.read_bytes() and [path.name for path in out.parent.iterdir()] == [
         out.name
@@ -466,30 +471,30 @@ def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, 
 
 def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path, monkeypatch, capsys):
     photographs, encoder = ten
-    monkeypatch.setattr(module, "_PART_ROWS", 4)
-    out, real = tmp_path / "out/e.parquet", module._write_part
+    monkeypatch.setattr(embedding, "_PART_ROWS", 4)
+    out, real = tmp_path / "out/e.parquet", embedding._write_part
 
     def stopped(**options):
         writers = iter([real])
-        monkeypatch.setattr(module, "_write_part", lambda *rest: next(writers, lambda *_: 1 / 0)(*rest))
+        monkeypatch.setattr(embedding, "_write_part", lambda *rest: next(writers, lambda *_: 1 / 0)(*rest))
         options = {"framing": "as-is", "batch": 2, "progress": False, **options}
         with pytest.raises(ZeroDivisionError):
-            module.embed_photographs(photographs, encoder, out, **options)
+            embedding.embed_photographs(photographs, encoder, out, **options)
         return sorted(path.name for path in out.parent.iterdir())
 
     (first,) = stopped()
     assert stopped() == [first], "stopped again, it has one folder still"
     others = [stopped(features="cls"), stopped(min_side=5), stopped(batch=4)]
-    monkeypatch.setattr(module, "code_hash", lambda *_: "another")
+    monkeypatch.setattr(embedding, "code_hash", lambda *_: "another")
     others.append(stopped())
-    monkeypatch.setattr(module, "code_hash", code_hash)
+    monkeypatch.setattr(embedding, "code_hash", code_hash)
     (photographs / "3.png").write_bytes(b"no picture either")
     others.append(stopped())
     assert [len(names) for names in others] == [2, 3, 4, 5, 6]
     (photographs / "11.png").write_bytes(b"")
-    monkeypatch.setattr(module, "_write_part", real)
+    monkeypatch.setattr(embedding, "_write_part", real)
     capsys.readouterr()
-    module.embed_photographs(photographs, encoder, out, framing="as-is", batch=2)
+    embedding.embed_photographs(photographs, encoder, out, framing="as-is", batch=2)
     said = capsys.readouterr().out
     assert said.count("they are left alone") == 6 and "going on" not in said
     assert sorted(path.name for path in out.parent.iterdir()) == sorted([*others[-1], "e.parquet"])
@@ -503,7 +508,7 @@ def test_parts_are_small_and_whole_batches():
         (32, 150_000, 96),
         (32, 1 << 30, 32),
     ):
-        assert module._part_size(batch, width) == size
+        assert embedding._part_size(batch, width) == size
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npz"])
@@ -517,12 +522,12 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     (tmp_path / "p/zero.jpg").write_bytes(b"")
 
     def embedded(face):
-        return module.embed_photographs(
+        return embedding.embed_photographs(
             tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False
         )
 
     table = embedded("all")
-    assert list(table.columns) == module._TABLE
+    assert list(table.columns) == embedding._TABLE
     found = FaceDetector().detect(two)
     assert table.file.tolist() == ["black.png", "two.png", "two.png", "zero.jpg"] and len(found) == 2
     assert table.status.tolist() == ["no face", "success", "success", "empty file"]
@@ -539,10 +544,12 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     )
     if name.endswith("npz"):
         with np.load(tmp_path / name) as arrays:
-            written = pd.DataFrame({column: list(arrays[column]) for column in module._TABLE})
+            written = pd.DataFrame({column: list(arrays[column]) for column in embedding._TABLE})
     else:
-        written = (pd.read_csv if name.endswith("csv") else pd.read_parquet)(tmp_path / name)[module._TABLE]
-    for column in module._TABLE:
+        written = (pd.read_csv if name.endswith("csv") else pd.read_parquet)(tmp_path / name)[
+            embedding._TABLE
+        ]
+    for column in embedding._TABLE:
         assert written[column].fillna("").tolist() == table[column].fillna("").tolist(), column
     for face, file in (
         ("surest", found[0]),
@@ -556,7 +563,7 @@ def test_a_table_of_an_earlier_version_is_replaced(encoder, tmp_path):
     (tmp_path / "p").mkdir()
     Image.fromarray(CROPS[0]).save(tmp_path / "p/a.png")
     (tmp_path / "e.csv").write_text("file,status,encoder,features,dim,e0\na.png,success,x,cls,1,0.5\n")
-    module.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.csv", framing="as-is", progress=False)
+    embedding.embed_photographs(tmp_path / "p", encoder, tmp_path / "e.csv", framing="as-is", progress=False)
     assert len(pd.read_csv(tmp_path / "e.csv").filter(regex=r"^e\d+$").columns) == 24
 
 
@@ -582,9 +589,9 @@ def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeyp
     pd.DataFrame({"file": ["a.png"], "status": ["known"]}).to_parquet(tmp_path / "old.csv")
     np.savez(tmp_path / "labels.npz", ages=np.arange(3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(module, "as_encoder", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(embedding, "as_encoder", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ValueError, match=words):
-        module.embed_photographs(tmp_path, "mefem-s", tmp_path / name, progress=False)
+        embedding.embed_photographs(tmp_path, "mefem-s", tmp_path / name, progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -633,7 +640,7 @@ def test_the_default_is_one_named_vector_per_picture(encoder):
 
 
 def test_the_transformer_frames_as_the_command_does(encoder, frames, tmp_path):
-    table = module.embed_photographs(frames, encoder, tmp_path / "e.parquet", progress=False)
+    table = embedding.embed_photographs(frames, encoder, tmp_path / "e.parquet", progress=False)
     rows = FaceEmbedder(encoder, on_error="nan").fit(None).transform([frames / name for name in table.file])
     assert np.isnan(rows).any(1).tolist() == (table.status != "success").tolist()
     assert np.allclose(read_table(tmp_path / "e.parquet")[2], rows, atol=1e-5, equal_nan=True)

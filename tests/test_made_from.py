@@ -152,7 +152,7 @@ from pathlib import Path
 import mefem
 assert Path(mefem.__file__).parent == Path({package!r})
 from mefem.config import Pretrain
-from mefem.datasets.core import crop_dataset
+from mefem.crop import crop_dataset
 from mefem.features import features_of
 from mefem.metrics import evaluate
 from mefem.training import pretrain

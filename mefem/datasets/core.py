@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Photograph', 'Reader', 'get_reader', 'file_version',
            'row_groups', 'count_rows', 'iter_rows', 'require_columns', 'slices', 'is_simulated', 'read_text',
-           'read_csv', 'as_number', 'VideoError', 'video_frame', 'FaceAt', 'crop_unit', 'crop_dataset',
-           'first_photographs', 'fetch_dataset', 'disk_use']
+           'read_csv', 'as_number', 'VideoError', 'video_frame', 'first_photographs', 'fetch_dataset', 'disk_use']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -16,8 +15,6 @@ import math
 import os
 import pkgutil
 import re
-import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,13 +26,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed
-from tqdm import tqdm
 
 import mefem.datasets
-from ..made_from import code_hash, files_hash
-from ..faces import FaceDetector, Unusable, crop_image, detector_model, encode_crop, open_image
-from ..shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
+from ..faces import Unusable
 
 # %% ../../nbs/30_datasets.ipynb #e39df4f1
 class DatasetError(ValueError):
@@ -287,158 +280,6 @@ def _as_ppm(frame) -> bytes:
     """A decoded frame, turned as the video's display matrix says (multiples of 90 degrees), as the bytes of a PPM file."""
     rgb = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
     return b"P6 %d %d 255\n" % rgb.shape[1::-1] + rgb.tobytes()
-
-# %% ../../nbs/30_datasets.ipynb #11b9c745
-@lru_cache(maxsize=2)
-def _detector(min_score: float) -> FaceDetector:
-    return FaceDetector(min_score=min_score)
-
-
-class FaceAt:
-    """A detector for one picture: names the face nearest to `centre` (0..1 of width and height) first, and none far from it."""
-
-    def __init__(self, detector: FaceDetector, centre: tuple[float, float]):
-        self.detector, self.centre = detector, centre
-
-    def detect(self, rgb: np.ndarray) -> list:
-        """Faces with `centre` no further away than the longer side of their box, the nearest first."""
-        x, y = self.centre[0] * rgb.shape[1], self.centre[1] * rgb.shape[0]
-        found = []
-        for face in self.detector.detect(rgb):
-            x0, y0, x1, y1 = face.box
-            away = np.hypot((x0 + x1) / 2 - x, (y0 + y1) / 2 - y) / max(x1 - x0, y1 - y0)
-            found += [(away, -face.score, face)] if away <= 1 else []
-        return [face for *_, face in sorted(found, key=lambda item: item[:2])]
-
-# %% ../../nbs/30_datasets.ipynb #b48a7eff
-def _crop_one(photo: Photograph, crop: dict) -> tuple[bytes | None, str, str | None]:
-    """(JPEG or None, status, detail) of one photograph."""
-    if photo.problem:
-        return None, photo.problem, None
-    try:
-        image = open_image(photo.data)
-        detector = _detector(crop["min_score"]) if crop["framing"] == "paper" and photo.box is None else None
-        if detector and photo.centre:
-            detector = FaceAt(detector, photo.centre)
-        face = crop_image(
-            image,
-            photo.box,
-            crop["scale"],
-            crop["size"],
-            crop["min_side"],
-            detector,
-            crop["framing"],
-            crop["stray"],
-            zlib.crc32(photo.key.encode()),
-        )
-        return encode_crop(face), SUCCESS, None
-    except Unusable as error:
-        return None, error.reason, error.detail or None
-
-# %% ../../nbs/30_datasets.ipynb #0a3efa2f
-def crop_unit(name: str, options: dict, raw, out, index: int, unit: str, settings: dict) -> dict:
-    """Crop one unit into shard `index` of `out` and return its stats."""
-    with ShardWriter(out, index, settings) as shard:
-        for photo in get_reader(name, **options).read(raw, unit):
-            jpeg, status, detail = _crop_one(photo, settings["crop"])
-            if jpeg is not None:
-                shard.add_sample(photo.key, jpeg, {"key": photo.key, **photo.labels})
-            shard.add_row({"key": photo.key, "status": status, "error_message": detail, **photo.labels})
-    return finished_stats(out, index, settings)
-
-
-def _progress(total: int, done: int, show: bool) -> tqdm:
-    """A bar on a terminal; elsewhere (papermill, a log) a line every ten seconds at most."""
-    return tqdm(
-        total=total,
-        initial=done,
-        unit="photo",
-        disable=not show,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
-
-# %% ../../nbs/30_datasets.ipynb #799655b7
-def _run_units(name, options, raw, out, units, settings, jobs, show, total) -> list[dict]:
-    """Stats of all units in order; those that are finished are kept, the others are made."""
-    stats = {index: finished_stats(out, index, setting) for index, setting in enumerate(settings)}
-    missing = [index for index, found in stats.items() if found is None]
-    if show and len(missing) < len(units):
-        print(
-            f"{name}: {len(units) - len(missing)} of {len(units)} shards are there, made from the same files, settings and code",
-            flush=True,
-        )
-    work = (
-        delayed(_numbered)(index, name, options, raw, out, index, units[index], settings[index])
-        for index in missing
-    )
-    pool = Parallel(n_jobs=1 if len(missing) == 1 else jobs or -1, return_as="generator_unordered")
-    with _progress(total, sum(found["count"] for found in stats.values() if found), show) as bar:
-        for index, found in pool(work) if missing else ():
-            stats[index] = found
-            bar.update(found["count"])
-    return [stats[index] for index in range(len(units))]
-
-
-def _numbered(index, *task):
-    return index, crop_unit(*task)
-
-# %% ../../nbs/30_datasets.ipynb #9534aabe
-def crop_dataset(
-    name: str,
-    raw,
-    out,
-    size: int = 224,
-    min_side: int = 224,
-    scale: float = 2.0,
-    framing: str | None = None,
-    min_score: float = 0.5,
-    stray: float = 0.0,
-    jobs: int | None = None,
-    progress: bool = True,
-    **options,
-) -> dict:
-    """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>); returns the manifest.
-
-    `framing`: "paper" (square of `scale` x the publisher's or the detector's box) or "dataset" (the largest centred
-    square of the picture as published); None: what the data set needs (`Reader.framing`). `stray`: how far the paper's
-    squares are moved at random, seeded by the photograph's key (`mefem.faces.stray_square`). `jobs`: processes (None: all
-    cores). `options` go to the reader. The result does not depend on `jobs` nor on how often the work was interrupted.
-    Absent data give a manifest with that state.
-    """
-    raw, out, reader = Path(raw), Path(out), get_reader(name, **options)
-    framing = framing or reader.framing
-    if framing not in ("paper", "dataset"):
-        raise DatasetError(f"framing {framing!r}: expected 'paper' or 'dataset'")
-    crop = {
-        "size": size,
-        "min_side": min_side,
-        "scale": scale,
-        "framing": framing,
-        "min_score": min_score,
-        "stray": stray,
-    }
-    (out / "manifest.json").unlink(missing_ok=True)  # until the end there is no table of contents
-    state, why = reader.state(raw)
-    if state == "absent":
-        remove_shards_from(out, 0)
-        return write_manifest(out, name, 0, [], crop, state=state, reason=why)
-    if framing == "paper" and not reader.has_boxes:
-        detector_model()  # fetched here once, not by every process at the same time
-    units, total = reader.units(raw), reader.original(raw)
-    code = code_hash("datasets.core", *[f"datasets.{name.replace('-', '_')}"] * (name in READERS))
-    settings = [
-        {
-            "crop": crop,
-            "unit": unit,
-            "options": options,
-            "source": files_hash(reader.files(raw, unit), raw),
-            "code": code,
-        }
-        for unit in units
-    ]
-    stats = _run_units(name, options, raw, out, units, settings, jobs, progress, total)
-    remove_shards_from(out, len(units))
-    return write_manifest(out, name, total, stats, crop, is_simulated(raw))
 
 # %% ../../nbs/30_datasets.ipynb #ab4c6f90
 NOTE = "ABSENT.json"
