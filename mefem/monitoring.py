@@ -25,14 +25,14 @@ def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def rankme(embeddings: torch.Tensor) -> float:
-    """Effective rank of embeddings [N, D] (Garrido et al. 2023): exp of the entropy of the singular values, 1 to min(N, D)."""
+    """Effective rank of embeddings [N, D]: exp of the entropy of the singular values, 1 to min(N, D)."""
     singular = _singular_values(embeddings)
     p = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
     return torch.exp(torch.special.entr(p).sum()).item()
 
 # %% ../nbs/44_monitoring.ipynb #259e2f00
 def alpha_req(embeddings: torch.Tensor, floor: float = 1e-6) -> float:
-    """Decay exponent of the covariance spectrum of embeddings [N, D] (Agrawal et al. 2022), by least squares on logarithms.
+    """Decay exponent of the covariance spectrum of embeddings [N, D], by least squares on logarithms.
 
     Eigenvalues under `floor` times the first are rounding and left out; NaN where fewer than three remain."""
     eigenvalues = _singular_values(embeddings - embeddings.double().mean(0)).square()
@@ -45,7 +45,9 @@ def alpha_req(embeddings: torch.Tensor, floor: float = 1e-6) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #c2211aa3
 def relative_spread(tokens: torch.Tensor) -> float:
-    """Deviation over the pictures of tokens [B, K, D], relative to their root mean square: 0 is collapse, 1 is no common part."""
+    """Deviation over the pictures of tokens [B, K, D], relative to their root mean square.
+
+    0 is collapse, 1 is no common part."""
     tokens = tokens.double()
     variance = (tokens - tokens.mean(0)).square().mean()
     return (variance / tokens.square().mean().clamp_min(torch.finfo(tokens.dtype).tiny)).sqrt().item()
@@ -62,7 +64,7 @@ def token_rank(tokens: torch.Tensor) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #a8e7182c
 def position_share(tokens: torch.Tensor) -> float:
-    """Share of the variance of tokens [B, K, D] that is the mean of their place: 0 is content alone, 1 position alone."""
+    """Share of the variance of tokens [B, K, D] that is their place's mean: 0 content, 1 position alone."""
     tokens = tokens.double()
     total = (tokens - tokens.mean((0, 1))).square().mean()
     places = (tokens.mean(0) - tokens.mean((0, 1))).square().mean()
@@ -70,9 +72,9 @@ def position_share(tokens: torch.Tensor) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #494dc545
 def linear_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
-    """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold; `groups`: person of each.
+    """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold.
 
-    Labels that are not floating point count as classes. Raises `ValueError` for missing labels."""
+    `groups`: person of each. Labels that are not floating point count as classes. Raises `ValueError` for missing labels."""
     import pandas as pd
     from sklearn.linear_model import RidgeClassifierCV, RidgeCV
     from sklearn.metrics import balanced_accuracy_score, r2_score
@@ -136,7 +138,7 @@ def step_operations(jepa) -> dict[str, int]:
 # %% ../nbs/44_monitoring.ipynb #1697b8c7
 @torch.no_grad()
 def peak_operations(device, dtype=torch.float32, size: int | None = None, seconds: float = 0.3) -> float:
-    """Multiply-adds per second of the fastest of several products of two [size, size] matrices on `device`."""
+    """Multiply-adds per second of the fastest of several products of [size, size] matrices on `device`."""
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -195,11 +197,11 @@ RANK_REMEDY = (
     "faces; if it is not back by then, lower optimiser.lr or raise batch"
 )
 
-
+# %% ../nbs/44_monitoring.ipynb #b244ba5e
 def worse_than_start(row: dict, start: dict) -> dict[str, str]:
     """{measure: what is wrong} for those of a log's `row` that are worse than at the run's `start`.
 
-    Both may have `token_rank`, `position_share` and `probe`; what one of them lacks, or is NaN, is not compared."""
+    Both may have `token_rank`, `position_share` and `probe`; what one lacks, or is NaN, is not compared."""
     pairs = {
         name: (row[name], start[name])
         for name in ("token_rank", "position_share", "probe")

@@ -7,10 +7,10 @@ __all__ = ['ALONE', 'LOG_FIELDS', 'cosine', 'schedule', 'Order', 'MemoryPictures
            'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches', 'GlobalBatchJEPA',
            'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
            'newest_of_others', 'adopt_checkpoint', 'tell_of_others', 'cut_log', 'append_log', 'dvclive_sink', 'Stop',
-           'Run', 'start_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random', 'save_run', 'draw',
-           'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for', 'progress_bar',
-           'open_log', 'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain', 'write_run',
-           'processes_of', 'launch']
+           'Run', 'start_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random', 'save_run',
+           'keep_best', 'draw', 'train_step', 'Panel', 'teacher_tokens', 'mean_tokens', 'check', 'train', 'waiting_for',
+           'progress_bar', 'open_log', 'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'pretrain',
+           'write_run', 'processes_of', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
@@ -44,11 +44,14 @@ from .shards import crops_hash
 from mefem.monitoring import (
     alpha_req,
     health,
+    SinceStart,
     linear_probe,
     peak_operations,
+    position_share,
     rankme,
     relative_spread,
     step_operations,
+    token_rank,
 )
 from .weighting import create_weights
 
@@ -540,6 +543,8 @@ LOG_FIELDS = (
     "target_spread",
     "prediction_spread",
     "teacher_spread",
+    "token_rank",
+    "position_share",
     "rankme",
     "alpha",
     "probe",
@@ -778,6 +783,17 @@ def save_run(run: Run, step: int) -> None:
         save_checkpoint(run.folder, state, run.config.runtime.keep)
     run.world.wait()
 
+# %% ../nbs/45_training.ipynb #051f0862
+def keep_best(run: Run, step: int, probe: float | None) -> None:
+    """Keep the newest checkpoint as best.pt if `probe` is above that of best.json; on the chief."""
+    about = run.folder / "best.json"
+    best = json.loads(about.read_text()) if about.is_file() else None
+    if not run.chief or probe is None or (best and best["step"] < step and best["probe"] >= probe):
+        return
+    with replacing(run.folder / "best.pt") as temporary:
+        shutil.copyfile(run.folder / f"step_{step:08d}.pt", temporary)
+    write_json(about, {"step": step, "probe": probe})
+
 # %% ../nbs/45_training.ipynb #3188a381
 def draw(run: Run, step: int):
     """(which pictures to flip, bool [B] or None; the token splits) of this process's part of `step`."""
@@ -828,7 +844,11 @@ class Panel:
 
     def quick(self, run: Run) -> dict:
         """At every check."""
-        return {"teacher_spread": relative_spread(teacher_tokens(run.jepa, self.images[:32], run.device))}
+        tokens = teacher_tokens(run.jepa, self.images[:32], run.device)
+        found = {"teacher_spread": relative_spread(tokens)}
+        if torch.isfinite(tokens).all():
+            found |= {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
+        return found
 
     def thorough(self, run: Run) -> dict:
         """With every checkpoint."""
@@ -836,10 +856,21 @@ class Panel:
         if not torch.isfinite(embeddings).all():
             return {}
         found = {"rankme": rankme(embeddings - embeddings.mean(0)), "alpha": alpha_req(embeddings)}
-        if self.labelled is not None:
-            images, labels, people = self.labelled
-            found["probe"] = linear_probe(mean_tokens(run.jepa, images, run.device), labels, people)
-        return found
+        return found | self.probe(run)
+
+    def probe(self, run: Run) -> dict:
+        """The ridge probe's score, where there are labels."""
+        if self.labelled is None:
+            return {}
+        images, labels, people = self.labelled
+        return {"probe": linear_probe(mean_tokens(run.jepa, images, run.device), labels, people)}
+
+    def start(self, run: Run) -> dict:
+        """What was measured before the run's first step: kept in its folder, {} where it began without it."""
+        path = run.folder / "start.json"
+        if run.start == 0:
+            write_json(path, self.quick(run) | self.probe(run))
+        return json.loads(path.read_text()) if path.is_file() else {}
 
 # %% ../nbs/45_training.ipynb #8c3a7646
 @torch.no_grad()
@@ -912,8 +943,8 @@ def train(
                 f"nothing to do: finished at step {run.start} of {config.steps}, made from {made}", flush=True
             )
         return run.jepa.eval()
-    write_row = open_log(run, dvclive)
     panel = Panel(run, labelled) if run.chief else None
+    write_row = open_log(run, dvclive, panel.start(run) if panel else {})
     with Stop() as stop, progress_bar(run, progress) as bar:
         for step, images in enumerate(waiting_for(run), start=run.start):
             out = train_step(run, step, images)
@@ -924,6 +955,8 @@ def train(
                 write_row(row, bar)
             if stopping or save and not run.bad:
                 save_run(run, done)
+            if save and not run.bad:
+                keep_best(run, done, row.get("probe"))
             if stopping:
                 bar.write(
                     f"stopped after step {done}, its checkpoint is written: the same command goes on from there"
@@ -979,13 +1012,14 @@ def progress_bar(run: Run, progress: bool):
     )
 
 
-def open_log(run: Run, dvclive: Path | None = None):
+def open_log(run: Run, dvclive: Path | None = None, start: dict | None = None):
     """A function that writes a row to `log.csv`, the bar, DVCLive if asked, and says what is wrong; on the chief."""
     if not run.chief:
         return lambda row, bar: None
     path = run.folder / "log.csv"
     rows = cut_log(path, run.start)
     live = dvclive_sink(dvclive, rows) if dvclive else lambda row: None
+    worse = SinceStart(start or {})
 
     def write(row: dict, bar) -> None:
         append_log(path, row)
@@ -997,7 +1031,7 @@ def open_log(run: Run, dvclive: Path | None = None):
             row.get("rankme"),
             teacher_spread=row["teacher_spread"],
             waiting=row["waiting"],
-        ):
+        ) + worse(row):
             bar.write(f"step {row['step']}: {warning}")
 
     return write
@@ -1122,7 +1156,7 @@ def pretrain(
 
 
 def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, pictures: int) -> None:
-    """What a run leaves: encoder.safetensors, log.csv, run.json in `out`."""
+    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a probe."""
     save_encoder(
         out / "encoder.safetensors",
         jepa.teacher,
@@ -1131,6 +1165,16 @@ def write_run(config: Pretrain, run: str, jepa: JEPA, out: Path, folder: Path, p
         run=run,
         settings=settings_hash(config),
     )
+    if (best := folder / "best.pt").is_file():
+        jepa.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["jepa"])
+        save_encoder(
+            out / "encoder_best.safetensors",
+            jepa.teacher,
+            config.encoder.name,
+            encoder_kwargs(config),
+            run=run,
+            settings=settings_hash(config),
+        )
     write_atomic(out / "log.csv", (folder / "log.csv").read_bytes())
     write_json(
         out / "run.json",
