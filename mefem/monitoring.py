@@ -74,7 +74,8 @@ def position_share(tokens: torch.Tensor) -> float:
 def linear_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
     """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold.
 
-    `groups`: person of each. Labels that are not floating point count as classes. Raises `ValueError` for missing labels."""
+    `groups`: person of each. Labels that are not floating point count as classes. Raises `ValueError` for
+    missing labels."""
     import pandas as pd
     from sklearn.linear_model import RidgeClassifierCV, RidgeCV
     from sklearn.metrics import balanced_accuracy_score, r2_score
@@ -101,7 +102,7 @@ def linear_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
 
 # %% ../nbs/44_monitoring.ipynb #c9c57bb5
 def block_operations(dim: int, hidden: int, tokens: int) -> int:
-    """Multiply-adds of one Transformer block: four projections, the perceptron, and the two products of attention."""
+    """Multiply-adds of a Transformer block: four projections, perceptron, two products of attention."""
     return tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
 
 
@@ -110,7 +111,7 @@ def _vit_operations(blocks, dim: int, tokens: int) -> int:
 
 
 def step_operations(jepa) -> dict[str, int]:
-    """Multiply-adds of a training step (forward and backward) for one picture: {'teacher', 'student', 'predictor'}."""
+    """Multiply-adds of a training step for one picture: {'teacher', 'student', 'predictor'}."""
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
@@ -164,29 +165,33 @@ def health(
 ) -> list[str]:
     """What is wrong with a run, as sentences; empty when nothing is.
 
-    `target_spread`: standard deviation over pictures of the normalised targets' mean token (`mefem.jepa.spread`); `rank`: RankMe of
-    the mean-centred embeddings; `teacher_spread`: `relative_spread` of the teacher's tokens; `waiting`: share of the time in
-    which the loop waited for pictures."""
+    `target_spread`: standard deviation over pictures of the normalised targets' mean token (`mefem.jepa.spread`);
+    `rank`: RankMe of the mean-centred embeddings; `teacher_spread`: `relative_spread` of the teacher's tokens;
+    `waiting`: share of the time in which the loop waited for pictures."""
     found = []
     if not math.isfinite(loss):
         found.append(f"the loss is {loss}: lower the learning rate or clip gradients")
     elif loss > 1:
         found.append(
-            f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the learning rate"
+            f"the loss is {loss:.2f}, where answering nothing costs 0.42: the run diverges, lower the "
+            "learning rate"
         )
     if target_spread < min_spread:
         found.append(
-            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher collapsed"
+            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher "
+            "collapsed"
         )
     if teacher_spread is not None and not teacher_spread >= 2.5 * min_spread:  # NaN counts as ill
         found.append(
-            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): it collapsed"
+            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): "
+            "it collapsed"
         )
     if rank is not None and rank < 2:
         found.append(f"embeddings use {rank:.2f} directions: dimensional collapse")
     if waiting is not None and waiting > 0.2:
         found.append(
-            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller crops"
+            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller "
+            "crops"
         )
     return found
 
