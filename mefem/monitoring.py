@@ -165,9 +165,9 @@ def health(
 ) -> list[str]:
     """What is wrong with a run, as sentences; empty when nothing is.
 
-    `target_spread`: standard deviation over pictures of the normalised targets' mean token (`mefem.jepa.spread`);
-    `rank`: RankMe of the mean-centred embeddings; `teacher_spread`: `relative_spread` of the teacher's tokens;
-    `waiting`: share of the time in which the loop waited for pictures."""
+    `target_spread`: standard deviation over pictures of the normalised targets' mean token
+    (`mefem.jepa.spread`); `rank`: RankMe of the mean-centred embeddings; `teacher_spread`: `relative_spread`
+    of the teacher's tokens; `waiting`: share of the time in which the loop waited for pictures."""
     found = []
     if not math.isfinite(loss):
         found.append(f"the loss is {loss}: lower the learning rate or clip gradients")
@@ -178,28 +178,28 @@ def health(
         )
     if target_spread < min_spread:
         found.append(
-            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the teacher "
-            "collapsed"
+            f"targets hardly differ between pictures (spread {target_spread:.4f} < {min_spread}): the "
+            "teacher collapsed"
         )
     if teacher_spread is not None and not teacher_spread >= 2.5 * min_spread:  # NaN counts as ill
         found.append(
-            f"the teacher says the same of every picture (spread {teacher_spread:.4f} < {2.5 * min_spread:.2f}): "
-            "it collapsed"
+            f"the teacher says the same of every picture (spread {teacher_spread:.4f} "
+            f"< {2.5 * min_spread:.2f}): it collapsed"
         )
     if rank is not None and rank < 2:
         found.append(f"embeddings use {rank:.2f} directions: dimensional collapse")
     if waiting is not None and waiting > 0.2:
         found.append(
-            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store smaller "
-            "crops"
+            f"{waiting:.0%} of the time is spent waiting for pictures: raise runtime.workers, or store "
+            "smaller crops"
         )
     return found
 
 # %% ../nbs/44_monitoring.ipynb #7def41d0
 RANK_KEPT, POSITION_GAIN, PROBE_LOSS = 0.85, 0.2, 0.02  # how far a measure may be from the start's
 RANK_REMEDY = (
-    "do not use this encoder yet; train on, to 200,000 pictures at least, after which the rank was back on real "
-    "faces; if it is not back by then, lower optimiser.lr or raise batch"
+    "do not use this encoder yet; train on, to 200,000 pictures at least, after which the rank was back on "
+    "real faces; if it is not back by then, lower optimiser.lr or raise batch"
 )
 
 # %% ../nbs/44_monitoring.ipynb #b244ba5e
@@ -216,18 +216,18 @@ def worse_than_start(row: dict, start: dict) -> dict[str, str]:
     for name, (now, then) in pairs.items():
         if name == "token_rank" and now < RANK_KEPT * then:
             found[name] = (
-                f"tokens use {now:.1f} directions around their place's mean, {then:.1f} before the first step, "
-                f"whatever the loss says: {RANK_REMEDY}"
+                f"tokens use {now:.1f} directions around their place's mean, {then:.1f} before the first "
+                f"step, whatever the loss says: {RANK_REMEDY}"
             )
         elif name == "position_share" and now > then + POSITION_GAIN:
             found[name] = (
-                f"{now:.0%} of the tokens' variance is their place, {then:.0%} before the first step: they say "
-                "where they are and not what they see; lower optimiser.lr"
+                f"{now:.0%} of the tokens' variance is their place, {then:.0%} before the first step: they "
+                "say where they are and not what they see; lower optimiser.lr"
             )
         elif name == "probe" and now < then - PROBE_LOSS:
             found[name] = (
-                f"the ridge probe scores {now:.3f}, {then:.3f} before the first step: the untrained encoder is "
-                f"the better one; {RANK_REMEDY}"
+                f"the ridge probe scores {now:.3f}, {then:.3f} before the first step: the untrained encoder "
+                f"is the better one; {RANK_REMEDY}"
             )
     return found
 
