@@ -54,8 +54,8 @@ lint:
 notebooks:
 	@echo "== the package is what the notebooks export, and the notebooks are clean"
 	python tools/check_notebooks.py
-	@echo "== nbdev_test"
-	nbdev_test --n_workers 2 --timing
+	@echo "== every notebook runs, and shows what it has stored"
+	python tools/run_notebooks.py --workers 2
 
 unit:
 	@echo "== pytest"

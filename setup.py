@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     # Named, not searched for in the root: nbs, tests and data lie beside the package (flat layout).
     packages=find_packages(include=["mefem", "mefem.*"]),
-    package_data={"mefem": ["py.typed"]},
+    package_data={"mefem": ["py.typed", "*.pyi"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split(), "buffalo": ["onnxruntime"], "video": ["av"]},

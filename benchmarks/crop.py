@@ -147,7 +147,7 @@ def measure_other(place: Place, turns: int) -> dict:
     """Portraits of 1024 pixels made smaller (SFHQ), a frame of a clip with its detection (AVSpeech), hashes of crops (datasheets)."""
     from mefem.datasets.core import video_frame
     from mefem.datasheets import set_coefficients
-    from mefem.simulate.further import encode_clip, moved
+    from mefem.simulate.publishers import encode_clip, moved
 
     big = io.BytesIO()
     face = Image.open(place.files / "000000.jpg")

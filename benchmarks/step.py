@@ -228,7 +228,7 @@ def main() -> None:
     if not arguments.no_lightly and not os.environ.get("MEFEM_BENCH"):
         with_lightly()
     from mefem.config import Pretrain
-    from mefem.report import hardware
+    from mefem.provenance import hardware
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

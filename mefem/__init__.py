@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
     from .encoders import WeightsAbsent as WeightsAbsent, load_encoder as load_encoder
     from .faces import (CropError as CropError, Face as Face, FaceDetector as FaceDetector, ImageError as ImageError,
                         crop_face as crop_face, read_image as read_image)
-    from .features import FaceEmbedder as FaceEmbedder, embed as embed
+    from .embedding import FaceEmbedder as FaceEmbedder, embed as embed
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
@@ -20,10 +20,10 @@ _PUBLIC = {
     "FaceEmbedder": "embedding", "load_settings": "config",
 }
 _MODULES = {
-    "files", "compute", "made_from", "config", "faces", "shards", "simulate", "datasets", "crop", "provide",
+    "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
     "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "evaluation", "own_labels", "report", "ablations", "fairness", "pictures", "datasheets",
-    "readme", "cli",
+    "probing", "metrics", "evaluation", "own_labels", "provenance",
+    "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
 }
 
 

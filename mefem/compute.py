@@ -9,15 +9,15 @@ __all__ = ['DeviceError', 'choose_device', 'choose_precision', 'usable_cores', '
 import contextlib
 import os
 
-# %% ../nbs/03_compute.ipynb #b3dfd4c8
+# %% ../nbs/03_compute.ipynb #a7ec5184
 class DeviceError(ValueError):
-    """A device that is not there; the text names it and what can be had."""
+    """A device that is absent or unknown; the text names it and the remedy."""
 
-
+# %% ../nbs/03_compute.ipynb #beecadfb
 def choose_device(name=None):
     """The `torch.device` called "cpu", "cuda", "cuda:1" ...; None or "auto" is the GPU where there is one.
 
-    Raises `DeviceError` where a GPU is asked for and torch sees none, or where torch knows no such device."""
+    Raises `DeviceError` for a GPU where torch sees none, and for a name that torch does not know."""
     import torch
 
     if name in (None, "auto"):
@@ -34,11 +34,12 @@ def choose_device(name=None):
         )
     return device
 
-
+# %% ../nbs/03_compute.ipynb #b3dfd4c8
 def choose_precision(name: str, device) -> str:
-    """ "bf16" or "fp32"; "auto": bf16 on a GPU, and on a processor with instructions for it (AVX512-BF16 or AMX).
+    """ "bf16" or "fp32"; "auto": bf16 on a GPU, and on a processor with instructions for it.
 
-    Without them a product of bfloat16 matrices takes several times as long as one of float32."""
+    These are AVX512-BF16 or AMX. Without them a product of bfloat16 matrices takes several times as long as
+    one of float32."""
     import torch
 
     if name != "auto":
@@ -47,12 +48,12 @@ def choose_precision(name: str, device) -> str:
     native = able.get("avx512_bf16") or able.get("amx_bf16")
     return "bf16" if torch.device(device).type == "cuda" or native else "fp32"
 
-# %% ../nbs/03_compute.ipynb #4808a7c8
+# %% ../nbs/03_compute.ipynb #f42a9f52
 def usable_cores() -> int:
-    """The processor cores that this process may use, which a batch system or container may have made fewer than there are."""
+    """The cores that this process may use; a batch system or container may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../nbs/03_compute.ipynb #4808a7c8
 @contextlib.contextmanager
 def torch_threads(count: int):
     """PyTorch computes with `count` threads inside this block, and with as many as before after it."""

@@ -59,8 +59,8 @@ class Crop(Section):
     ] = {}  # "dataset": the publisher's own framing, not cropped
 
     def framing_of(self, dataset: str) -> str | None:
-        """The framing set for one data set; None leaves it to the data set's reader (the paper's crop, but for SFHQ)."""
-        return self.framing.get(dataset)
+        """The framing set for one data set; None leaves it to its reader (the paper's crop, but for SFHQ)."""
+        return self.framing.get(dataset)  # type: ignore[call-overload]
 
 # %% ../nbs/00_config.ipynb #bea2c7d3
 class Encoder(Section):
@@ -214,7 +214,7 @@ class Profile(Section):
     probing: Probing = Probing()
     ablation: Ablation = Ablation()
 
-# %% ../nbs/00_config.ipynb #8d9e4062
+# %% ../nbs/00_config.ipynb #2d5163bb
 def _merge(base: dict, changes: dict) -> dict:
     merged = dict(base)
     for key, value in changes.items():
@@ -225,7 +225,7 @@ def _merge(base: dict, changes: dict) -> dict:
         )
     return merged
 
-
+# %% ../nbs/00_config.ipynb #8d9e4062
 class Settings(Section):
     profile: str
     datasets: tuple[DatasetName, ...]
@@ -234,12 +234,9 @@ class Settings(Section):
     overrides: dict[str, dict] = {}  # run -> changes to its pretrain section
     ablations: dict[str, dict] = {}  # run of Table 4 -> what it changes
     ablation_runs: tuple[str, ...] = ()  # those of `ablations` that the graph runs, one stage each
-    beyond: dict[
-        str, tuple[str, ...]
-    ] = {}  # profile -> tasks that it probes beyond those of the paper's tables
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
-        0,
-    )  # each of those runs is repeated with
+    beyond: dict[str, tuple[str, ...]] = {}  # profile -> tasks that it probes beyond the paper's tables
+    # each of those runs is repeated with
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     base: Profile = Profile()
     profiles: dict[str, Profile]  # each with what it leaves to `base`
 
@@ -281,8 +278,8 @@ class Settings(Section):
         """The profile in force."""
         return self.profiles[self.profile]
 
-# %% ../nbs/00_config.ipynb #6a38963c
-def _model_at(model, loc) -> type[Section] | None:
+# %% ../nbs/00_config.ipynb #2ab26ab1
+def _model_at(model, loc) -> type[BaseModel] | None:
     """The section model at `loc` below `model`; None where there is none."""
     for part in loc:
         if isinstance(model, type) and issubclass(model, BaseModel):
@@ -291,7 +288,7 @@ def _model_at(model, loc) -> type[Section] | None:
             model = get_args(model)[-1] if get_args(model) else None  # of dict[str, Profile]: Profile
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
-
+# %% ../nbs/00_config.ipynb #5213a43c
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All keys of a section and of those below it, as `masking.width`."""
     for name, field in model.model_fields.items():
@@ -299,9 +296,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if below := _model_at(field.annotation, ()):
             yield from _keys(below, f"{prefix}{name}.")
 
-
+# %% ../nbs/00_config.ipynb #6a38963c
 def _nearest(loc: tuple, model: type[BaseModel] | None) -> str:
-    """Of the keys below the section in which `loc` is unknown the one most like it, as a question; all where none is alike."""
+    """The known key most like the unknown one at `loc`, as a question; all keys of its section if none is alike."""
     if model is None:
         return ""
     *above, key = map(str, loc)
@@ -310,54 +307,50 @@ def _nearest(loc: tuple, model: type[BaseModel] | None) -> str:
         return max(SequenceMatcher(None, key, name).ratio() for name in (known, known.rpartition(".")[2]))
 
     best = max(_keys(model), key=alike)
-    return (
-        f"; did you mean {'.'.join([*above, best])!r}?"
-        if alike(best) >= 0.6
-        else f"; there are {', '.join(model.model_fields)}"
-    )
+    if alike(best) < 0.6:
+        return f"; there are {', '.join(model.model_fields)}"
+    return f"; did you mean {'.'.join([*above, best])!r}?"
 
-
-def _expected(item: dict) -> str:
-    """What pydantic expected, and what it found, in a sentence."""
+# %% ../nbs/00_config.ipynb #c0147d50
+def _expected(item) -> str:
+    """One of pydantic's errors as a sentence: the expected and the found value."""
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["type"] == "missing":
         return "missing"
-    found = repr(item["input"])
-    found = found if len(found) < 80 else found[:77] + "..."
+    value = repr(item["input"])
+    value = value if len(value) < 80 else value[:77] + "..."
     if item["loc"][-1] in ("int", "float", "str", "bool"):  # a value that may be any of these
-        return f"expected a number, text, true or false, found {found}"
+        return f"expected a number, text, true or false, found {value}"
     if item["type"] == "string_type":
-        return f"expected text, found {found}; text that looks like something else goes into quotes: {str(item['input'])!r}"
-    said = item["msg"].removeprefix("Input should be ").partition(", unable")[0]
-    said = (
-        "a mapping of keys"
-        if item["type"] in ("model_type", "dict_type")
-        else "a list"
-        if item["type"] == "tuple_type"
-        else said
-    )
-    return f"expected {'a number ' if said.startswith(('greater', 'less')) else ''}{said}, found {found}"
+        quoted = repr(str(item["input"]))
+        return f"expected text, found {value}; text that looks like something else goes into quotes: {quoted}"
+    if item["type"] in ("model_type", "dict_type"):
+        return f"expected a mapping of keys, found {value}"
+    if item["type"] == "tuple_type":
+        return f"expected a list, found {value}"
+    expected = item["msg"].removeprefix("Input should be ").partition(", unable")[0]
+    number = "a number " if expected.startswith(("greater", "less")) else ""
+    return f"expected {number}{expected}, found {value}"
 
-# %% ../nbs/00_config.ipynb #80d92ed6
+# %% ../nbs/00_config.ipynb #a1762e66
 def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
     items = error.errors()
-    of_base = {
-        item["loc"][1:] for item in items if item["loc"][:1] == ("base",)
-    }  # every profile repeats these
-    lines = {}
+    # every profile repeats the mistakes of `base`
+    of_base = {item["loc"][1:] for item in items if item["loc"][:1] == ("base",)}
+    lines = {}  # a dictionary, for its order and single keys
     for item in items:
         loc = tuple(part for part in item["loc"] if part not in ("[key]", "int", "float", "str", "bool"))
         if loc[:1] == ("profiles",) and item["loc"][2:] in of_base:
             continue
         if item["type"] == "extra_forbidden":
-            said = f"unknown key {'.'.join(map(str, loc))!r}{_nearest(loc, _model_at(model, loc[:-1]))}"
+            line = f"unknown key {'.'.join(map(str, loc))!r}{_nearest(loc, _model_at(model, loc[:-1]))}"
         else:
-            said = ": ".join(filter(None, (".".join(map(str, loc)), _expected(item))))
-        lines[f"{source}: {said}"] = None
+            line = ": ".join(filter(None, (".".join(map(str, loc)), _expected(item))))
+        lines[f"{source}: {line}"] = None
     return "\n".join(lines)
 
-
+# %% ../nbs/00_config.ipynb #60dc8277
 def _validated(model: type[BaseModel], values, source: str):
     """`values` as a `model`; `SettingsError` names `source`, the key, the value and what was expected."""
     try:
@@ -365,7 +358,7 @@ def _validated(model: type[BaseModel], values, source: str):
     except ValidationError as error:
         raise SettingsError(_explain(error, source, model)) from None
 
-
+# %% ../nbs/00_config.ipynb #80d92ed6
 class _UniqueKeys(yaml.SafeLoader):
     """YAML takes the last of two equal keys in silence; this loader refuses them."""
 
@@ -375,13 +368,12 @@ class _UniqueKeys(yaml.SafeLoader):
             for key, _ in node.value
             if key.tag != "tag:yaml.org,2002:merge"
         ]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise SettingsError(
-                f"{node.start_mark.name}: key {sorted(twice)[0]!r} stands twice in one section"
-            )
+        for key in keys:
+            if keys.count(key) > 1:
+                raise SettingsError(f"{node.start_mark.name}: duplicate key {key!r} in one section")
         return super().construct_mapping(node, deep)
 
-# %% ../nbs/00_config.ipynb #d2c2227a
+# %% ../nbs/00_config.ipynb #c1fba6a6
 def read_yaml(path) -> dict:
     """The mapping in a YAML file; duplicate keys and broken syntax are refused with the line."""
     path = Path(path)
@@ -394,9 +386,9 @@ def read_yaml(path) -> dict:
         raise SettingsError(f"{path.name}: expected a mapping of settings, found {type(loaded).__name__}")
     return loaded
 
-
+# %% ../nbs/00_config.ipynb #d2c2227a
 def load_settings(path=None, profile: str | None = None) -> Settings:
-    """`params.yaml` (default: the one of the project's root) as validated settings; `profile` replaces the one in force."""
+    """`params.yaml` (default: that of the project's root), validated; `profile` replaces the one in force."""
     path = Path(path) if path else find_root() / "params.yaml"
     return _validated(Settings, read_yaml(path) | ({"profile": profile} if profile else {}), path.name)
 

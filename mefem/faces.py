@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
-           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'FRAMINGS', 'FILLS',
-           'PAPER_SIDE', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
-           'upright_size', 'decode', 'read_image', 'listed_crops', 'visible_files', 'is_photograph', 'flat_names',
-           'ModelAbsent', 'detector_model', 'Face', 'check_rgb', 'FaceDetector', 'face_square', 'center_square',
+           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'FRAMINGS', 'PAPER_SIDE',
+           'FILLS', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
+           'upright_size', 'decode', 'read_image', 'is_photograph', 'listed_crops', 'visible_files', 'flat_names',
+           'ModelAbsent', 'detector_model', 'check_rgb', 'Face', 'FaceDetector', 'face_square', 'center_square',
            'lies_inside', 'check_square', 'check_framed', 'jitter_square', 'resample', 'crop_image', 'crop_face',
            'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
@@ -36,7 +36,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .files import cache_folders, write_atomic
 
-# %% ../nbs/10_faces.ipynb #2fa4fa5a
+# %% ../nbs/10_faces.ipynb #570232e0
 IMAGE_REASONS = (
     "missing file",
     "unreadable file",
@@ -48,12 +48,14 @@ IMAGE_REASONS = (
 )
 CROP_REASONS = ("no face", "bad box", "leaves the picture", "too small", "not square")
 
-
+# %% ../nbs/10_faces.ipynb #94217904
 class Unusable(ValueError):
     """A picture that gives no crop. `reason` is one of a few fixed phrases, `detail` says what was found."""
 
     def __init__(self, reason: str, source: str = "", detail: str = ""):
-        self.reason, self.source, self.detail = reason, source, detail
+        self.reason = reason
+        self.source = source
+        self.detail = detail
         super().__init__(f"{source + ': ' if source else ''}{reason}{f' ({detail})' if detail else ''}")
 
     def __reduce__(self):  # several arguments: without this a worker process could not hand the error back
@@ -113,6 +115,16 @@ def _what_else(data: bytes, name: str) -> ImageError:
             return ImageError(reason, name, f"{len(data)} bytes, {what}")
     return ImageError("not an image", name, f"{len(data)} bytes, none of {', '.join(known_formats())}")
 
+# %% ../nbs/10_faces.ipynb #6fa69c64
+def _checked(image: Image.Image, name, max_pixels: int) -> Image.Image:
+    """The picture itself, under a name for error messages; `ImageError` where it has too many pixels."""
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            "too many pixels", str(name), f"{image.width} x {image.height}, at most {max_pixels} are decoded"
+        )
+    image.source = str(name)  # type: ignore[attr-defined]
+    return image
+
 # %% ../nbs/10_faces.ipynb #88764260
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -136,17 +148,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("corrupt image", name, str(error)) from None
     return _checked(image, name, max_pixels)
 
-
-def _checked(image: Image.Image, name, max_pixels: int) -> Image.Image:
-    """The picture itself, under a name for error messages; `ImageError` where it has too many pixels."""
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            "too many pixels", str(name), f"{image.width} x {image.height}, at most {max_pixels} are decoded"
-        )
-    image.source = str(name)
-    return image
-
-# %% ../nbs/10_faces.ipynb #eecc556e
+# %% ../nbs/10_faces.ipynb #264c0374
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -156,25 +158,25 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF 2.3, tag 0x0112: what brings the stored pixels upright
+
+
 _SIDEWAYS = (5, 6, 7, 8)
 
-
+# %% ../nbs/10_faces.ipynb #aeb855a5
 def _orientation(image: Image.Image) -> int:
-    if (
-        image.format == "TIFF"
-    ):  # Pillow brings these upright itself while it decodes, and gives the upright size before
+    if image.format == "TIFF":  # Pillow brings these upright itself, and gives the upright size before
         return 1
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's EXIF parser raises almost anything on damaged blocks
         return 1
 
-
+# %% ../nbs/10_faces.ipynb #49fdd15a
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height in pixels after the EXIF orientation is applied."""
     return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
 
-# %% ../nbs/10_faces.ipynb #42e21080
+# %% ../nbs/10_faces.ipynb #1d4d7d29
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     """Greyscale of 16 bits (Pillow's modes `I;16*`, `I`) as 8 bits."""
     values = np.asarray(image)
@@ -182,7 +184,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
         raise ImageError("corrupt image", getattr(image, "source", ""), "integer pixels outside 0..65535")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
-
+# %% ../nbs/10_faces.ipynb #ecd70c2e
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB of 8 bits."""
     if image.mode.startswith("I"):
@@ -191,13 +193,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if not image.has_transparency_data:
         return image.convert("RGB")
-    layer, paper = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+    layer = image.convert("RGBA")
+    paper = Image.new("RGB", image.size, "white")
     paper.paste(layer, mask=layer.getchannel("A"))
     return paper
 
-# %% ../nbs/10_faces.ipynb #e3aea41a
+# %% ../nbs/10_faces.ipynb #56258653
 def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
-    """Pixels of an opened picture, upright RGB. `reduction` 2, 4 or 8 lets the JPEG decoder shrink while it decodes."""
+    """Pixels of an opened picture, upright RGB; `reduction` 2, 4 or 8 is made by the JPEG decoder."""
     turn = _TURN.get(_orientation(image))
     try:
         if reduction > 1:
@@ -210,76 +213,77 @@ def decode(image: Image.Image, reduction: int = 1) -> Image.Image:
         raise ImageError("corrupt image", getattr(image, "source", ""), str(error)) from None
     return rgb.transpose(turn) if turn is not None else rgb
 
-
+# %% ../nbs/10_faces.ipynb #09b4759c
 def read_image(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A path, bytes, file object or Pillow picture as uint8 [H, W, 3], upright RGB; `ImageError(reason, source, detail)` otherwise.
+    """A path, bytes, file object or Pillow picture as uint8 [H, W, 3], upright RGB; `ImageError` otherwise.
 
-    A Pillow picture is taken as its file would be: its EXIF note turns it, unless `ImageOps.exif_transpose` took the note away."""
+    A Pillow picture is taken as its file would be: its EXIF note turns it, unless `ImageOps.exif_transpose`
+    took the note away."""
     return np.asarray(decode(open_image(source, max_pixels)))
 
-# %% ../nbs/10_faces.ipynb #f8fa6fec
+# %% ../nbs/10_faces.ipynb #a564c254
 PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .heic .heif .avif".split())
-CROP_LIST, CROP_COLUMNS = "crops.csv", ["file", "crop", "status", "framing", "reason", "other_framings"]
+CROP_LIST = "crops.csv"
+CROP_COLUMNS = ["file", "crop", "status", "framing", "reason", "other_framings"]
 
+# %% ../nbs/10_faces.ipynb #4feed9b2
+def is_photograph(path) -> bool:
+    """Whether a file calls itself a picture, by its ending."""
+    return Path(path).suffix.lower() in PICTURES
 
+# %% ../nbs/10_faces.ipynb #02f59a2f
 def listed_crops(folder) -> dict[str, str]:
-    """Name of each crop that the `crops.csv` in `folder` lists -> its photograph; `ValueError` where that file is none of ours."""
+    """Name of each crop in `folder`/crops.csv -> its photograph; `ValueError` where that is not our list."""
     path = Path(folder) / CROP_LIST
     if not path.is_file():
         return {}
     try:
         with path.open(encoding="utf-8", newline="") as f:
             rows = csv.reader(f, strict=True)
-            if next(rows, None) not in (
-                CROP_COLUMNS,
-                CROP_COLUMNS[:3],
-            ):  # lists of version 0.1.0 end with the status
+            if next(rows, None) not in (CROP_COLUMNS, CROP_COLUMNS[:3]):  # lists of 0.1.0 end with the status
                 raise ValueError(f"its columns are not {','.join(CROP_COLUMNS)}")
             return {
                 crop: file for file, crop, *_ in rows if crop.endswith(".jpg") and Path(crop).name == crop
             }
     except (csv.Error, ValueError) as error:
         raise ValueError(
-            f"{path} is no list of crops as `mefem crop` writes it: {error}; move it, or choose another folder"
+            f"{path} is no list of crops by `mefem crop`: {error}; move it, or choose another folder"
         ) from None
 
-# %% ../nbs/10_faces.ipynb #bfe27664
+# %% ../nbs/10_faces.ipynb #c537cfb8
 def _crops_in(folder) -> set[str]:
     try:
         return set(listed_crops(folder))
-    except ValueError:  # somebody else's crops.csv says nothing about photographs
+    except ValueError:  # a crops.csv of another program says nothing about photographs
         return set()
 
-
+# %% ../nbs/10_faces.ipynb #c22f3d47
 def visible_files(folder, leave_out=None) -> list[Path]:
-    """All files below `folder`, sorted, but for hidden ones, for crops that a folder below it lists, and for the folder `leave_out`.
+    """All files below `folder`, sorted, but for hidden ones, crops listed in a folder below, and `leave_out`.
 
     The crops in `folder` itself are meant when it is named, so they are in."""
-    top, found, away = Path(folder), [], leave_out and Path(leave_out).resolve()
-    for here, folders, files in os.walk(top):
-        here = Path(here)
+    top = Path(folder)
+    away = Path(leave_out).resolve() if leave_out else None
+    paths: list[Path] = []
+    for name, folders, files in os.walk(top):
+        here = Path(name)
         if away and here.resolve() == away:
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [below for below in folders if not below.startswith(".")]
         crops = _crops_in(here) if here != top and CROP_LIST in files else ()
-        found += [here / name for name in files if not name.startswith(".") and name not in crops]
-    return sorted(path for path in found if path.is_file())
-
-
-def is_photograph(path) -> bool:
-    """Whether a file calls itself a picture, by its ending."""
-    return Path(path).suffix.lower() in PICTURES
+        paths += [here / file for file in files if not file.startswith(".") and file not in crops]
+    return sorted(path for path in paths if path.is_file())
 
 # %% ../nbs/10_faces.ipynb #64657fe5
 _LONGEST = 180  # bytes of a name; file systems end at 255, and a temporary file's name is longer
 
 
 def flat_names(paths, unwanted: str = r"[\\\0\ud800-\udfff]") -> list[str]:
-    """A name without ending for each of the relative `paths` (all different); no two are equal, also where case does not count.
+    """A name without ending for each of the relative `paths` (all different); no two are equal, case ignored.
 
-    Folders are joined by "__"; what the pattern `unwanted` matches (else: bytes that are no text) becomes "_". Only a name that
-    has a hash holds "~"."""
+    Folders are joined by "__". Matches of the pattern `unwanted` (and bytes that are no text) become "_".
+    Only a name with a hash has a "~"."""
     paths = [os.fspath(path) for path in paths]
     short = [re.sub(unwanted, "_", os.path.splitext(path)[0].replace(os.sep, "__")) for path in paths]
     alike = [
@@ -290,27 +294,38 @@ def flat_names(paths, unwanted: str = r"[\\\0\ud800-\udfff]") -> list[str]:
     return [
         name
         if often[same] == 1 and "~" not in same and len(os.fsencode(name)) <= _LONGEST
-        else f"{name[: _LONGEST // 4]}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"  # a character takes up to four bytes
+        # a quarter of the length: a character takes up to four bytes
+        else f"{name[: _LONGEST // 4]}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
         for name, same, path in zip(short, alike, paths, strict=True)
     ]
 
-# %% ../nbs/10_faces.ipynb #7dc649be
+# %% ../nbs/10_faces.ipynb #bb6d64d5
 MODEL_NAME = "face_detection_short_range.tflite"
 MODEL_SHA256 = "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8"
 MODEL_URL = f"https://storage.googleapis.com/mediapipe-assets/{MODEL_NAME}?generation=1677044301978921"
 MODEL_WHEEL = "mediapipe==0.10.21"
 
-
+# %% ../nbs/10_faces.ipynb #7c7a27f0
 class ModelAbsent(FileNotFoundError):
-    """The detector's model file is neither here nor within reach; the text says what to put where."""
+    """The detector's model file is missing and cannot be fetched; the text says which file to put where."""
 
+# %% ../nbs/10_faces.ipynb #65a089a9
+def _check_model(data: bytes, origin) -> bytes:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != MODEL_SHA256:
+        raise OSError(f"{origin}: SHA-256 {digest}, expected {MODEL_SHA256}")
+    return data
 
+# %% ../nbs/10_faces.ipynb #53601c01
 def _from_storage() -> bytes:
     """The model from MediaPipe's storage; `OSError` where that cannot be reached."""
     with urllib.request.urlopen(MODEL_URL, timeout=10) as answer:
         return answer.read()
 
-# %% ../nbs/10_faces.ipynb #468ccabc
+# %% ../nbs/10_faces.ipynb #cf71f727
+_WHEEL_OF = ("--no-deps", "--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
+
+
 def _from_wheel() -> bytes:
     """The model out of an older MediaPipe wheel, by pip; `OSError` where pip cannot get it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -320,10 +335,7 @@ def _from_wheel() -> bytes:
             "pip",
             "download",
             "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--python-version=3.12",
-            "--platform=manylinux_2_28_x86_64",
+            *_WHEEL_OF,
             f"--dest={folder}",
             MODEL_WHEEL,
         ]
@@ -336,16 +348,17 @@ def _from_wheel() -> bytes:
         with zipfile.ZipFile(wheels[0]) as wheel:
             return wheel.read(f"mediapipe/modules/face_detection/{MODEL_NAME}")
 
+# %% ../nbs/10_faces.ipynb #a888b417
+def _by_hand(folder: Path) -> str:
+    return (
+        f"By hand: on a machine with a network run `pip download {' '.join(_WHEEL_OF)} {MODEL_WHEEL}`, "
+        f"unzip mediapipe/modules/face_detection/{MODEL_NAME} from the wheel "
+        f"and put it into {folder} (SHA-256 {MODEL_SHA256})."
+    )
 
-def _check_model(data: bytes, origin) -> bytes:
-    found = hashlib.sha256(data).hexdigest()
-    if found != MODEL_SHA256:
-        raise OSError(f"{origin}: SHA-256 {found}, expected {MODEL_SHA256}")
-    return data
-
-# %% ../nbs/10_faces.ipynb #d877bc4d
+# %% ../nbs/10_faces.ipynb #ecc6813e
 def _kept_model(folders, tried: list[str]) -> Path | None:
-    """The model where it already lies; a file with other content is noted in `tried`, and fetched anew."""
+    """The model where it is already; a file with other content is noted in `tried`, and fetched again."""
     for path in (folder / MODEL_NAME for folder in folders):
         if path.is_file():
             try:
@@ -353,19 +366,13 @@ def _kept_model(folders, tried: list[str]) -> Path | None:
                 return path
             except OSError as error:
                 tried.append(str(error))
-
-
-def _by_hand(folder: Path) -> str:
-    return (
-        f"By hand: on a machine with a network run `pip download --no-deps --only-binary=:all: --python-version 3.12 "
-        f"--platform manylinux_2_28_x86_64 {MODEL_WHEEL}`, unzip mediapipe/modules/face_detection/{MODEL_NAME} "
-        f"from the wheel and put it into {folder} (SHA-256 {MODEL_SHA256})."
-    )
+    return None
 
 # %% ../nbs/10_faces.ipynb #b7ab211e
 def detector_model() -> Path:
-    """Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` says how to get it by hand."""
-    folders, tried = cache_folders("models"), []
+    """Path of BlazeFace's short-range model, fetched on first use; `ModelAbsent` has the remedy."""
+    folders = cache_folders("models")
+    tried: list[str] = []
     if path := _kept_model(folders, tried):
         return path
     for fetch, origin in ((_from_storage, MODEL_URL), (_from_wheel, f"{MODEL_WHEEL} (pip)")):
@@ -374,10 +381,24 @@ def detector_model() -> Path:
         except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
             tried.append(f"{origin}: {error}")
     raise ModelAbsent(
-        "\n  ".join([f"no face detector: {MODEL_NAME} could not be had.", *tried])
+        "\n  ".join([f"no face detector: {MODEL_NAME} could not be fetched.", *tried])
         + "\n"
         + _by_hand(folders[0])
     )
+
+# %% ../nbs/10_faces.ipynb #444fc15a
+def check_rgb(rgb) -> np.ndarray:
+    """`rgb` itself if it is uint8 [H, W, 3]; `ValueError` with its type and shape otherwise."""
+    if (
+        not isinstance(rgb, np.ndarray)
+        or rgb.dtype != np.uint8
+        or rgb.ndim != 3
+        or rgb.shape[2] != 3
+        or not rgb.size
+    ):
+        given = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
+        raise ValueError(f"expected a uint8 array [H, W, 3] of RGB pixels, found {given}")
+    return rgb
 
 # %% ../nbs/10_faces.ipynb #181ff698
 @dataclass(frozen=True, eq=False)
@@ -386,16 +407,25 @@ class Face:
 
     box: tuple[float, float, float, float]  # x0, y0, x1, y1
     score: float  # 0..1
-    keypoints: (
-        np.ndarray
-    )  # float32 [6, 2]: the person's right eye, left eye, nose, mouth, right ear, left ear
+    # float32 [6, 2]: the person's right eye, left eye, nose, mouth, right ear, left ear
+    keypoints: np.ndarray
+
+# %% ../nbs/10_faces.ipynb #a37dace5
+def _as_face(detection, width: int, height: int) -> Face:
+    """MediaPipe's answer (integer box, keypoints from 0 to 1) in pixels."""
+    box = detection.bounding_box
+    x0, y0 = float(box.origin_x), float(box.origin_y)
+    points = [(point.x * width, point.y * height) for point in detection.keypoints]
+    corners = (x0, y0, x0 + float(box.width), y0 + float(box.height))
+    return Face(corners, float(detection.categories[0].score), np.array(points, np.float32))
 
 # %% ../nbs/10_faces.ipynb #958c488c
 @contextlib.contextmanager
 def _quiet_stderr():
-    """Turn away what compiled code writes to file descriptor 2."""
+    """Discard the output of compiled code to file descriptor 2."""
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)
         yield
@@ -409,28 +439,12 @@ def _close(task) -> None:
     """Free MediaPipe's detector."""
     try:
         task.close()
-    except (
-        RuntimeError
-    ):  # at the interpreter's exit its worker thread is gone already, and the process frees the rest
+    except RuntimeError:  # at exit its worker thread has ended already, and the process frees the rest
         task._handle = None
-
-# %% ../nbs/10_faces.ipynb #444fc15a
-def check_rgb(rgb) -> np.ndarray:
-    """`rgb` itself if it is uint8 [H, W, 3]; `ValueError` with what was found otherwise."""
-    if (
-        not isinstance(rgb, np.ndarray)
-        or rgb.dtype != np.uint8
-        or rgb.ndim != 3
-        or rgb.shape[2] != 3
-        or not rgb.size
-    ):
-        found = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-        raise ValueError(f"expected a uint8 array [H, W, 3] of RGB pixels, found {found}")
-    return rgb
 
 # %% ../nbs/10_faces.ipynb #adba76db
 class FaceDetector:
-    """BlazeFace of MediaPipe. Keep one and use it for many pictures: building it costs as much as a hundred detections."""
+    """BlazeFace of MediaPipe. Use one for many pictures: building it costs as much as 100 detections."""
 
     def __init__(self, range: str = "short", min_score: float = 0.5):
         if range != "short":
@@ -446,39 +460,30 @@ class FaceDetector:
                 FaceDetectorOptions(base_options=model, min_detection_confidence=min_score)
             )
             self.detect(np.zeros((128, 128, 3), np.uint8))
-        weakref.finalize(
-            self, _close, self._task
-        )  # left to the interpreter's shutdown, MediaPipe prints a traceback
+        # Left to the interpreter's shutdown, MediaPipe prints a traceback.
+        weakref.finalize(self, _close, self._task)
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """Faces in a uint8 [H, W, 3] picture, the surest first."""
         from mediapipe.tasks.python.vision.core.image import Image as Picture, ImageFormat
 
         picture = Picture(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(check_rgb(rgb)))
-        faces = [
-            _as_face(found, rgb.shape[1], rgb.shape[0]) for found in self._task.detect(picture).detections
-        ]
+        detections = self._task.detect(picture).detections
+        faces = [_as_face(detection, rgb.shape[1], rgb.shape[0]) for detection in detections]
         return sorted(faces, key=lambda face: -face.score)
-
-# %% ../nbs/10_faces.ipynb #a37dace5
-def _as_face(found, width: int, height: int) -> Face:
-    """MediaPipe's answer (integer box, keypoints from 0 to 1) in pixels."""
-    box, points = found.bounding_box, [(point.x * width, point.y * height) for point in found.keypoints]
-    corners = (box.origin_x, box.origin_y, box.origin_x + box.width, box.origin_y + box.height)
-    return Face(tuple(map(float, corners)), float(found.categories[0].score), np.array(points, np.float32))
 
 # %% ../nbs/10_faces.ipynb #e01f3392
 def face_square(box, scale: float = 2.0) -> tuple[float, float, float]:
-    """Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x the longer side (paper, sec. 3)."""
+    """Square (x0, y0, side) around a box (x0, y0, x1, y1), pixels: side = scale x longer side (sec. 3)."""
     try:
         x0, y0, x1, y1 = map(float, () if isinstance(box, (str, bytes)) else box)
         side = scale * max(x1 - x0, y1 - y0)
         square = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2, side
+        # a box near the largest float overflows to nan
+        sound = x0 < x1 and y0 < y1 and all(map(math.isfinite, square))
     except (TypeError, ValueError, OverflowError):
-        square = (math.nan,)
-    if (
-        not all(map(math.isfinite, square)) or x1 <= x0 or y1 <= y0
-    ):  # a box near the largest float overflows to nan
+        sound = False
+    if not sound:
         raise CropError("bad box", detail=f"{box!r}, expected four finite numbers x0 < x1, y0 < y1")
     return square
 
@@ -488,16 +493,16 @@ def center_square(width: int, height: int) -> tuple[float, float, float]:
     side = min(width, height)
     return (width - side) / 2, (height - side) / 2, float(side)
 
-# %% ../nbs/10_faces.ipynb #7bad67ae
+# %% ../nbs/10_faces.ipynb #0688d8ac
 def lies_inside(square, width: int, height: int) -> bool:
     """Whether a square (x0, y0, side) lies in a picture."""
     x0, y0, side = square
     slack = 1e-6 * max(width, height)  # rounding of (x0 + x1 - side) / 2, far below any pixel
     return x0 >= -slack and y0 >= -slack and x0 + side <= width + slack and y0 + side <= height + slack
 
-
+# %% ../nbs/10_faces.ipynb #a1d8b2f1
 def check_square(square, width: int, height: int, min_side: int):
-    """`square` if it lies in the picture and has `min_side` pixels; `CropError` otherwise. The border is tested first."""
+    """`square` if it is inside the picture and has `min_side` pixels; `CropError` otherwise."""
     x0, y0, side = square
     if not lies_inside(square, width, height):
         raise CropError(
@@ -520,24 +525,24 @@ def check_framed(rgb: np.ndarray) -> np.ndarray:
 def jitter_square(
     square, jitter: float, seed: int, width: int, height: int, min_side: int
 ) -> tuple[float, float, float]:
-    """A square that lies in the picture, as a less steady detector would have put it, and still in the picture.
+    """A square inside the picture, moved as by a less steady detector, and still inside.
 
-    Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter` half sides: with
-    `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the border or `min_side`, it stops there."""
-    (x0, y0, side), rng = square, np.random.default_rng(seed)
-    grow, right, down = jitter * rng.standard_normal(3)
+    Log side and each coordinate of the centre move by normal deviates, of deviation `jitter` and `jitter`
+    half sides: with `scale` 2 a box that is off by `jitter` of its own side. Where that would cross the
+    border or `min_side`, it stops there."""
+    x0, y0, side = square
+    grow, right, down = jitter * np.random.default_rng(seed).standard_normal(3)
     new = min(max(side * math.exp(grow), min_side), width, height)
-    x, y = x0 + (side - new + right * side) / 2, y0 + (side - new + down * side) / 2
+    x = x0 + (side - new + right * side) / 2
+    y = y0 + (side - new + down * side) / 2
     return min(max(x, 0.0), width - new), min(max(y, 0.0), height - new), new
 
-# %% ../nbs/10_faces.ipynb #79219a68
+# %% ../nbs/10_faces.ipynb #53708d13
 DRAFT_GAP = 2.0  # the decoder may shrink to this many times the crop's size, as Pillow's own thumbnails do
-CROP_JPEG = {
-    "quality": 95,
-    "subsampling": 0,
-}  # as stored: full chroma, for the colour of skin and lips counts
+# As stored. Full chroma, because skin and lip colour matter.
+CROP_JPEG: dict = {"quality": 95, "subsampling": 0}
 
-
+# %% ../nbs/10_faces.ipynb #79219a68
 def _reduction(image: Image.Image, side: float, size: int) -> int:
     """By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."""
     if image.format not in ("JPEG", "MPO") or _orientation(image) != 1:
@@ -550,6 +555,18 @@ def resample(rgb: Image.Image, square, size: int, reduction: int = 1) -> np.ndar
     x0, y0, side = (value / reduction for value in square)
     corners = (max(x0, 0.0), max(y0, 0.0), min(x0 + side, rgb.width), min(y0 + side, rgb.height))
     return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS, box=corners, reducing_gap=3.0))
+
+# %% ../nbs/10_faces.ipynb #865d9d56
+def _surest_box(rgb: Image.Image, detector: FaceDetector):
+    faces = detector.detect(np.asarray(rgb))
+    if not faces:
+        raise CropError("no face")
+    return faces[0].box
+
+# %% ../nbs/10_faces.ipynb #a603e8b4
+@lru_cache(maxsize=1)
+def _default_detector() -> FaceDetector:
+    return FaceDetector()
 
 # %% ../nbs/10_faces.ipynb #ef954485
 def crop_image(
@@ -565,11 +582,12 @@ def crop_image(
 ) -> np.ndarray:
     """An opened picture as its face crop, uint8 [size, size, 3].
 
-    `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face of
-    `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest centred square. Raises
-    `CropError` or `ImageError`.
+    `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face
+    of `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest
+    centred square. Raises `CropError` or `ImageError`.
     """
-    rgb, (width, height) = None, upright_size(image)
+    width, height = upright_size(image)
+    rgb = None
     if framing == "dataset":
         square = center_square(width, height)
     else:
@@ -585,23 +603,11 @@ def crop_image(
     reduction = _reduction(image, square[2], size)
     return resample(decode(image, reduction), square, size, reduction)
 
-# %% ../nbs/10_faces.ipynb #3f278f31
-def _surest_box(rgb: Image.Image, detector: FaceDetector):
-    faces = detector.detect(np.asarray(rgb))
-    if not faces:
-        raise CropError("no face")
-    return faces[0].box
-
-
-@lru_cache(maxsize=1)
-def _default_detector() -> FaceDetector:
-    return FaceDetector()
-
 # %% ../nbs/10_faces.ipynb #495868f3
 def crop_face(
     rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224, detector=None
 ) -> np.ndarray:
-    """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError(reason)` where there is none to be had."""
+    """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError` where there is none."""
     return crop_image(Image.fromarray(check_rgb(rgb)), box, scale, size, min_side, detector)
 
 # %% ../nbs/10_faces.ipynb #cdd7e823
@@ -611,43 +617,18 @@ def encode_crop(crop: np.ndarray) -> bytes:
     Image.fromarray(crop).save(buffer, "JPEG", **CROP_JPEG)
     return buffer.getvalue()
 
-# %% ../nbs/10_faces.ipynb #a1d2763b
+# %% ../nbs/10_faces.ipynb #984ed7e1
 FRAMINGS = ("paper", "shift", "pad", "as-is", "auto")
-FILLS = (
-    2 / 3
-)  # of a square picture's side, by the longer side of the face's box: then the picture is a crop already
 PAPER_SIDE = 224  # pixels; the paper drops smaller squares
+# Longer side of the face's box / side of a square picture, from which on the picture is a crop already.
+FILLS = 2 / 3
 
-
+# %% ../nbs/10_faces.ipynb #3f3e3804
 def least_side(framing: str, min_side: int | None = None) -> int:
-    """Least side of a square, pixels of the picture: `min_side`, or the paper\'s 224 for "paper" and 1 for all others."""
+    """Least side of a square in pixels: `min_side`, or the paper's 224 for "paper" and 1 for all others."""
     return min_side or (PAPER_SIDE if framing == "paper" else 1)
 
-# %% ../nbs/10_faces.ipynb #778d02fe
-def frame_square(
-    box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None
-):
-    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` where that cannot be.
-
-    The framing used is "paper" wherever the paper's square lies in the picture, never "auto"; "as-is" needs no box."""
-    used = framing
-    if framing != "as-is":
-        x0, y0, side = square = face_square(box, scale)
-        used = _applies(square, max(box[2] - box[0], box[3] - box[1]), width, height, framing)
-        if used == "shift":
-            square = min(max(x0, 0.0), width - side), min(max(y0, 0.0), height - side), side
-    if used == "as-is":
-        if width != height:
-            raise CropError(
-                "not square", detail=f"{width} x {height} pixels, where the picture is to be the crop"
-            )
-        square = 0.0, 0.0, float(width)
-    least = least_side(framing, min_side)
-    if square[2] < least:
-        raise CropError("too small", detail=f"{square[2]:.1f} pixels, at least {least} are needed")
-    return square, used
-
-
+# %% ../nbs/10_faces.ipynb #086e12b3
 def _applies(square, longer: float, width: int, height: int, framing: str) -> str:
     """Which framing applies to the paper's `square` around a box with that `longer` side."""
     if framing not in FRAMINGS:
@@ -665,11 +646,37 @@ def _applies(square, longer: float, width: int, height: int, framing: str) -> st
         "leaves the picture", detail=f"square {x0:.1f}, {y0:.1f}, side {side:.1f} in {width} x {height}"
     )
 
+# %% ../nbs/10_faces.ipynb #778d02fe
+def frame_square(
+    box, width: int, height: int, framing: str = "paper", scale: float = 2.0, min_side: int | None = None
+):
+    """((x0, y0, side), framing used) for a box (x0, y0, x1, y1) in a picture; `CropError` if there is none.
+
+    The framing used is "paper" wherever the paper's square is inside the picture, never "auto". "as-is" needs
+    no box."""
+    used = framing
+    if framing != "as-is":
+        x0, y0, side = square = face_square(box, scale)
+        used = _applies(square, max(box[2] - box[0], box[3] - box[1]), width, height, framing)
+        if used == "shift":
+            square = min(max(x0, 0.0), width - side), min(max(y0, 0.0), height - side), side
+    if used == "as-is":
+        if width != height:
+            raise CropError(
+                "not square", detail=f"{width} x {height} pixels, where the picture is to be the crop"
+            )
+        square = 0.0, 0.0, float(width)
+    least = least_side(framing, min_side)
+    if square[2] < least:
+        raise CropError("too small", detail=f"{square[2]:.1f} pixels, at least {least} are needed")
+    return square, used
+
 # %% ../nbs/10_faces.ipynb #fd03e244
 def resample_padded(rgb: Image.Image, square, size: int) -> np.ndarray:
-    """The square of a decoded picture as uint8 [size, size, 3]; where it leaves the picture, the edge is repeated."""
+    """The square of a decoded picture as uint8 [size, size, 3]; outside the picture, its edge is repeated."""
     x0, y0, side = square
-    step, bounds = side / size, []
+    step = side / size  # pixels of the picture per pixel of the crop
+    bounds = []  # (first, end) of the crop's columns, then rows, that are wholly in the picture
     for start, length in ((x0, rgb.width), (y0, rgb.height)):
         first, end = max(math.ceil(-start / step), 0), min(math.floor((length - start) / step), size)
         if first >= end:
@@ -687,33 +694,7 @@ def resample_padded(rgb: Image.Image, square, size: int) -> np.ndarray:
     inner = rgb.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=part, reducing_gap=3.0)
     return np.pad(np.asarray(inner), ((top, size - bottom), (left, size - right), (0, 0)), mode="edge")
 
-# %% ../nbs/10_faces.ipynb #920c4abd
-@dataclass(frozen=True, eq=False)
-class Framed:
-    """What became of a photograph, or of one face in it."""
-
-    crop: np.ndarray | None = None  # uint8 [size, size, 3]; None where there is a problem
-    framing: str = ""  # the one that was used
-    face: Face | None = None  # None where none was found, or none was looked for
-    faces: int | None = None  # how many were found; None where none was looked for
-    problem: Unusable | None = None
-    others: tuple[str, ...] = ()  # with a problem: the framings that would use the picture
-
-    @property
-    def status(self) -> str:
-        """ "success", or the reason of the problem in a few fixed words."""
-        return self.problem.reason if self.problem else "success"
-
-    @property
-    def advice(self) -> str:
-        """What was found and what helps; empty without a problem."""
-        if not self.problem:
-            return ""
-        named = " or ".join(filter(None, (", ".join(self.others[:-1]), *self.others[-1:])))
-        remedy = f"--framing {named} would use it" if named else REMEDIES[self.problem.reason]
-        return "; ".join(filter(None, (self.problem.detail, remedy)))
-
-
+# %% ../nbs/10_faces.ipynb #32f0f016
 REMEDIES = {
     "missing file": "it was there when the folder was read: run again",
     "unreadable file": "check its permissions",
@@ -729,7 +710,33 @@ REMEDIES = {
     "not square": "use --framing auto, which looks for the face",
 }
 
-# %% ../nbs/10_faces.ipynb #d6b33b1f
+# %% ../nbs/10_faces.ipynb #920c4abd
+@dataclass(frozen=True, eq=False)
+class Framed:
+    """The result of a photograph, or of one face in it."""
+
+    crop: np.ndarray | None = None  # uint8 [size, size, 3]; None where there is a problem
+    framing: str = ""  # the one that was used
+    face: Face | None = None  # None where none was found, or none was looked for
+    faces: int | None = None  # how many were found; None where none was looked for
+    problem: Unusable | None = None
+    others: tuple[str, ...] = ()  # with a problem: the framings that would use the picture
+
+    @property
+    def status(self) -> str:
+        """ "success", or the reason of the problem in a few fixed words."""
+        return self.problem.reason if self.problem else "success"
+
+    @property
+    def advice(self) -> str:
+        """The problem's detail and its remedy; empty without a problem."""
+        if not self.problem:
+            return ""
+        named = " or ".join(filter(None, (", ".join(self.others[:-1]), *self.others[-1:])))
+        remedy = f"--framing {named} would use it" if named else REMEDIES[self.problem.reason]
+        return "; ".join(filter(None, (self.problem.detail, remedy)))
+
+# %% ../nbs/10_faces.ipynb #351e8a19
 FACES = ("surest", "largest", "all")
 
 
@@ -741,72 +748,7 @@ def check_framing(framing: str, face: str = "surest") -> None:
     if framing == "as-is" and face != "surest":
         raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture")
 
-
-def frame_faces(
-    source,
-    framing: str = "paper",
-    face: str = "surest",
-    scale: float = 2.0,
-    size: int = 224,
-    min_side: int | None = None,
-    detector=None,
-) -> list[Framed]:
-    """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
-
-    `source`: what `open_image` takes. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`: see
-    `least_side`. A problem is told, not raised: that of the photograph, or of the first face where none fits, or with
-    "all" of each face that does not."""
-    check_framing(framing, face)
-    try:
-        image = open_image(source)
-        if framing == "as-is":
-            return [_whole(image, size, min_side)]
-        rgb = decode(image)
-    except Unusable as error:
-        return [Framed(problem=error)]
-    found = (detector or _default_detector()).detect(np.asarray(rgb))
-    if not found:
-        return [
-            Framed(
-                faces=0, problem=CropError("no face"), others=_others([], rgb.size, framing, scale, min_side)
-            )
-        ]
-    if face == "largest":
-        found = sorted(found, key=lambda one: -_area(one.box))
-    framed = []
-    for one in found:
-        framed.append(_framed(rgb, one, len(found), framing, scale, size, min_side))
-        if face != "all" and not framed[-1].problem:
-            return framed[-1:]
-    if face == "all":
-        return framed
-    others = [other for other in FRAMINGS if any(other in one.others for one in framed)]
-    return [replace(framed[0], others=tuple(others))]
-
-
-def _framed(
-    rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side
-) -> Framed:
-    """One face of a decoded picture."""
-    try:
-        square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
-        return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
-    except CropError as error:
-        others = _others([one.box], rgb.size, framing, scale, min_side)
-        return Framed(face=one, faces=count, problem=error, others=others)
-
-
-def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
-    """The picture itself as its crop."""
-    square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
-    reduction = _reduction(image, square[2], size)
-    return Framed(resample(decode(image, reduction), square, size, reduction), used)
-
-
-def _area(box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
+# %% ../nbs/10_faces.ipynb #15627282
 def _others(
     boxes, size: tuple[int, int], framing: str, scale: float, min_side: int | None
 ) -> tuple[str, ...]:
@@ -819,3 +761,65 @@ def _others(
         return False
 
     return tuple(other for other in FRAMINGS if other != framing and takes(other))
+
+# %% ../nbs/10_faces.ipynb #7801f19a
+def _framed(
+    rgb: Image.Image, one: Face, count: int, framing: str, scale: float, size: int, min_side
+) -> Framed:
+    """One face of a decoded picture."""
+    try:
+        square, used = frame_square(one.box, *rgb.size, framing, scale, min_side)
+        return Framed((resample_padded if used == "pad" else resample)(rgb, square, size), used, one, count)
+    except CropError as error:
+        others = _others([one.box], rgb.size, framing, scale, min_side)
+        return Framed(face=one, faces=count, problem=error, others=others)
+
+# %% ../nbs/10_faces.ipynb #ea9287dc
+def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
+    """The picture itself as its crop."""
+    square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
+    reduction = _reduction(image, square[2], size)
+    return Framed(resample(decode(image, reduction), square, size, reduction), used)
+
+# %% ../nbs/10_faces.ipynb #7b54a3ad
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+# %% ../nbs/10_faces.ipynb #3d11a621
+def frame_faces(
+    source,
+    framing: str = "paper",
+    face: str = "surest",
+    scale: float = 2.0,
+    size: int = 224,
+    min_side: int | None = None,
+    detector=None,
+) -> list[Framed]:
+    """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
+
+    `source`: see `open_image`. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`:
+    see `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where
+    none fits, or with "all" of each face that does not fit."""
+    check_framing(framing, face)
+    try:
+        image = open_image(source)
+        if framing == "as-is":
+            return [_whole(image, size, min_side)]
+        rgb = decode(image)
+    except Unusable as error:
+        return [Framed(problem=error)]
+    faces = (detector or _default_detector()).detect(np.asarray(rgb))
+    if not faces:
+        others = _others([], rgb.size, framing, scale, min_side)
+        return [Framed(faces=0, problem=CropError("no face"), others=others)]
+    if face == "largest":
+        faces = sorted(faces, key=lambda one: -_area(one.box))
+    framed = []
+    for one in faces:
+        framed.append(_framed(rgb, one, len(faces), framing, scale, size, min_side))
+        if face != "all" and not framed[-1].problem:
+            return framed[-1:]
+    if face == "all":
+        return framed
+    others = tuple(other for other in FRAMINGS if any(other in one.others for one in framed))
+    return [replace(framed[0], others=others)]

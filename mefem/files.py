@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../nbs/02_files.ipynb #e9f5df3c
 class DiskFull(OSError):
-    """There is no room for a file; the text names it, and neither it nor its predecessor is half written."""
+    """No room for a file; the text names it. Neither it nor its predecessor is half written."""
 
 # %% ../nbs/02_files.ipynb #7d77f724
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the process's limit
@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quo
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`, synced and renamed to it when the block ends well, removed when it does not."""
+    """A temporary path beside `path`: synced and renamed to it when the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -41,35 +41,36 @@ def replacing(path):
     finally:
         Path(temporary).unlink(missing_ok=True)
 
-# %% ../nbs/02_files.ipynb #a4a640bd
+# %% ../nbs/02_files.ipynb #e96f4875
 def write_atomic(path, data: bytes | str) -> Path:
     """Write `data` to `path` through `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
-
+# %% ../nbs/02_files.ipynb #c9c5c75e
 def write_json(path, obj) -> Path:
     """Write `obj` as JSON with sorted keys, atomically: equal content gives equal bytes."""
     return write_atomic(
         path, json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     )
 
-# %% ../nbs/02_files.ipynb #c4b0d4bb
+# %% ../nbs/02_files.ipynb #b331c163
 def find_root(start=None) -> Path:
-    """The nearest folder at or above `start` (default: the working folder) that holds `params.yaml`."""
+    """The nearest folder at or above `start` (default: the working folder) that has `params.yaml`."""
     start = Path(start or Path.cwd()).resolve()
     for folder in [start, *start.parents]:
         if (folder / "params.yaml").is_file():
             return folder
     raise FileNotFoundError(
-        f"no params.yaml in {start} or any folder above it: run this inside a MeFEm checkout"
+        f"no params.yaml in {start} or any folder above it: run this inside a checkout of MeFEm"
     )
 
-
+# %% ../nbs/02_files.ipynb #c4b0d4bb
 def cache_folders(kind: str | None = None) -> list[Path]:
-    """Where files that were fetched or worked out once are looked for, in order: `$MEFEM_CACHE`, `data/{kind}` of the checkout
-    (where there is one and a `kind`), `~/.cache/mefem`. What is missing is written into the first."""
+    """Folders of files that were fetched or computed once, in the order of search; the first is written to.
+
+    `$MEFEM_CACHE`, `data/{kind}` of the checkout (where there is one and a `kind`), `~/.cache/mefem`."""
     folders = [Path(os.environ["MEFEM_CACHE"])] if os.environ.get("MEFEM_CACHE") else []
     if kind:
         with contextlib.suppress(FileNotFoundError):

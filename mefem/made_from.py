@@ -18,7 +18,7 @@ import mefem
 
 # %% ../nbs/04_made_from.ipynb #5cde9ad1
 def settings_hash(section) -> str:
-    """12 hexadecimal digits of the SHA-256 of a section (or any JSON object), independent of the order of keys.
+    """12 hexadecimal digits of the SHA-256 of a section (or any JSON object), whatever the order of keys.
 
     The `runtime` of a `Pretrain` section is left out: it does not change what a run computes."""
     plain = (
@@ -39,7 +39,7 @@ def _file_digest(path: str, size: int, changed: int) -> bytes:
 
 # %% ../nbs/04_made_from.ipynb #61b0d491
 def files_hash(files, root=None) -> str:
-    """16 hexadecimal digits over names (below `root`, if given), sizes and ends of files; a missing file counts as such."""
+    """16 hexadecimal digits over names (below `root`, if given), sizes and ends of files, missing or not."""
     total = hashlib.sha256()
     for path in map(Path, files):
         name = path.relative_to(root).as_posix() if root else path.name
@@ -49,9 +49,17 @@ def files_hash(files, root=None) -> str:
             total.update(_file_digest(str(path), stat.st_size, stat.st_mtime_ns))
     return total.hexdigest()[:16]
 
+# %% ../nbs/04_made_from.ipynb #b029e3b6
+def _is_text(node) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
 # %% ../nbs/04_made_from.ipynb #97e1c1e5
 def syntax(text: str) -> str:
-    """The syntax tree of Python source as text, without comments, docstrings, line numbers and nbdev's `__all__`."""
+    """The syntax tree of Python source as text, without comments, docstrings, line numbers and `__all__`."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -68,14 +76,6 @@ def syntax(text: str) -> str:
     ]
     return ast.dump(tree)
 
-
-def _is_text(node) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
 # %% ../nbs/04_made_from.ipynb #6d36a04b
 PACKAGE = Path(mefem.__file__).parent
 
@@ -89,7 +89,7 @@ def _path(module: str, package: Path) -> Path | None:
 def _read(path: Path, size: int, changed: int) -> tuple[str, tuple]:
     """(hash of the syntax tree, names that are imported: (level, module, name))."""
     text = path.read_text(encoding="utf-8")
-    names = []
+    names: list[tuple[int, str, str | None]] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names += [(0, alias.name, None) for alias in node.names]
@@ -107,8 +107,8 @@ def _module(module: str, package: Path) -> tuple[str, tuple]:
 
 # %% ../nbs/04_made_from.ipynb #9d12ea8d
 def _targets(names, home: tuple, package: Path) -> set[str]:
-    """Modules of the package among imported names; `home`: the parts of the importing module's package below mefem."""
-    found = set()
+    """Modules of the package among imported names; `home`: parts of the importer's package below mefem."""
+    modules: set[str] = set()
     for level, module, name in names:
         if level:
             base = (*home[: len(home) - level + 1], *filter(None, module.split(".")))
@@ -118,25 +118,26 @@ def _targets(names, home: tuple, package: Path) -> set[str]:
             continue
         for parts in (base, (*base, name) if name else ()):
             if parts and _path(".".join(parts), package):
-                found.add(".".join(parts))
-    return found
+                modules.add(".".join(parts))
+    return modules
 
 
 def closure(*modules: str, package: Path = PACKAGE) -> tuple[str, ...]:
     """`modules` and all modules of the package that they import, directly or not, sorted."""
-    found, waiting = set(), list(modules)
+    reached: set[str] = set()
+    waiting = list(modules)
     while waiting:
-        if (module := waiting.pop()) not in found:
-            found.add(module)
+        if (module := waiting.pop()) not in reached:
+            reached.add(module)
+            _, names = _module(module, package)
             path = _path(module, package)
             parts = tuple(module.split("."))
-            waiting += _targets(
-                _module(module, package)[1], parts if path.name == "__init__.py" else parts[:-1], package
-            )
+            home = parts if path and path.name == "__init__.py" else parts[:-1]
+            waiting += _targets(names, home, package)
             waiting += [
                 ".".join(parts[:i]) for i in range(1, len(parts))
             ]  # the packages it is in are run too
-    return tuple(sorted(found))
+    return tuple(sorted(reached))
 
 # %% ../nbs/04_made_from.ipynb #bd60235e
 def code_hashes(*modules: str, package: Path = PACKAGE) -> dict[str, str]:
@@ -145,7 +146,7 @@ def code_hashes(*modules: str, package: Path = PACKAGE) -> dict[str, str]:
 
 
 def code_hash(*modules: str, package: Path = PACKAGE) -> str:
-    """12 hexadecimal digits over the syntax trees of `modules` and of all that they import from this package."""
+    """12 hexadecimal digits over the syntax trees of `modules` and of all their imports from this package."""
     return settings_hash(code_hashes(*modules, package=package))
 
 # %% ../nbs/04_made_from.ipynb #59f6c410
@@ -186,7 +187,7 @@ def notebook_code(path) -> str:
 
 
 def stage_code(path, package: Path = PACKAGE) -> dict:
-    """{'notebook': hash of a stage notebook's code, 'modules': hash of each module in the closure of what it imports}."""
+    """{'notebook': hash of a stage notebook's code, 'modules': hashes of all modules that it imports}."""
     text = notebook_code(path)
     names = [
         (node.level, node.module, alias.name)
@@ -204,7 +205,7 @@ def stage_code(path, package: Path = PACKAGE) -> dict:
 
 # %% ../nbs/04_made_from.ipynb #a38d2356
 def write_stage_code(notebooks, out, package: Path = PACKAGE) -> list[Path]:
-    """`stage_code` of each notebook in the folder `notebooks` as `out`/<stage>.json; one whose content stays is not touched."""
+    """`stage_code` of each notebook in the folder `notebooks` as `out`/<stage>.json."""
     from mefem.files import write_json
 
     return [

@@ -12,36 +12,24 @@ from .datasets.core import NOTE, get_reader
 from .files import write_json
 
 # %% ../nbs/39_provide.ipynb #3f3f1760
-def provide_dataset(
-    name: str,
-    root,
-    photographs: int = 0,
-    seed: int = 0,
-    size: int = 320,
-    variety: float = 1.0,
-    jobs=None,
-    progress: bool = True,
-) -> dict:
-    """Bring `root` = data/raw/<name> to a known state; returns {"state": "simulated" | "publisher" | "absent", "reason": ...}.
+def provide_dataset(name: str, root, photographs: int = 0, progress: bool = True, **simulation) -> dict:
+    """Bring `root` = data/raw/<name> to a known state; returns its name, state and reason.
 
-    Simulates `photographs` people unless the publisher's files are there; with 0, removes what an earlier profile simulated."""
-    from mefem.simulate.publishers import is_ours, remove_simulated, simulate_dataset
+    The state is "publisher" where the publisher's files are there; else "simulated" with `photographs`
+    people; else "absent", and photographs that an earlier profile simulated are removed. `simulation`: seed,
+    size, variety and jobs of `simulate_dataset`.
+    """
+    from mefem.simulate.run import is_ours, remove_simulated, simulate_dataset
 
     root, reader = Path(root), get_reader(name)
     (root / NOTE).unlink(missing_ok=True)
-    if not is_ours(root) and (found := reader.state(root))[0] == "present":
-        return {"dataset": name, "state": "publisher", "reason": found[1]}
+    if not is_ours(root):
+        state, reason = reader.state(root)
+        if state == "present":
+            return {"dataset": name, "state": "publisher", "reason": reason}
     if photographs:
-        simulate_dataset(
-            name,
-            root,
-            photographs=photographs,
-            seed=seed,
-            size=size,
-            variety=variety,
-            jobs=jobs,
-            progress=progress,
-        )
+        simulation = {"seed": 0} | simulation
+        simulate_dataset(name, root, photographs=photographs, progress=progress, **simulation)
         return {"dataset": name, "state": "simulated", "reason": reader.state(root)[1]}
     remove_simulated(name, root)
     absent = {"dataset": name, "state": "absent", "reason": reader.state(root)[1]}

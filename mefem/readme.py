@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'ROWS', 'COLUMNS', 'SENTENCES', 'TARGETS', 'HEADS', 'RIVALS', 'read_results', 'machine_of', 'time_of',
-           'cell_text', 'small_table', 'people_of', 'run_of', 'sentence', 'findings', 'about', 'readme_text',
+           'people_of', 'cell_text', 'small_table', 'run_of', 'sentence', 'findings', 'about', 'readme_text',
            'write_readme']
 
 # %% ../nbs/65_readme.ipynb #25d9b13d
@@ -27,16 +27,16 @@ def read_results(figures) -> dict:
     """The result files behind the page, by the names in `FILES`; an empty mapping for one that is not there.
 
     Raises ValueError where a file is not JSON."""
-    found = {}
+    results = {}
     for name, file in FILES.items():
         path = Path(figures) / file
         try:
-            found[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            results[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); the graph writes it: run `make reproduce`"
             ) from None
-    return found
+    return results
 
 # %% ../nbs/65_readme.ipynb #cdb75bb5
 def machine_of(hardware: dict) -> str:
@@ -45,11 +45,21 @@ def machine_of(hardware: dict) -> str:
         return "a machine that left no record"
     return hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu'] or 'an unnamed processor'}"
 
-
+# %% ../nbs/65_readme.ipynb #6d48f078
 def time_of(seconds: float) -> str:
     """A duration as text, in minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+# %% ../nbs/65_readme.ipynb #78aec366
+def people_of(rows: dict) -> str:
+    """The people that the patches were tested on; empty where nothing was run."""
+    run = [cell for cell in rows.get("MeFEm / Patches", {}).values() if cell["state"] == "present"]
+    if not run:
+        return ""
+    most = max(run, key=lambda cell: cell["n"])
+    kind = "simulated" if most["simulated"] else "real"
+    return f"{most['n']:,} photographs of {most['persons']:,} {kind} people"
 
 # %% ../nbs/65_readme.ipynb #b258e5d0
 ROWS = {
@@ -71,9 +81,11 @@ def cell_text(cell: dict) -> str:
         return f"not run: {cell.get('state', 'no result')}"
     return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
-
+# %% ../nbs/65_readme.ipynb #64a842cf
 def small_table(rows: dict) -> str:
-    """MeFEm's patches beside the untrained encoder's and the pixels, in Markdown; `rows` as in learned_cells.json."""
+    """MeFEm's patches beside the untrained encoder's and the pixels, in Markdown.
+
+    `rows` as in learned_cells.json."""
     lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
     lines += [
         [label, *(cell_text(rows.get(row, {}).get(column, {})) for column in COLUMNS)]
@@ -81,20 +93,12 @@ def small_table(rows: dict) -> str:
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-# %% ../nbs/65_readme.ipynb #78aec366
-def people_of(rows: dict) -> str:
-    """On whom the patches were tested, from the cell with most photographs; empty where nothing was run."""
-    run = [cell for cell in rows.get("MeFEm / Patches", {}).values() if cell["state"] == "present"]
-    if not run:
-        return ""
-    most = max(run, key=lambda cell: cell["n"])
-    return f"{most['n']:,} photographs of {most['persons']:,} {'simulated' if most['simulated'] else 'real'} people"
-
 # %% ../nbs/65_readme.ipynb #2b61a8e6
 SENTENCES = {
     "beats": "{run} MeFEm predicts {target} better than {rival}, beyond noise: {numbers}.",
     "loses": "{run} MeFEm predicts {target} worse than {rival}, beyond noise: {numbers}.",
-    "inconclusive": "{run} it is inconclusive whether MeFEm predicts {target} better than {rival}: {numbers}.",
+    "inconclusive": "{run} it is inconclusive whether MeFEm predicts {target} better than {rival}: "
+    "{numbers}.",
 }
 TARGETS = {"BMI r2": "body mass index", "Age (years) r2": "age"}
 HEADS = {
@@ -108,7 +112,7 @@ def run_of(seeds: int) -> str:
     """How a claim begins: it reaches as far as its seeds."""
     return "In this one run" if seeds == 1 else f"Over {seeds} seeds of pretraining"
 
-
+# %% ../nbs/65_readme.ipynb #97306f83
 def sentence(cell: dict, rival: str, against: dict, target: str, seeds: int) -> str:
     """What the verdict in `cell[rival]` says; `against` is the rival's cell."""
     pair = cell[rival]
@@ -122,24 +126,29 @@ def sentence(cell: dict, rival: str, against: dict, target: str, seeds: int) -> 
 
 # %% ../nbs/65_readme.ipynb #f8cebec3
 def findings(rows: dict, seeds: int) -> dict[str, list[str]]:
-    """Head -> a sentence for each comparison that was made with it, or why there is none; `rows` as in learned_cells.json."""
-    found = {}
+    """Head -> a sentence per comparison that was made with it, or why there is none.
+
+    `rows`: learned_cells.json's."""
+    sentences = {}
     for row, head in HEADS.items():
-        found[head] = []
+        sentences[head] = []
         for column, target in TARGETS.items():
             cell = rows.get(row, {}).get(column, {})
-            made = [rival for rival in RIVALS if rival in cell]
-            said = [sentence(cell, rival, rows[cell[rival]["row"]][column], target, seeds) for rival in made]
-            found[head] += said or [
-                f"{target}: {cell_text(cell) if cell.get('state') != 'present' else 'compared with nothing'}."
-            ]
-    return found
+            compared = [rival for rival in RIVALS if rival in cell]
+            for rival in compared:
+                against = rows[cell[rival]["row"]][column]
+                sentences[head].append(sentence(cell, rival, against, target, seeds))
+            if not compared:
+                reason = "compared with nothing" if cell.get("state") == "present" else cell_text(cell)
+                sentences[head].append(f"{target}: {reason}.")
+    return sentences
 
 # %% ../nbs/65_readme.ipynb #294fa794
 def about(figures) -> dict:
     """What the template may show, all of it from the files in `figures`."""
-    found = read_results(figures)
-    provenance, rows = found["provenance"], found["learned"].get("rows", {})
+    results = read_results(figures)
+    provenance = results["provenance"]
+    rows = results["learned"].get("rows", {})
     pretraining = provenance.get("pretraining", {})
     seeds = len(pretraining.get("seeds", [0]))
     seconds = provenance.get("stages", {}).values()
@@ -155,21 +164,16 @@ def about(figures) -> dict:
         "people": people_of(rows),
         "table": small_table(rows),
         "findings": findings(rows, seeds),
-        "summary": found["table4"].get("summary"),
+        "summary": results["table4"].get("summary"),
     }
 
-
+# %% ../nbs/65_readme.ipynb #fecfca82
 def readme_text(template, figures) -> str:
     """README.md from the text of its template and the results in `figures`: equal files give equal text."""
-    return (
-        Environment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-        )
-        .from_string(template)
-        .render(about(figures))
-    )
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return Environment(undefined=StrictUndefined, **options).from_string(template).render(about(figures))
 
-
+# %% ../nbs/65_readme.ipynb #086c5d16
 def write_readme(root) -> str:
     """Write README.md of the checkout `root` from nbs/README.md.jinja and figures/; returns the text."""
     root = Path(root)

@@ -480,8 +480,8 @@ def _client(address: str, timeout: float):
 def on_cluster(address: str | None = None, timeout: float = 30):
     """Within it, joblib works on the Dask cluster at `address` (default: $MEFEM_CLUSTER).
 
-    Without an address it works on this machine.     `timeout`: seconds to wait for the scheduler, and for
-    the first worker. Workers should have one thread each.
+    Without an address it works on this machine. `timeout`: seconds to wait for the scheduler, and for the
+    first worker. Workers should have one thread each.
     """
     address = address or os.environ.get("MEFEM_CLUSTER")
     if not address:
@@ -498,7 +498,7 @@ LEAKS = "leaks.json"
 
 
 def leaked_keys(faces, name: str) -> set[str]:
-    """Keys of data set `name` that leaks.json in `faces` (data/faces) lists: near-duplicates of evaluation photographs."""
+    """Keys of data set `name` that `faces`/leaks.json lists: near-duplicates of evaluation photographs."""
     path = Path(faces) / LEAKS
     try:
         return set(json.loads(path.read_bytes())["leaked"].get(name, ()))

@@ -1,4 +1,4 @@
-"""Table 4: the paper's rows and claims, verdicts from paired intervals over people and seeds, one run at a time."""
+"""Table 4: the paper's rows and claims, verdicts over people and seeds, one run at a time."""
 
 import io
 import json
@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from mefem.ablations import (
-    LABELS,
     ORDERINGS,
+    TABLE4,
     TABLE4_ROWS,
     VERDICTS,
     absent_data,
@@ -24,7 +24,6 @@ from mefem.ablations import (
     rows_of,
     run_folder,
     summary_of,
-    table4,
     verdict,
     write_table4,
 )
@@ -33,6 +32,7 @@ from mefem.metrics import paired_difference, write_result
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
 from mefem.shards import write_manifest, write_shard
+from mefem.tables import cells_of
 from mefem.training import build, pretrain
 
 PAPER = """
@@ -58,8 +58,7 @@ Patches + CLS	Stripes 3/14	1.0	Circular	0.446	3.627
 
 def test_rows_are_the_papers():
     found = [
-        [LABELS[r.feature_set], r.masking, r.p, r.weights, *(f"{v:.3f}" for v in r.paper)]
-        for r in TABLE4_ROWS
+        [*(r.labels[field] for field in TABLE4.headings), *(f"{v:.3f}" for v in r.paper)] for r in TABLE4_ROWS
     ]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
 
@@ -70,12 +69,12 @@ def test_runs_differ_only_in_what_their_row_says(root, profile):
     base = ablation_settings(settings, "cls05").model_dump()
     names = {"stripes": "Stripes", "quadrant": "Quadrants", "multiblock": "Multiblock"}
     for row in TABLE4_ROWS:
-        config = ablation_settings(settings, row.run)
+        config = ablation_settings(settings, row.source)
         masking = names[config.masking.kind] + (
             f" {config.masking.width}/14" if config.masking.kind == "stripes" else ""
         )
         p = config.masking.cls_in_source
-        assert (row.masking, row.p, row.weights) == (
+        assert tuple(row.labels[field] for field in ("masking", "p", "weights")) == (
             masking,
             "—" if p is None else f"{p:.1f}",
             config.weights.kind.capitalize(),
@@ -143,10 +142,10 @@ def made_up(folder, settings, quality, people=150, seeds=(0,)):
             "run": {
                 "pictures": 99,
                 "parameters": 10**5,
-                "settings": ablation_settings(settings, row.run).model_dump(mode="json"),
+                "settings": ablation_settings(settings, row.source).model_dump(mode="json"),
             },
         }
-        write_result(folder / row.run, ProbeResult(pd.concat(frames), info), 200)
+        write_result(folder / row.source, ProbeResult(pd.concat(frames), info), 200)
     return folder
 
 
@@ -159,7 +158,7 @@ def settings(root):
 
 def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
     quality = {"stripes3": 1.0, "multiblock": 3.0, "quadrant": 0.2, "stripes2": 1.0, "stripes4": 1.02}
-    made_up(tmp_path, settings, lambda row: quality.get(row.run), seeds=(0, 1, 2))
+    made_up(tmp_path, settings, lambda row: quality.get(row.source), seeds=(0, 1, 2))
     found = orderings(tmp_path, replicates=400).set_index("claim")
     assert found.verdict["Stripes beat multiblock"] == "supported"
     assert found.verdict["Stripes beat quadrants"] == "contradicted"
@@ -175,13 +174,13 @@ def test_verdicts_follow_the_paired_bootstrap(tmp_path, settings):
     assert found.paper["Stripes beat multiblock"] == pytest.approx(0.447 - 0.371)
     words = summary_of(found.reset_index())
     assert (
-        "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. 9 could not be tested."
-        in words
+        "13 orderings these runs, 3 seeds per row, support 1 and contradict 1; 2 are inconclusive. "
+        "9 could not be tested." in words
     )
 
 
 def test_one_seed_decides_nothing_however_wide_the_gap(tmp_path, settings):
-    made_up(tmp_path, settings, lambda row: 9.0 if row.run == "multiblock" else 0.1)
+    made_up(tmp_path, settings, lambda row: 9.0 if row.source == "multiblock" else 0.1)
     found = orderings(tmp_path, replicates=400)
     assert (
         found.low[found.claim == "Stripes beat multiblock"].item() > 1
@@ -194,7 +193,7 @@ def test_one_seed_decides_nothing_however_wide_the_gap(tmp_path, settings):
 
 
 def test_seeds_that_disagree_leave_it_inconclusive(tmp_path, settings):
-    """Many people, three seeds: what differs between the seeds is larger than the gap, which over people alone would be far from 0."""
+    """Many people, three seeds: the seeds differ by more than the gap, which people alone would decide."""
     truth = 26 + 5 * np.random.default_rng(0).standard_normal(400)
     for run, errors in (("stripes3", (1.0, 2.4, 3.6)), ("multiblock", (2.0, 3.0, 4.0))):
         frames = [
@@ -222,14 +221,14 @@ def test_an_interval_that_holds_zero_tells_nothing():
 
 
 def test_claims_are_pairs_of_rows_in_the_papers_order(settings):
-    paper = {(row.run, row.feature_set): row.paper[0] for row in TABLE4_ROWS}
+    paper = {(row.source, row.feature_set): row.paper[0] for row in TABLE4_ROWS}
     assert all(paper[better] > paper[worse] for _, better, worse in ORDERINGS)
     assert len({claim for claim, *_ in comparisons(settings)}) == len(comparisons(settings)) > len(ORDERINGS)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, seeds):
-    results = made_up(tmp_path / "results", settings, lambda row: 2.0 + len(row.run) / 20, seeds=seeds)
+    results = made_up(tmp_path / "results", settings, lambda row: 2.0 + len(row.source) / 20, seeds=seeds)
     text = write_table4(results, tmp_path / "a", settings, 200)
     assert text == write_table4(results, tmp_path / "b", settings, 200)
     names = {
@@ -248,10 +247,12 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
     cells = pd.read_csv(tmp_path / "a" / "table4.csv")
     assert len(cells) == 2 * len(rows) and (cells.state == "present").all()
     for row in TABLE4_ROWS:
-        labels = [LABELS[row.feature_set], row.masking, row.p, row.weights]
+        labels = [row.labels[field] for field in TABLE4.headings]
         (line,) = [x for x in text.splitlines() if [part.strip() for part in x.split("|")[1:5]] == labels]
         assert f" {row.paper[0]:.3f} " in line and f" {row.paper[1]:.3f} " in line
-        stored = json.loads((results / row.run / f"bmi.{row.feature_set}.json").read_text())["values"]["r2"]
+        stored = json.loads((results / row.source / f"bmi.{row.feature_set}.json").read_text())["values"][
+            "r2"
+        ]
         assert f"{stored['value']:.3f} [{stored['low']:.3f}, {stored['high']:.3f}]" in line
     assert (
         "Simulated people" in text
@@ -265,9 +266,9 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
 
 
 def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings):
-    results = made_up(tmp_path, settings, lambda row: None if row.run == "quadrant" else 2.0)
+    results = made_up(tmp_path, settings, lambda row: None if row.source == "quadrant" else 2.0)
     found = costs(results, rows_of(settings)).set_index("run")
-    assert set(found.index) == {row.run for row in rows_of(settings)} - {"quadrant"}
+    assert set(found.index) == {row.source for row in rows_of(settings)} - {"quadrant"}
     assert found.of_the_paper.sum() == 8 and not found.of_the_paper["share25"]
     config = ablation_settings(settings, "cls05")
     assert found.operations_per_picture["cls05"] == sum(step_operations(build(config)).values())
@@ -287,7 +288,7 @@ def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings)
 def test_rows_that_were_not_run_say_so(tmp_path, settings):
     text = write_table4(tmp_path / "nothing", tmp_path, settings, 200)
     assert text.count("not run: no result") == 2 * len(rows_of(settings)) and "nothing has been run" in text
-    assert table4(tmp_path / "nothing").value.isna().all()
+    assert cells_of(tmp_path / "nothing", TABLE4).value.isna().all()
 
 
 # ---- the runs themselves, tiny
@@ -397,7 +398,7 @@ def test_absent_data_are_a_state_and_train_nothing(home, capsys):
     assert "stripes3-0 not run: bmi: data absent" in capsys.readouterr().out
     text = write_table4(collect(settings, home, home / "data" / "ablations"), home / "figures", settings, 100)
     assert text.count("not run: bmi: data absent") == 2 * sum(
-        row.run in settings.ablation_runs for row in rows_of(settings)
+        row.source in settings.ablation_runs for row in rows_of(settings)
     )
 
 

@@ -1,4 +1,7 @@
-"""Everything the web and other people's files can hold: each has a named reason, nothing is lost, the rest is unharmed."""
+"""Everything the web and other people's files can hold.
+
+Each has a named reason, nothing is lost, the rest is unharmed.
+"""
 
 import io
 import json
@@ -50,7 +53,7 @@ from mefem.shards import (
 FACE = Image.fromarray(cartoon())  # 512 x 512, BlazeFace finds it
 
 
-# --- pictures, through the whole stage with the detector -------------------------------------------------------------
+# --- pictures, through the whole stage with the detector ---------------------------------------
 
 
 def png_of(width, height, size=2000):
@@ -244,7 +247,7 @@ def test_damage_never_raises_anything_but_image_error(format):
     assert outcomes["refused"] > 20
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------
+# --- boxes -------------------------------------------------------------------------------------
 
 BOXES = {
     "[100, 100, 200, 200]": SUCCESS,
@@ -311,7 +314,7 @@ def test_fuzz_boxes(text):
     min_side=st.integers(1, 300),
 )
 def test_fuzz_geometry(box, scale, width, height, min_side):
-    """A square that passes lies in the picture, holds the pixels, is centred on the box and `scale` times as long."""
+    """A square that passes is inside the picture, centred on the box and `scale` times as long."""
     try:
         x0, y0, side = check_square(face_square(box, scale), width, height, min_side)
     except CropError as error:
@@ -341,7 +344,7 @@ def test_fuzz_crop(box, size):
         pass
 
 
-# --- tars ------------------------------------------------------------------------------------------------------------
+# --- tars --------------------------------------------------------------------------------------
 
 
 def member(tar, name, data=b"", kind=tarfile.REGTYPE, target=""):
@@ -392,7 +395,7 @@ def test_hostile_members_are_refused_and_the_rest_is_read(tmp_path):
 
 
 def test_a_hostile_download_is_counted(tmp_path):
-    """img2dataset's tar with a link, a name twice, a photograph without its json, and a json without its photograph."""
+    """img2dataset's tar with a link, a duplicate name, and a photograph and a json without each other."""
     rows = [facecaption_row(number) for number in range(5)]
     make_facecaption(
         tmp_path / "raw", rows, [[(row, SUCCESS, photo(number), {}) for number, row in enumerate(rows)]]
@@ -480,7 +483,7 @@ def test_a_key_that_comes_twice_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------------
+# --- CSV ---------------------------------------------------------------------------------------
 
 HEADER = "image,height,weight,bmi,sex,person,note\n"
 ROW = "1.jpg,180,81,25,male,7,\n"
@@ -599,7 +602,10 @@ LISTS = {  # data set -> (its list, how it begins)
     keep=st.booleans(),
 )
 def test_fuzz_lists_of_all_publishers(tmp_path, name, data, keep):
-    """Any bytes in the place of a publisher's list, or behind its beginning: rows, or a DatasetError that names the file."""
+    """Any bytes in the place of a publisher's list, or behind its beginning.
+
+    Rows, or a DatasetError that names the file.
+    """
     file, head = LISTS[name]
     for folder in ("clips", "video", "images", "1.25/train", "img_celeba"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -641,7 +647,7 @@ def test_fuzz_csv_round_trip(tmp_path_factory, table):
     assert [[row[name] for name in names] for row in bmi.read_csv(path)] == table
 
 
-# --- parquet ---------------------------------------------------------------------------------------------------------
+# --- parquet -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -694,7 +700,7 @@ def test_fairface_of_another_schema(tmp_path, column, values, message):
         crop_dataset("fairface", tmp_path / "raw", tmp_path / "faces", framing="dataset", **QUICK)
 
 
-# --- a full disk, and kills ------------------------------------------------------------------------------------------
+# --- a full disk, and kills --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -749,7 +755,7 @@ KILLER = """
 import os, signal, sys
 {imports}
 after, nth = {after}, 0
-while True:  # one child for each file that the stage renames into place; this process itself stays without threads
+while True:  # one child for each file that the stage renames into place; this process stays without threads
     nth += 1
     out = {out!r} + str(nth)
     child = os.fork()
@@ -771,7 +777,7 @@ while True:  # one child for each file that the stage renames into place; this p
 
 
 def kill_everywhere(imports, work, out, after=False) -> int:
-    """Run `work` again and again, into `out`1, 2, ..., killed (signal 9) at its n-th file; how many files it had."""
+    """Run `work` into `out`1, 2, ..., killed (signal 9) at its n-th file; the number of files it had."""
     code = KILLER.format(imports=imports, work=work, out=str(out), after=after)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     return len(list(out.parent.glob(f"{out.name}[0-9]*"))) - 1
@@ -795,10 +801,10 @@ def test_a_kill_at_any_file_of_the_crop_stage(captions, tmp_path, after):
 
 FAKE_PEOPLE = """
 import pickle, sys, types
-import mefem.simulate.further as F, mefem.simulate.publishers as S
+import mefem.simulate.publishers as P, mefem.simulate.run as S
 sys.modules["mefem.simulate.render"] = types.SimpleNamespace(load_bust=lambda: None)
-S.UNIT, S._describe, F.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
-S.make_unit = F.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
+S.UNIT, P._describe, P.celeba_attributes = 2, lambda row: "a face", lambda row, rng: [1] * 40
+P.make_unit = lambda *args, **kwargs: pickle.load(open({people!r}, "rb"))
 """
 
 
@@ -833,7 +839,7 @@ def people(tmp_path_factory):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("name", ["facecaption", "avspeech", "sfhq", "celeba", "fairface", "mcd-rppg", "bmi"])
 def test_a_kill_at_any_file_of_the_simulator(people, tmp_path, name, after):
-    """Killed before or after each file that it renames into place, the second run ends with the first one's bytes, and no more."""
+    """Killed before or after any file that it renames into place, the second run ends with the same bytes."""
     head = FAKE_PEOPLE.format(people=people)
     work = "S.simulate_dataset({name!r}, {out}, photographs=4, seed=1, size=256, jobs=1, progress=False)"
     files = kill_everywhere(head, work.format(name=name, out="out"), tmp_path / "raw", after)
@@ -868,7 +874,9 @@ def test_reader_of_an_image_that_is_a_folder(tmp_path):
 
 
 def same_after_a_kill(imports, work, folder, after) -> int:
-    """Kill `work` (a call with `out`) at each of its files, run it again; every folder then has the files of one that nothing killed.
+    """Kill `work` (a call with `out`) at each of its files, run it again.
+
+    Every folder then has the files of one that nothing killed.
 
     The hidden file that the killed process was writing may still lie there; nothing reads it."""
     files = kill_everywhere(imports, work, folder, after)
@@ -927,7 +935,8 @@ def test_a_kill_at_any_file_of_the_probes(tmp_path, after):
     }
     (tmp_path / "a" / "bmi.json").write_text(json.dumps(about))
     work = (
-        f"evaluate_encoder({str(tmp_path / 'a')!r}, out, ('bmi',), ('cls', 'patches'), folds=2, epochs=2, lrs=(1e-2,), weight_decays=(0.1,), "
+        f"evaluate_encoder({str(tmp_path / 'a')!r}, out, ('bmi',), ('cls', 'patches'), folds=2, epochs=2, "
+        "lrs=(1e-2,), weight_decays=(0.1,), "
         "validation=0.2, bootstrap=100, hidden=4, progress=False)"
     )
     assert (

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mefem.cli import app
 from mefem.config import Probing
 from mefem.models import create_encoder, save_encoder
-from mefem.report import stage_durations
+from mefem.provenance import stage_durations
 from mefem.shards import read_labels, read_manifest
 
 KWARGS = dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)

@@ -107,7 +107,7 @@ def test_wrong_settings_are_refused_by_name(root, tmp_path, change, named):
 def test_duplicate_key_and_broken_yaml(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("profile: demo\nprofile: smoke\n")
-    with pytest.raises(SettingsError, match="'profile' stands twice"):
+    with pytest.raises(SettingsError, match="duplicate key 'profile' in one section"):
         load_settings(path)
     path.write_text("profile: [demo\n")
     with pytest.raises(SettingsError, match="not valid YAML"):

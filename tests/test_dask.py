@@ -1,4 +1,7 @@
-"""The crop stage on a cluster of two worker processes: the bytes of a serial run, also when one of them is killed."""
+"""The crop stage on a cluster of two worker processes.
+
+The bytes of a serial run, also when one of them is killed.
+"""
 
 import os
 import shutil

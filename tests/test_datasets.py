@@ -18,6 +18,7 @@ from mefem.crop import Cropping, crop_dataset, crop_one, crop_photographs
 from mefem.datasets import core, facecaption, fairface
 from mefem.datasets.core import READERS, DatasetError, get_reader, iter_rows
 from mefem.faces import encode_crop, read_image
+from mefem.labels import FAIRFACE_CLASSES
 from mefem.shards import (
     SUCCESS,
     ShardError,
@@ -42,7 +43,7 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-# --- FaceCaption -----------------------------------------------------------------------------------------------------
+# --- FaceCaption -------------------------------------------------------------------------------
 
 
 def facecaption_row(number, url=None, box="[100, 100, 200, 200]"):
@@ -214,7 +215,7 @@ def test_facecaption_links_for_img2dataset(captions):
     assert links[3] == {"url": "https://x.org/4.jpg", "_id": "id4", "box": "[100, 100, 200, 200]"}
 
 
-# --- FairFace --------------------------------------------------------------------------------------------------------
+# --- FairFace ----------------------------------------------------------------------------------
 
 
 def make_fairface(folder, train=7, validation=3, **changes):
@@ -272,9 +273,24 @@ def test_fairface_takes_the_wide_release_first(tmp_path):
         get_reader("fairface", padding="2")
 
 
+def fairface_as_lists(release, out):
+    """A release in parquet once more as FairFace's authors publish it.
+
+    Pictures as files, two lists with words.
+    """
+    for split, short in (("train", "train"), ("validation", "val")):
+        rows = pq.read_table(release / f"1.25/{split}-00000-of-00001.parquet").to_pylist()
+        (out / f"1.25/{short}").mkdir(parents=True)
+        for number, row in enumerate(rows, 1):
+            (out / f"1.25/{short}/{number}.jpg").write_bytes(row["image"]["bytes"])
+        words = {name: [names[row[name]] for row in rows] for name, names in FAIRFACE_CLASSES.items()}
+        files = [f"{short}/{number}.jpg" for number in range(1, len(rows) + 1)]
+        pd.DataFrame({"file": files, **words}).to_csv(out / f"fairface_label_{short}.csv", index=False)
+
+
 def test_fairface_of_its_authors_gives_the_crops_of_the_hugging_face_release(tmp_path, monkeypatch):
     """The same photographs in both layouts: the same crops, labels, keys; one missing is counted."""
-    from mefem.simulate.publishers import fairface_as_lists, simulate_dataset
+    from mefem.simulate.run import simulate_dataset
 
     simulate_dataset("fairface", tmp_path / "hub", photographs=9, seed=3, jobs=1, progress=False)
     fairface_as_lists(tmp_path / "hub", tmp_path / "lists")
@@ -292,7 +308,7 @@ def test_fairface_of_its_authors_gives_the_crops_of_the_hugging_face_release(tmp
 
 def test_fairface_class_names_are_those_of_the_real_release(shared):
     real = fairface.class_names(shared / "fairface/0.25/train-00000-of-00001.parquet")
-    assert real == fairface.CLASS_NAMES
+    assert real == FAIRFACE_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -301,7 +317,7 @@ def test_fairface_class_names_are_those_of_the_real_release(shared):
         ("train/1.jpg,9-Mar,Male,Black,True", "line 2: age is '9-Mar', expected one of 0-2, 3-9"),
         (
             "train/1.jpg,03-Sep,Male,Black,True",
-            "more than 70. A spreadsheet took the age class 3-9 for a date and saved it so: take the authors' list anew",
+            "more than 70. A spreadsheet read the age class 3-9 as a date and saved that",
         ),
         ("train/1.jpg,Oct-19,Male,Black,True", "age is 'Oct-19', expected"),
         ("train/1.jpg,2019-10-01,Male,Black,True", "put 10-19 in place of 2019-10-01"),
@@ -344,7 +360,7 @@ def test_what_a_spreadsheet_did_to_an_age_class(age, dates):
     for date in dates:
         found = fairface.what_happened("age", date)
         assert (
-            (f"the age class {age} for a date" in found and f"put {age} in place of {date}" in found)
+            (f"the age class {age} as a date" in found and f"put {age} in place of {date}" in found)
             if age
             else found == ""
         ), date
@@ -352,7 +368,10 @@ def test_what_a_spreadsheet_did_to_an_age_class(age, dates):
 
 
 def test_a_spreadsheets_fairface_of_the_real_lists(shared, tmp_path):
-    """The authors' list with its two damaged classes, as a spreadsheet leaves it: line and remedy, at the first of them."""
+    """The authors' list with its two damaged classes, as a spreadsheet leaves it.
+
+    Line and remedy, at the first of them.
+    """
     (tmp_path / "0.25/train").mkdir(parents=True)
     for split in ("train", "val"):
         text = (shared / f"fairface/lists/fairface_label_{split}.csv").read_text()
@@ -361,7 +380,7 @@ def test_a_spreadsheets_fairface_of_the_real_lists(shared, tmp_path):
         )
     with pytest.raises(
         DatasetError,
-        match=r"fairface_label_train.csv, line \d+: age is '(03-Sep|Oct-19)'.*A spreadsheet took the age class",
+        match=r"fairface_label_train.csv, line \d+: age is '(03-Sep|Oct-19)'.*A spreadsheet read",
     ):
         get_reader("fairface").original(tmp_path)
 
@@ -380,7 +399,7 @@ def test_fairface_bad_files(tmp_path):
 
 
 def test_real_fairface_through_the_real_reader(shared, tmp_path):
-    """FairFace's tight crops: the paper's square does not fit, the publisher's own framing does, and both are counted."""
+    """FairFace's tight crops: the paper's square does not fit, the publisher's own framing does."""
     raw = tmp_path / "raw/0.25"
     raw.mkdir(parents=True)
     for split, count in (("train", 300), ("validation", 100)):
@@ -406,7 +425,7 @@ def test_real_fairface_through_the_real_reader(shared, tmp_path):
     )
 
 
-# --- BMI -------------------------------------------------------------------------------------------------------------
+# --- BMI ---------------------------------------------------------------------------------------
 
 HEADER = "image,height,weight,bmi,sex,person,haemoglobin\n"
 
@@ -479,7 +498,10 @@ def test_bmi_missing_column(tmp_path):
 
 
 def test_bmi_portraits_through_the_detector(shared, tmp_path):
-    """Real portraits in the BMI layout: detector, paper's framing, all kept; one with its face cut off is not."""
+    """Real portraits in the BMI layout: detector, paper's framing, all kept.
+
+    One with its face cut off is not.
+    """
     names = sorted(path.name for path in (shared / "frll").glob("*.jpg"))[:4]
     lines = [f"{name},170,70,,f,{number}," for number, name in enumerate([*names, "cut.jpg"])]
     make_bmi(tmp_path / "raw", "own", lines, images=())
@@ -490,12 +512,12 @@ def test_bmi_portraits_through_the_detector(shared, tmp_path):
     assert manifest["usable"] == 4 and manifest["dropped"] == {"leaves the picture": 1}
 
 
-# --- AVSpeech and other videos ----------------------------------------------------------------------------------------
+# --- AVSpeech and other videos -----------------------------------------------------------------
 
 
 def clip_of(seed, frames=8, kind="mp4"):
     """A clip of two seconds whose k-th frame is the pattern moved by k pixels."""
-    from mefem.simulate.further import encode_clip, moved
+    from mefem.simulate.publishers import encode_clip, moved
 
     return encode_clip(moved(read_image(photo(seed, 256)))[:frames], kind)
 
@@ -609,7 +631,10 @@ def test_avspeech_another_table_is_refused(tmp_path, line, message):
 
 
 def test_the_face_that_the_publisher_means(shared):
-    """Two real portraits side by side: the centre decides whose face is cropped, and a centre between walls gives none."""
+    """Two real portraits side by side.
+
+    The centre decides whose face is cropped, and a centre between walls gives none.
+    """
     names = sorted((shared / "frll").glob("*.jpg"))[:2]
     portraits = [Image.open(name).convert("RGB").resize((600, 600)) for name in names]
     both = Image.new("RGB", (1200, 600))
@@ -629,7 +654,7 @@ def test_the_face_that_the_publisher_means(shared):
     assert cropped(both, (0.5, 0.02)) == (None, "no face")
 
 
-# --- SFHQ ------------------------------------------------------------------------------------------------------------
+# --- SFHQ --------------------------------------------------------------------------------------
 
 
 def test_sfhq_is_only_made_smaller(tmp_path):
@@ -659,7 +684,7 @@ def test_sfhq_keys_are_those_of_the_published_names_and_never_two_alike(tmp_path
     assert manifest["usable"] == len(names)
 
 
-# --- CelebA ----------------------------------------------------------------------------------------------------------
+# --- CelebA ------------------------------------------------------------------------------------
 
 
 def make_celeba(root, rows=3, flat=False, value=None, count=None, partition=None, name="000003.jpg"):
@@ -726,12 +751,12 @@ def test_celeba_identities_are_names_not_numbers(tmp_path):
         ({"partition": "000001.jpg 0\n"}, "list_eval_partition.txt has no line for 000002.jpg"),
         (
             {"partition": "000001.jpg 0\n000001.jpg 0\n"},
-            "list_eval_partition.txt, line 2: 000001.jpg stands there twice",
+            "list_eval_partition.txt, line 2: duplicate row for 000001.jpg",
         ),
         ({"partition": "000001.jpg 0\n000002.jpg 3\n000003.jpg 0\n"}, "a part is 3"),
         ({"partition": "000001.jpg train\n"}, "line 1: split is 'train'; expected a file name and a number"),
         ({"partition": "000001.jpg 0\n000002.jpg\n"}, "expected a file name and a number"),
-        ({"name": "000002.png"}, "list_attr_celeba.txt, line 5: 000002.png stands there twice"),
+        ({"name": "000002.png"}, "list_attr_celeba.txt, line 5: duplicate row for 000002.png"),
         ({"name": "../000003.jpg"}, "line 5: '../000003.jpg', expected a file name"),
     ],
 )
@@ -742,9 +767,10 @@ def test_celeba_broken_lists_are_named(tmp_path, change, message):
     assert message in str(caught.value)
 
 
-# --- MCD-rPPG --------------------------------------------------------------------------------------------------------
+# --- MCD-rPPG ----------------------------------------------------------------------------------
 
-PATIENTS = """patient_id,weight,height,bmi,age,sex,upper_ap,lower_ap,saturation,hemoglobin,glycated_hemoglobin,cholesterol,step,camera,view,video
+PATIENTS = """patient_id,weight,height,bmi,age,sex,upper_ap,lower_ap,saturation,hemoglobin,\
+glycated_hemoglobin,cholesterol,step,camera,view,video
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,FullHDwebcam,front,data/video/1020_FullHDwebcam_before.avi
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,before,USBVideo,side,video/1020_USBVideo_before.avi
 1020,80,180,,40,male,120,80,98,15.0,5.5,5.1,after,FullHDwebcam,front,video/1020_FullHDwebcam_after.avi
@@ -789,7 +815,7 @@ def test_mcd_rppg_impossible_tables_are_named(patients, old, new, message):
     assert message in str(caught.value) and "db.csv" in str(caught.value)
 
 
-# --- any folder ------------------------------------------------------------------------------------------------------
+# --- any folder --------------------------------------------------------------------------------
 
 
 def test_folder_with_and_without_a_table(tmp_path):
@@ -873,10 +899,10 @@ def test_folder_table_of_another_delimiter(tmp_path, mark):
         ("image,age\na.jpg,3,4\n", "line 2: 3 cells, expected 2"),
         ('image,age\na.jpg,"3\n\nb.jpg,4\n', "cannot be read as CSV"),
         ("image,image\na.jpg,b\n", "column 'image' comes twice"),
-        ('image,note\na.jpg,"x\ny"\na.jpg,z\n', "line 4: a.jpg stands there twice"),
+        ('image,note\na.jpg,"x\ny"\na.jpg,z\n', "line 4: duplicate row for a.jpg"),
         ("file,age\na.jpg,3\n", "no column 'image'"),
         ("image\n../a.jpg\n", "image is '../a.jpg'"),
-        ("image\na.jpg\na.jpg\n", "line 3: a.jpg stands there twice"),
+        ("image\na.jpg\na.jpg\n", "line 3: duplicate row for a.jpg"),
     ],
 )
 def test_folder_bad_tables_are_named(tmp_path, table, message):
@@ -886,7 +912,7 @@ def test_folder_bad_tables_are_named(tmp_path, table, message):
     assert message in str(caught.value) and "labels.csv" in str(caught.value)
 
 
-# --- across data sets ------------------------------------------------------------------------------------------------
+# --- across data sets --------------------------------------------------------------------------
 
 
 def test_leaked_keys(tmp_path):
@@ -899,7 +925,7 @@ def test_leaked_keys(tmp_path):
         leaked_keys(tmp_path, "sfhq")
 
 
-# --- the crop stage --------------------------------------------------------------------------------------------------
+# --- the crop stage ----------------------------------------------------------------------------
 
 
 def test_result_does_not_depend_on_jobs_or_interruption(captions, tmp_path, monkeypatch):
@@ -1053,7 +1079,7 @@ def test_provide_never_touches_files_it_did_not_write(tmp_path):
 
     from mefem.datasets.core import NOTE
     from mefem.provide import provide_dataset
-    from mefem.simulate.publishers import MARKER, remove_simulated
+    from mefem.simulate.run import MARKER, remove_simulated
 
     root = tmp_path / "bmi"
     assert provide_dataset("bmi", root)["state"] == "absent"  # nothing there: a note, which is no data

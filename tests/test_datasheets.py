@@ -10,6 +10,7 @@ from PIL import Image
 from mefem import datasheets as D
 from mefem.faces import encode_crop, read_image
 from mefem.shards import SUCCESS, leaked_keys, write_manifest, write_shard
+from mefem.tables import write_frame
 
 
 def pattern(seed, size=64):
@@ -88,7 +89,7 @@ def test_lost_photograph_stops_the_stage(faces):
 
 def test_written_tables(faces, tmp_path):
     found = D.accounts(faces)
-    text = D.write_frame(D.table1(found), tmp_path, "table1", "Table 1.", D.scale_line(found, "demo"))
+    text = write_frame(D.table1(found), tmp_path, "table1", "Table 1.", D.scale_line(found, "demo"))
     assert (
         "Simulated people" in text and "15,078,935" in text and text == (tmp_path / "table1.md").read_text()
     )
@@ -177,7 +178,7 @@ def test_copies_are_found_and_only_they(faces):
     assert leaked_keys(faces, "facecaption") == {"facecaption2"} and leaked_keys(faces, "avspeech") == set()
     table = D.duplicates_table(pairs, found).set_index("Near-duplicates of")
     assert table.loc["FaceCaption-15M", ["in itself", "in BMI", "in CelebA"]].tolist() == ["0", "1", "0"]
-    assert table.loc["BMI", "in BMI"] == "", "leakage is asked about pretraining sets"
+    assert table.loc["BMI", "in BMI"] == "", "leakage is a question about pretraining sets"
 
 
 def real_hashes(images):
@@ -186,7 +187,7 @@ def real_hashes(images):
 
 
 def test_hash_on_real_faces(shared):
-    """Centred real faces are alike; still nearly all saved-again copies are found and hardly any pair of different ones."""
+    """Centred real faces are alike; still nearly all copies are found and hardly any other pair."""
     import pyarrow.parquet as pq
 
     rows = (

@@ -438,7 +438,7 @@ def test_least_side_is_that_of_the_paper_in_the_papers_framing_only():
 )
 @pytest.mark.parametrize("size", [50, 224])
 def test_padding_repeats_the_edge(square, size):
-    """As padding the picture before the resampling gives it, but for the pixels of the crop that the border cuts."""
+    """As padding the picture before the resampling, but for the pixels of the crop that the border cuts."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8))
     rgb = np.asarray(noise.resize((180, 160), Image.Resampling.BICUBIC))
     found = faces.resample_padded(Image.fromarray(rgb), square, size)

@@ -1,4 +1,7 @@
-"""The FairFace check of benchmarks/fairface.py on a few of the real photographs: every number against its own predictions."""
+"""The FairFace check of benchmarks/fairface.py on a few of the real photographs.
+
+Every number against its own predictions.
+"""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Who it works for: planted gaps are found, absent ones are not; intervals cover; skin tone and regions against references."""
+"""Who it works for: planted gaps are found, absent ones are not; intervals cover; skin tones, regions."""
 
 import io
 import json
@@ -15,7 +15,6 @@ from mefem.fairness import (
     TONES,
     Audit,
     SeesOnly,
-    adjust_all,
     adjust_gaps,
     all_gaps,
     attributes,
@@ -28,10 +27,8 @@ from mefem.fairness import (
     conformal_margins,
     coverage_terms,
     face_regions,
-    headline,
     largest_gap,
     mean_tokens,
-    page,
     person_terms,
     predictions_of,
     region_predictions,
@@ -42,8 +39,8 @@ from mefem.fairness import (
     tone_classes,
     toy_predictions,
     typology_angle,
-    write_page,
 )
+from mefem.fairness_page import adjust_all, headline, page, write_page
 from mefem.features import Features
 
 # --- regions
@@ -316,7 +313,7 @@ def planted(tmp_path_factory):
 
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("planted") / "bmi"
 
-    def draw(labels):
+    def pictures(labels):
         x = rng.normal(127, 6, (len(labels), 48, 48, 3))
         x[:, face_regions(48)["background and clothes"]] += (labels - 127)[:, None, None]
         return x.clip(0, 255).astype(np.uint8)
@@ -335,12 +332,12 @@ def planted(tmp_path_factory):
     stats = write_shard(
         folder,
         0,
-        [(m["key"], encode_crop(x), m) for m, x in zip(meta, draw(label), strict=True)],
+        [(m["key"], encode_crop(x), m) for m, x in zip(meta, pictures(label), strict=True)],
         [{**m, "status": "success"} for m in meta],
     )
     write_manifest(folder, "bmi", 120, [stats], {"size": 48}, simulated=True)
     return folder, PixelEncoder(components=8, image_size=48, device="cpu").fit(
-        draw(rng.integers(60, 200, 150))
+        pictures(rng.integers(60, 200, 150))
     )
 
 
@@ -363,7 +360,7 @@ def test_no_share_of_nothing():
     useless = predictions.assign(prediction=26.0)
     left = remaining({"whole picture": useless, "background and clothes": useless}, 200)
     assert left.share.isna().all()
-    assert "too little is read" in page([], left)
+    assert "predicts too little" in page([], left)
     predictions, _ = toy_predictions(800)
     little = predictions.assign(
         prediction=predictions.target.mean() + 0.015 * (predictions.target - predictions.target.mean())
@@ -517,6 +514,23 @@ def test_the_headline_names_the_gap_and_its_absence():
     assert headline([Audit(HAEMOGLOBIN, "data absent")]) == "Nothing has been run."
 
 
+def test_regression_to_the_mean_is_not_the_headline():
+    """A fair but poor probe of age: its gaps by age band are named; another gap leads the page."""
+    predictions, labels = toy_predictions(300, biased={"60 and over": -4.0})
+    ages = predictions.assign(target=labels.age, prediction=49 + 0.2 * (labels.age - 49))
+    people = attributes(labels)
+    weight = audit("bmi", predictions, people, replicates=300)
+    age = audit("bmi-age", ages, people, replicates=300)
+    audits = adjust_all([weight, age])
+    surest = age.gaps[age.gaps.attribute == "age band"]
+    assert surest.beyond_noise.all() and surest.gap.max() > 20  # larger than any other gap, in any unit
+    assert "in body mass index" in headline(audits)
+    assert headline([age]).startswith("**No gap between groups is beyond noise.**")
+    text = page(audits)
+    assert text.count("This is regression to the mean.") == len(surest)
+    assert "age is overestimated more for *18 to 29* than for *60 and over*" in text
+
+
 def test_gaps_of_a_large_set_are_adjusted_beside_a_set_that_has_none():
     predictions, labels = toy_predictions(300)
     few, few_labels = toy_predictions(15)
@@ -538,13 +552,13 @@ def test_a_classification_is_refused():
 def test_a_useless_probe_is_called_so():
     predictions, labels = toy_predictions(100)
     useless = predictions.assign(prediction=np.random.default_rng(0).normal(26, 0.1, len(predictions)))
-    assert "It does not read body mass index" in page(
+    assert "It does not predict body mass index" in page(
         adjust_all([audit("bmi", useless, attributes(labels), replicates=200)])
     )
 
 
 def test_the_figure_is_the_same_each_time():
-    from mefem.fairness import figure_who
+    from mefem.fairness_page import figure_who
 
     predictions, labels = toy_predictions(60)
     one = adjust_all([audit("bmi", predictions, attributes(labels), replicates=100)])

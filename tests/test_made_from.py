@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted((ROOT / "nbs" / "stages").glob("*.ipynb"))
 # What is kept between runs, and the modules whose code is part of its key.
 KEPT = {
-    "photographs": ("simulate.publishers",),
+    "photographs": ("simulate.run",),
     "crops": ("datasets.core", "datasets.bmi"),
     "checkpoints": ("training",),
     "features": ("features",),
@@ -92,7 +92,10 @@ def test_a_constant_in_any_module_of_the_closure_changes_the_key_and_prose_in_no
 
 
 def test_syntax_leaves_prose_out_and_nothing_else():
-    text = 'class A:\n    "Prose."\n    x = 1\n\n    def f(self, s="text"):\n        """More."""\n        return s  # less\n'
+    text = (
+        'class A:\n    "Prose."\n    x = 1\n\n    def f(self, s="text"):\n'
+        '        """More."""\n        return s  # less\n'
+    )
     assert syntax(text) == syntax(
         text.replace("Prose.", "Verse.")
         .replace("More.", "Less.")
@@ -159,13 +162,13 @@ from mefem.training import pretrain
 root = Path({root!r})
 faces = root / "data" / "faces" / "bmi"
 crop_dataset("bmi", root / "raw", faces, size=32, min_side=1, framing="dataset", jobs=1, progress=True)
-config = Pretrain(datasets=("bmi",), batch=4, steps=2, checkpoint_every=2, log_every=1, device="cpu", precision="fp32",
-                  predictor=dict(dim=8, depth=1, heads=2), masking=dict(width=1),
+config = Pretrain(datasets=("bmi",), batch=4, steps=2, checkpoint_every=2, log_every=1, device="cpu",
+                  precision="fp32", predictor=dict(dim=8, depth=1, heads=2), masking=dict(width=1),
                   encoder=dict(kwargs=dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)))
 encoder = pretrain(config, root=root, progress=False)
 features_of(str(encoder), [faces], root / "features" / "mefem")
-evaluate({{"mefem": (root / "features" / "mefem", root / "results")}}, ["bmi"], ["patches"], linear=False, jobs=1, device="cpu",
-         folds=2, epochs=1, batch=8, lrs=(1e-2,), weight_decays=(0.1,), bootstrap=100)
+evaluate({{"mefem": (root / "features" / "mefem", root / "results")}}, ["bmi"], ["patches"], linear=False,
+         jobs=1, device="cpu", folds=2, epochs=1, batch=8, lrs=(1e-2,), weight_decays=(0.1,), bootstrap=100)
 """
 
 

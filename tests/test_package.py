@@ -31,6 +31,9 @@ ORDER = [
     "metrics",
     "evaluation",
     "own_labels",
+    "own_pictures",
+    "export",
+    "hub",
     "report",
     "ablations",
     "fairness",
@@ -77,8 +80,9 @@ def test_import_is_light():
 
 def test_public_names_need_neither_mediapipe_nor_anny():
     loaded = run(
-        "import mefem, sys; mefem.FaceDetector, mefem.crop_face, mefem.load_encoder, mefem.embed, mefem.FaceEmbedder;"
-        "mefem.masking.StripeMasking, mefem.training.pretrain, mefem.probing.AttentivePooler; print(sorted(sys.modules))"
+        "import mefem, sys; mefem.FaceDetector, mefem.crop_face, mefem.load_encoder, mefem.embed;"
+        "mefem.FaceEmbedder, mefem.masking.StripeMasking, mefem.training.pretrain;"
+        "mefem.probing.AttentivePooler; print(sorted(sys.modules))"
     )
     assert all(f"'{heavy}'" not in loaded for heavy in ("mediapipe", "anny", "warp"))
 
@@ -86,7 +90,8 @@ def test_public_names_need_neither_mediapipe_nor_anny():
 def test_core_imports_without_mediapipe_anny_and_webdataset():
     modules = "masking, weighting, models, jepa, training, monitoring, probing, metrics"
     run(
-        "import sys\nfor name in ('mediapipe', 'anny', 'warp', 'webdataset', 'cv2'): sys.modules[name] = None\n"
+        "import sys\n"
+        "for name in ('mediapipe', 'anny', 'warp', 'webdataset', 'cv2'): sys.modules[name] = None\n"
         f"from mefem import {modules}"
     )
 

@@ -1,4 +1,4 @@
-"""README.md is what its template makes of figures/: numbers are read, and each comparison is worded by its verdict."""
+"""README.md is what its template makes of figures/: numbers are read, and verdicts choose the sentences."""
 
 import json
 import re
@@ -94,7 +94,8 @@ def test_the_verdict_chooses_the_sentence(tmp_path, template, verdict, said):
         for rival in ("the untrained encoder", "a PCA of pixels"):
             assert (
                 text.count(
-                    f"- In this one run {said.format(target, rival)}: r² 0.500 against 0.321, difference 0.12 [-0.05, 0.2]."
+                    f"- In this one run {said.format(target, rival)}: "
+                    "r² 0.500 against 0.321, difference 0.12 [-0.05, 0.2]."
                 )
                 == 2
             )

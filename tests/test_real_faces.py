@@ -65,8 +65,8 @@ def test_tasks_of_a_profile_that_does_not_exist(root, tmp_path):
 
 
 def test_the_classes_are_those_of_the_lists():
-    from mefem.datasets.fairface import CLASS_NAMES
+    from mefem.labels import FAIRFACE_CLASSES
 
     for name in ("age", "gender", "race"):
-        assert len(TASKS[f"fairface-{name}"].classes) == len(CLASS_NAMES[name])
+        assert len(TASKS[f"fairface-{name}"].classes) == len(FAIRFACE_CLASSES[name])
     assert json.dumps([row.name for row in FACES.rows]).count("as published") == 1

@@ -1,4 +1,4 @@
-"""Table 2 as a whole: every row of the paper, honest states, marks that follow the paired bootstrap, stable bytes."""
+"""Table 2 as a whole: every row of the paper, states, marks by the paired bootstrap, stable bytes."""
 
 import csv
 import json
@@ -10,30 +10,23 @@ import pandas as pd
 import pytest
 
 from mefem.features import FEATURE_SETS
+from mefem.figures import figure_learning, figure_maskings, figure_weights
 from mefem.files import write_json
 from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
 from mefem.probing import ProbeResult
+from mefem.provenance import provenance, size_of
 from mefem.report import (
+    LEARNED,
     LEARNED_ROWS,
     TABLE2,
-    TABLE2_COLUMNS,
     TABLE2_ROWS,
     TABLE3,
-    TABLE3_COLUMNS,
     TABLE3_ROWS,
     cells_json,
-    figure_learning,
-    figure_maskings,
-    figure_weights,
-    provenance,
     results_table,
-    scale_of,
-    size_of,
-    tex,
-    write_learned,
-    write_table2,
-    write_table3,
+    write_table,
 )
+from mefem.tables import About, scale_of, tex
 
 PAPER = """
 Franca	Large	Patches + CLS	0.425	3.744	0.904	0.538	0.529
@@ -47,19 +40,23 @@ MeFEm	Base	Patches + CLS	0.496	3.495	0.910	0.570	0.576
 
 
 PAPER3 = """
-MeFEm	Base	Patches	0.233	0.948	0.089	0.47	-0.060	0.621	0.136	10.8	-0.060	7.15	0.073	0.8
-MeFEm	Base	CLS	0.263	0.952	0.076	0.49	-0.084	0.640	0.058	11.8	-0.090	7.20	-0.557	1.3
-MeFEm	Base	Patches + CLS	0.234	0.959	0.055	0.48	-0.015	0.623	0.115	11.2	-0.054	7.14	0.081	0.8
-Baseline	—	Video superpixels	—	—	—	0.41	—	0.60	—	12.8	—	8.39	—	0.9
+MeFEm|Base|Patches|0.233|0.948|0.089|0.47|-0.060|0.621|0.136|10.8|-0.060|7.15|0.073|0.8
+MeFEm|Base|CLS|0.263|0.952|0.076|0.49|-0.084|0.640|0.058|11.8|-0.090|7.20|-0.557|1.3
+MeFEm|Base|Patches + CLS|0.234|0.959|0.055|0.48|-0.015|0.623|0.115|11.2|-0.054|7.14|0.081|0.8
+Baseline|—|Video superpixels|—|—|—|0.41|—|0.60|—|12.8|—|8.39|—|0.9
 """
 
 
+def printed(row):
+    return [row.labels[field] for field in ("model", "size", "features")]
+
+
 def test_the_papers_numbers():
-    third = [[r.model, r.size, r.features, *(v or "—" for v in r.paper)] for r in TABLE3_ROWS if r.paper]
-    assert third == [line.split("\t") for line in PAPER3.strip().splitlines()]
-    found = [[r.model, r.size, r.features, *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
+    third = [[*printed(r), *(v or "—" for v in r.paper)] for r in TABLE3_ROWS if r.paper]
+    assert third == [line.split("|") for line in PAPER3.strip().splitlines()]
+    found = [[*printed(r), *(f"{v:.3f}" for v in r.paper)] for r in TABLE2_ROWS if r.paper]
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
-    assert {(r.encoder, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
+    assert {(r.source, r.feature_set) for r in TABLE2_ROWS if not r.paper} == {
         ("random", "cls"),
         ("random", "patches"),
         ("random", "patches+cls"),
@@ -124,22 +121,15 @@ def results(root, noise):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = results(tmp_path_factory.mktemp("results"), {"mefem": 1.0, "random": 3.0, "pixels": 1.0})
-    text = write_table2(
-        root,
-        root / "figures",
-        "demo",
-        model="width 128, depth 4",
-        pretraining="1,600 simulated photographs",
-        replicates=300,
-        size=size_of(370_000),
-    )
+    about = About("demo", "width 128, depth 4", "1,600 simulated photographs", size_of(370_000))
+    text = write_table(TABLE2, root, root / "figures", about, 300)
     return root, text
 
 
 def test_every_cell_has_a_value_or_a_reason(run):
     root, _ = run
     rows = list(csv.DictReader((root / "figures" / "table2.csv").open()))
-    assert len(rows) == len(TABLE2_ROWS) * len(TABLE2_COLUMNS)
+    assert len(rows) == len(TABLE2_ROWS) * len(TABLE2.columns)
     for row in rows:
         if row["column"] == "CelebA accuracy":
             assert row["state"] == ("data absent" if row["model"] == "MeFEm" else "no result")
@@ -157,7 +147,7 @@ def test_numbers_can_be_traced(run):
     for row in csv.DictReader((root / "figures" / "table2.csv").open()):
         if row["state"] == "present":
             found = json.loads((root / row["file"]).read_text())
-            metric = next(c.metric for c in TABLE2_COLUMNS if c.name == row["column"])
+            metric = next(c.metric for c in TABLE2.columns if c.name == row["column"])
             assert float(row["value"]) == pytest.approx(found["values"][metric]["value"], rel=1e-5)
             assert (
                 int(row["n"]) == found["values"][metric]["n"]
@@ -184,9 +174,9 @@ def test_every_pair_is_compared_and_the_best_is_found(run):
     root, _ = run
     cells, pairs = results_table(root, TABLE2, replicates=300)
     frames = {
-        f"{r.model} / {r.features}": pd.read_parquet(root / r.encoder / f"bmi.{r.feature_set}.parquet")
+        r.name: pd.read_parquet(root / r.source / f"bmi.{r.feature_set}.parquet")
         for r in TABLE2_ROWS
-        if r.encoder in ("mefem", "random", "pixels")
+        if r.source in ("mefem", "random", "pixels")
     }
     found = pairs[pairs.column == "BMI MAE"]
     assert len(found) == len(frames) * (len(frames) - 1) // 2
@@ -220,7 +210,7 @@ def test_markdown_names_the_scale_and_lines_up(run):
         len(lines) == 2 + len(TABLE2_ROWS)
         and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     )
-    assert lines[0].count("paper") == len(TABLE2_COLUMNS)
+    assert lines[0].count("paper") == len(TABLE2.columns)
     farl = next(line for line in lines if "FaRL" in line)
     assert farl.count("not run: weights absent") == 4 and "not run: no result" in farl and "0.380" in farl
     assert next(line for line in lines if "MeFEm" in line).count("not run: data absent") == 1
@@ -241,7 +231,7 @@ def test_the_size_is_the_one_that_ran_and_the_papers_stands_at_its_numbers(run):
     ours, absent = rows["MeFEmPatches"], rows["FaRLPatches"]
     assert (
         ours.split("|")[2].strip() == "0.37 M"
-        and ours.count("(Base)") == len(TABLE2_COLUMNS)
+        and ours.count("(Base)") == len(TABLE2.columns)
         and "0.506 (Base)" in ours
     )
     assert absent.split("|")[2].strip() == "Base" and "(Base)" not in absent
@@ -305,10 +295,10 @@ def test_real_people_are_called_real():
     cells = pd.DataFrame(
         {"state": ["present"], "column": ["BMI r2"], "n": [10], "persons": [5], "simulated": [False]}
     )
-    assert "10 photographs of 5 real people" in scale_of(cells, "paper") and "Simulated" not in scale_of(
-        cells, "paper"
-    )
-    assert "nothing has been run" in scale_of(cells.assign(state="data absent"), "paper")
+    assert "10 photographs of 5 real people" in scale_of(
+        cells, About("paper")
+    ) and "Simulated" not in scale_of(cells, About("paper"))
+    assert "nothing has been run" in scale_of(cells.assign(state="data absent"), About("paper"))
 
 
 def test_latex(run):
@@ -328,14 +318,14 @@ def test_latex(run):
         for line in text.splitlines()
         if line.endswith(r"\\") and "&" in line and "multicolumn" not in line
     ]
-    assert {line.count("&") - line.count(r"\&") for line in rows} == {2 + 2 * len(TABLE2_COLUMNS)}
+    assert {line.count("&") - line.count(r"\&") for line in rows} == {2 + 2 * len(TABLE2.columns)}
     assert text.count("{") == text.count("}") and text.isascii()
     assert re.search(r"\\midrule\nRandom encoder", text)
     assert tex("a_b 50 % & r²") == r"a\_b 50 \% \& r$^2$"
 
 
 def test_table3_from_probe_to_paper(tmp_path):
-    """Six values probed in a multi-encoder run; two blocks of columns, the baseline quoted, absent data said to be absent."""
+    """Six values by three encoders; two blocks of columns, the baseline quoted, absent data named."""
     rng = np.random.default_rng(0)
     n = 60
     labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": (np.arange(n) // 2).astype(str)})
@@ -367,7 +357,7 @@ def test_table3_from_probe_to_paper(tmp_path):
     write_json(
         tmp_path / "pixels" / "mcd-rppg.json", {"state": "data absent", "reason": "not there", "tokens": 1}
     )
-    tasks = tuple(dict.fromkeys(column.task for column in TABLE3_COLUMNS))
+    tasks = tuple(dict.fromkeys(column.task for column in TABLE3.columns))
     evaluate(
         {name: (tmp_path / name, tmp_path / "r" / name) for name in ("mefem", "random", "pixels")},
         tasks,
@@ -381,7 +371,7 @@ def test_table3_from_probe_to_paper(tmp_path):
         bootstrap=100,
         progress=False,
     )
-    text = write_table3(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
+    text = write_table(TABLE3, tmp_path / "r", tmp_path / "figures", About("demo"), 100)
     blocks = [block for block in text.split("\n\n") if block.startswith("| Model")]
     assert len(blocks) == 2 and all(len(block.splitlines()) == 2 + len(TABLE3_ROWS) for block in blocks)
     assert "Haemoglobin (mmol/l) r²" in blocks[0] and "Saturation (%) MAE" in blocks[1]
@@ -401,11 +391,10 @@ def test_table3_from_probe_to_paper(tmp_path):
     assert "60 photographs of 30 simulated people" in text and "whole video, as reported" in text
     latex = (tmp_path / "figures" / "table3.tex").read_text()
     assert latex.count(r"\begin{tabular}") == 2 and latex.count("{") == latex.count("}")
-    assert TABLE3.columns == TABLE3_COLUMNS
 
 
 def test_what_pretraining_adds_by_two_heads(tmp_path):
-    """MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; there is no column of the paper's."""
+    """MeFEm's tokens hold the value in their mean, the random encoder's hold nothing; no paper."""
     rng, n = np.random.default_rng(0), 60
     labels = pd.DataFrame(
         {
@@ -446,7 +435,7 @@ def test_what_pretraining_adds_by_two_heads(tmp_path):
         bootstrap=100,
         progress=False,
     )
-    text = write_learned(tmp_path / "r", tmp_path / "figures", "demo", replicates=100)
+    text = write_table(LEARNED, tmp_path / "r", tmp_path / "figures", About("demo"), 100)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert [c.strip() for c in lines[0].split("|")[1:-1]] == [
         "Model",
@@ -475,14 +464,14 @@ def test_what_pretraining_adds_by_two_heads(tmp_path):
         if line.startswith(("MeFEm &", "Random encoder &", "PCA of pixels &"))
     ]
     assert (
-        len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {6} and r"{lllllll}" in latex
+        len(rows) == len(LEARNED_ROWS) and {line.count("&") for line in rows} == {5} and r"{llllll}" in latex
     )
 
 
 def test_equal_results_give_equal_bytes(run, tmp_path):
     root, _ = run
     for folder in ("a", "b"):
-        write_table2(root, tmp_path / folder, "demo", replicates=300)
+        write_table(TABLE2, root, tmp_path / folder, About("demo"), 300)
         figure_maskings(tmp_path / folder / "figure2.png")
         figure_weights(tmp_path / folder / "figure3.png")
     for path in (tmp_path / "a").iterdir():

@@ -1,4 +1,4 @@
-"""The simulator: bodies against Anny itself, determinism, the publishers' formats, the detector's view, bad input."""
+"""The simulator: bodies against Anny, determinism, publishers' formats, the detector's view, bad input."""
 
 import io
 import json
@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from mefem.simulate import people as P
-from mefem.simulate import publishers as S
+from mefem.simulate import publishers as W
+from mefem.simulate import run as S
+from mefem.simulate.units import make_unit, stream
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def files_of(folder):
 def test_import_is_light():
     """Nobody pays for Anny, Warp or MediaPipe before a person is simulated."""
     heavy = "'anny', 'warp', 'torch', 'mediapipe'"
-    code = f"import sys, mefem.simulate.publishers; print([m for m in ({heavy}) if m in sys.modules])"
+    code = f"import sys, mefem.simulate.run; print([m for m in ({heavy}) if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
@@ -176,7 +178,7 @@ def test_fairface_split_and_labels(made):
 
 
 def test_bmi_layout(made):
-    for source in S.BMI_SOURCES:
+    for source in W.BMI_SOURCES:
         table = pd.read_csv(made / "bmi" / source / "labels.csv")
         assert {"image", "height", "weight", "bmi", "sex", "person"} <= set(table.columns)
         assert sorted(table.image) == sorted(p.name for p in (made / "bmi" / source / "images").iterdir())
@@ -203,18 +205,16 @@ def test_the_same_settings_give_the_same_bytes(made, name, tmp_path):
 
 
 def test_celeba_attributes_follow_the_people():
-    from mefem.simulate import further as F
-
-    rows, _ = S.make_unit("celeba", 1, 0, 64, 256)
+    rows, _ = make_unit("celeba", 1, 0, 64, 256)
     rng = np.random.default_rng(0)
     table = pd.DataFrame(
-        [F.celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(F.CELEBA_ATTRIBUTES)
+        [W.celeba_attributes(row, rng) for row in rows.itertuples()], columns=list(W.CELEBA_ATTRIBUTES)
     )
-    assert len(F.CELEBA_ATTRIBUTES) == 40 and set(table.to_numpy().ravel()) == {-1, 1}
+    assert len(W.CELEBA_ATTRIBUTES) == 40 and set(table.to_numpy().ravel()) == {-1, 1}
     assert ((table.Male == 1) == (rows.female == 0)).all() and ((table.Chubby == 1) == (rows.bmi > 30)).all()
-    assert (table[list(F.CELEBA_NEVER)] == -1).all(axis=None)
+    assert (table[list(W.CELEBA_NEVER)] == -1).all(axis=None)
     rare = {
-        *F.CELEBA_NEVER,
+        *W.CELEBA_NEVER,
         "Bald",
         "Blond_Hair",
         "Pale_Skin",
@@ -232,7 +232,7 @@ def test_celeba_attributes_follow_the_people():
 
 def test_people_differ_between_data_sets_and_seeds():
     one, two, three = (
-        P.sample_people(30, S.stream(name, seed, 0, 0))
+        P.sample_people(30, stream(name, seed, 0, 0))
         for name, seed in (("bmi", 0), ("facecaption", 0), ("bmi", 1))
     )
     assert not set(one.face_seed) & set(two.face_seed) and not set(one.face_seed) & set(three.face_seed)
@@ -317,13 +317,13 @@ def test_bad_arguments(bad, tmp_path):
 
 
 def test_caches_are_filled_once_and_by_a_finished_load_alone(tmp_path, monkeypatch):
-    from mefem.simulate import publishers, render
+    from mefem.simulate import render
 
     loads = []
     monkeypatch.setenv("MEFEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(render, "load_bust", lambda: loads.append(1) or 1 / (len(loads) - 1))
     with pytest.raises(ZeroDivisionError):  # the first load is broken off
-        publishers._fill_caches()
-    publishers._fill_caches()
-    publishers._fill_caches()
+        S._fill_caches()
+    S._fill_caches()
+    S._fill_caches()
     assert len(loads) == 2

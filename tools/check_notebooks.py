@@ -1,6 +1,11 @@
-"""Fails when `mefem/` is not what `nbs/` exports, or when a notebook is not clean. Works on a copy; changes nothing."""
+"""Fails when `mefem/` is not what `nbs/` exports, a notebook is not clean, or a cell lacks its output.
 
+Works on a copy; changes nothing, and runs no cell: tools/run_notebooks.py does, and compares outputs."""
+
+import ast
 import filecmp
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Files that differ or stand on one side only, relative, caches aside."""
+    """Files that differ or are on one side only, relative, caches aside."""
     files = {
         p.relative_to(base)
         for base in (ours, theirs)
@@ -27,6 +32,34 @@ def differences(ours: Path, theirs: Path) -> list[str]:
             and filecmp.cmp(ours / f, theirs / f, shallow=False)
         )
     )
+
+
+SHOWING = {"display", "print", "Image", "Markdown", "plt.show"}
+
+
+def shows(source: str) -> bool:
+    """Whether a cell certainly shows a result: it ends with an expression, or a call of one of `SHOWING`.
+
+    Any other call may return None, which only a run can find out."""
+    if re.search(r"^#\|\s*(eval:\s*false|export)", source, re.MULTILINE) or source.rstrip().endswith(";"):
+        return False
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # magics
+        return False
+    if not body or not isinstance(body[-1], ast.Expr):
+        return False
+    value = body[-1].value
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func) in SHOWING
+    return not (isinstance(value, ast.Constant) and value.value is None)
+
+
+def without_output(notebook: Path) -> list[str]:
+    """Ids of the code cells that show a result and have none stored."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code" and not cell["outputs"]]
+    return [cell["id"] for cell in code if shows("".join(cell["source"]))]
 
 
 def main() -> int:
@@ -49,12 +82,18 @@ def main() -> int:
                 bad += 1
     for notebook in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in notebook.parts and notebook.stat().st_size > 1_000_000:
-            print(
-                f"{notebook.relative_to(ROOT)}: {notebook.stat().st_size:,} bytes; outputs must stay small (1 MB)",
-                file=sys.stderr,
-            )
+            size = f"{notebook.stat().st_size:,} bytes; outputs must stay small (1 MB)"
+            print(f"{notebook.relative_to(ROOT)}: {size}", file=sys.stderr)
             bad += 1
-    print("notebooks and package agree" if not bad else f"{bad} files to mend")
+        # Stages and benchmarks are not run by the tests: their outputs are the executed copies in data/.
+        if ".ipynb_checkpoints" not in notebook.parts and not (notebook.parent / ".notest").exists():
+            for cell in without_output(notebook):
+                print(
+                    f"{notebook.relative_to(ROOT)}: cell {cell} shows a result but has no output",
+                    file=sys.stderr,
+                )
+                bad += 1
+    print("notebooks and package agree" if not bad else f"{bad} places to mend")
     return min(bad, 1)
 
 

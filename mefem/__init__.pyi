@@ -1,0 +1,52 @@
+"""What `mefem/__init__.py` loads when it is first used, for type checkers and editors."""
+
+from . import (
+    ablations as ablations,
+    cli as cli,
+    compute as compute,
+    config as config,
+    crop as crop,
+    datasets as datasets,
+    datasheets as datasheets,
+    embedding as embedding,
+    encoders as encoders,
+    evaluation as evaluation,
+    faces as faces,
+    fairness as fairness,
+    fairness_page as fairness_page,
+    features as features,
+    figures as figures,
+    files as files,
+    jepa as jepa,
+    labels as labels,
+    made_from as made_from,
+    masking as masking,
+    metrics as metrics,
+    models as models,
+    monitoring as monitoring,
+    own_labels as own_labels,
+    pictures as pictures,
+    probing as probing,
+    provenance as provenance,
+    provide as provide,
+    readme as readme,
+    report as report,
+    shards as shards,
+    simulate as simulate,
+    tables as tables,
+    training as training,
+    weighting as weighting,
+)
+from .config import load_settings as load_settings
+from .embedding import FaceEmbedder as FaceEmbedder
+from .embedding import embed as embed
+from .encoders import WeightsAbsent as WeightsAbsent
+from .encoders import load_encoder as load_encoder
+from .faces import CropError as CropError
+from .faces import Face as Face
+from .faces import FaceDetector as FaceDetector
+from .faces import ImageError as ImageError
+from .faces import crop_face as crop_face
+from .faces import read_image as read_image
+
+__version__: str
