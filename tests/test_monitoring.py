@@ -169,7 +169,7 @@ class Mean(nn.Module):
 def test_a_collapsed_teacher_is_flagged_within_200_steps(
     tmp_path, pictures, capsys, monkeypatch, target_norm
 ):
-    """Without a predictor and without an average, saying the same of everything is a solution, and the run finds it."""
+    """Without predictor and average, saying the same of everything is a solution, and the run finds it."""
     import mefem.training
 
     def build_without_predictor(config, kind):

@@ -132,7 +132,7 @@ class Results:
     def __init__(self, out: Path, part: str):
         import torch
 
-        from mefem.report import hardware
+        from mefem.provenance import hardware
 
         out.mkdir(parents=True, exist_ok=True)
         command = " ".join(["tools/gpu_faces.py", *sys.argv[1:]])
