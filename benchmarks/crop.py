@@ -209,11 +209,11 @@ def measure_training(place: Place, steps: int) -> dict:
     import torch
     from step import Ours
 
-    from mefem.config import Pretrain, load_settings
+    from mefem.config import PretrainSettings, load_settings
     from mefem.training import Order, ShardPictures, batches
 
     small = load_settings(profile="demo").active.pretrain
-    models = {"vit_s": Pretrain.model_validate({"batch": 8}), "demo": small}
+    models = {"vit_s": PretrainSettings.model_validate({"batch": 8}), "demo": small}
     stats = []
     for index in range(4):
         through_shards(place.raw, place.out, index, BOX)

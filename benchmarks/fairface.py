@@ -12,12 +12,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from mefem.crop import crop_dataset
+from mefem.evaluation import evaluate
 from mefem.features import features_of
 from mefem.files import write_atomic, write_json
-from mefem.metrics import evaluate
 
 GROUPS = ("White", "non-White")
-COLUMNS = ["encoder", "features", "head", "metric", "value", "low", "high", "majority", "n"]
+COLUMNS = ["encoder", "feature_set", "head", "metric", "value", "low", "high", "majority", "n"]
 
 
 def first_rows(raw: Path, out: Path, limit: int) -> Path:

@@ -227,13 +227,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.no_lightly and not os.environ.get("MEFEM_BENCH"):
         with_lightly()
-    from mefem.config import Pretrain
+    from mefem.config import PretrainSettings
     from mefem.provenance import hardware
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = Pretrain.model_validate(
+    config = PretrainSettings.model_validate(
         {
             "encoder": {"name": arguments.encoder},
             "predictor": {"dim": 384, "depth": arguments.depth, "heads": 6},

@@ -5,14 +5,6 @@ The names below are loaded when they are first used: `import mefem` itself needs
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # what `__getattr__` loads, for type checkers and editors
-    from .config import load_settings as load_settings
-    from .encoders import WeightsAbsent as WeightsAbsent, load_encoder as load_encoder
-    from .faces import (CropError as CropError, Face as Face, FaceDetector as FaceDetector, ImageError as ImageError,
-                        crop_face as crop_face, read_image as read_image)
-    from .embedding import FaceEmbedder as FaceEmbedder, embed as embed
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
@@ -21,8 +13,8 @@ _PUBLIC = {
 }
 _MODULES = {
     "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
-    "masking", "weighting", "models", "jepa", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "evaluation", "own_labels", "provenance",
+    "masking", "weighting", "models", "jepa", "beyond", "monitoring", "training", "encoders", "features", "embedding",
+    "probing", "metrics", "own_labels", "evaluation", "provenance",
     "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
 }
 

@@ -10,7 +10,6 @@ from . import (
     datasheets as datasheets,
     embedding as embedding,
     encoders as encoders,
-    evaluation as evaluation,
     faces as faces,
     fairness as fairness,
     fairness_page as fairness_page,

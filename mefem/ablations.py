@@ -21,7 +21,8 @@ from .config import Settings, ablation_probing, ablation_settings
 from .features import FEATURE_SETS
 from .figures import STYLE, save_figure
 from .files import write_atomic, write_json
-from .metrics import evaluate_encoder, paired_difference, write_result
+from .evaluation import evaluate_encoder, write_result
+from .metrics import paired_difference
 from .probing import ProbeResult, get_task
 from .provenance import describe_run
 from .shards import read_manifest
@@ -317,11 +318,11 @@ def figure_table4(cells: pd.DataFrame, path) -> Path:
 # %% ../nbs/62_ablations.ipynb #f3bb1644
 def operations_of(settings: dict) -> int:
     """Multiply-adds of one picture in one training step of a run, from the settings in its run.json."""
-    from mefem.config import Pretrain
+    from mefem.config import PretrainSettings
     from mefem.monitoring import step_operations
     from mefem.training import build
 
-    return sum(step_operations(build(Pretrain.model_validate(settings))).values())
+    return sum(step_operations(build(PretrainSettings.model_validate(settings))).values())
 
 # %% ../nbs/62_ablations.ipynb #7e9d3dca
 def costs(results, rows=TABLE4_ROWS, feature_set: str = "patches") -> pd.DataFrame:

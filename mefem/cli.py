@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .config import Probing, SettingsError, load_settings, pretrain_settings
+from .config import ProbingSettings, SettingsError, load_settings, pretrain_settings
 from .files import DiskFull, find_root, write_json
 
 # %% ../nbs/70_cli.ipynb #8efdb4e5
@@ -537,7 +537,7 @@ def _probing_settings(profile: str | None) -> dict:
     except FileNotFoundError:
         if profile:
             raise
-        return Probing().model_dump()
+        return ProbingSettings().model_dump()
     return load_settings(root / "params.yaml", profile).active.probing.model_dump()
 
 

@@ -35,9 +35,10 @@ from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, wr
 class Cropping:
     """How the photographs of a data set are cropped; defaults are the paper's.
 
-    `framing`: "paper" (a square of `scale` x the publisher's or the detector's box), "dataset" (the largest centred
-    square of the picture as published), or None for what the data set needs (`Reader.framing`). `jitter`: how far the
-    paper's squares are moved at random, seeded by the photograph's key (`mefem.faces.jitter_square`)."""
+    `framing`: "paper" (a square of `scale` x the publisher's or the detector's box), "dataset" (the
+    largest centred square of the picture as published), or None for what the data set needs
+    (`Reader.framing`). `jitter`: how far the paper's squares are moved at random, seeded by the
+    photograph's key (`mefem.faces.jitter_square`)."""
 
     size: int = 224  # pixels per side of a crop
     min_side: int = 224  # pixels of the photograph that the square must have
@@ -137,7 +138,9 @@ def unit_tasks(reader: Reader, raw: Path, out: Path, how: Cropping) -> list[Unit
 
 # %% ../nbs/39b_crop.ipynb #799655b7
 def crop_units(tasks: list[UnitTask], total: int, jobs: int | None = None, show: bool = True) -> list[dict]:
-    """Stats of all units in order; shards that are finished are kept, the others are made by `jobs` processes."""
+    """Stats of all units in order.
+
+    Shards that are finished are kept, the others are made by `jobs` processes."""
     stats = {task.index: finished_stats(task.out, task.index, task.settings) for task in tasks}
     missing = [task for task in tasks if stats[task.index] is None]
     if show and len(missing) < len(tasks):
@@ -158,10 +161,11 @@ def crop_units(tasks: list[UnitTask], total: int, jobs: int | None = None, show:
 
 # %% ../nbs/39b_crop.ipynb #9534aabe
 def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = True, **crop) -> dict:
-    """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>); returns the manifest.
+    """Crop the data set in `raw` (data/raw/<name>) into shards in `out` (data/faces/<name>).
 
-    `crop`: fields of `Cropping`. `jobs`: processes (None: all cores). The result depends neither on `jobs` nor on how
-    often the work was interrupted. Absent data give a manifest with that state."""
+    Returns the manifest. `crop`: fields of `Cropping`. `jobs`: processes (None: all cores). The result
+    depends neither on `jobs` nor on how often the work was interrupted. Absent data give a manifest with
+    that state."""
     raw, out = Path(raw), Path(out)
     reader = get_reader(name)
     how = Cropping(**crop)
@@ -219,9 +223,10 @@ def named_error(error: ValueError, picture, number: int) -> ValueError:
 def face_crop(
     picture, framing: str = "auto", size: int = 224, on_error: str = "raise", number: int = 0
 ) -> np.ndarray | None:
-    """The face crop uint8 [size, size, 3] of a path, Pillow picture or uint8 [H, W, 3], by one of `FRAMINGS`.
+    """The face crop uint8 [size, size, 3] of a photograph, by one of `FRAMINGS`.
 
-    Without a usable face an error that names file or `number` of the picture, or None where `on_error` is "nan"."""
+    `picture`: a path, Pillow picture or uint8 [H, W, 3]. Without a usable face an error that names file or
+    `number` of the picture, or None where `on_error` is "nan"."""
     try:
         source = Image.fromarray(as_rgb(picture)) if isinstance(picture, np.ndarray) else picture
         (framed,) = Framing(framing=framing, size=size).of(source)
@@ -235,9 +240,10 @@ def face_crop(
 
 # %% ../nbs/39b_crop.ipynb #fb495507
 def photographs_in(source, leave_out=None) -> list[Path]:
-    """The photographs in a folder and the folders below it (by their endings), sorted; or the one file `source`.
+    """The photographs in a folder and those below it, sorted; or the one file `source`.
 
-    Hidden files, crops of earlier runs and the folder `leave_out` are left out (see `visible_files`)."""
+    Files count by their endings. Hidden files, crops of earlier runs and the folder `leave_out` are left out
+    (see `visible_files`)."""
     source = Path(source)
     if source.is_file():
         return [source]
@@ -289,13 +295,16 @@ def _write_crop_list(out: Path, files, names, rows: list[dict]) -> None:
 
 # %% ../nbs/39b_crop.ipynb #2e5f1460
 def _make_room(source, out: Path, names: list[str]) -> None:
-    """Remove the crops of photographs that are gone; `ValueError` where another file is in the way of a crop."""
+    """Remove the crops of photographs that are gone.
+
+    Raises `ValueError` where another file is in the way of a crop."""
     earlier = listed_crops(out)
     top, real = Path(source).resolve(), cache(Path.resolve)
     for file in map(Path, earlier.values()):
         if not (real(file.parent) / file.name).is_relative_to(top) and file.is_file():
             raise ValueError(
-                f"{out} holds crops of other photographs, such as {file}: choose another folder for those of {source}"
+                f"{out} holds crops of other photographs, such as {file}: choose another folder for those "
+                f"of {source}"
             )
     if strange := next((out / name for name in names if name not in earlier and (out / name).exists()), None):
         raise ValueError(
@@ -320,12 +329,12 @@ def _check_out(home: Path, out: Path) -> None:
 
 # %% ../nbs/39b_crop.ipynb #0917bd4f
 def crop_photographs(source, out, jobs: int | None = None, progress: bool = True, **framing) -> dict:
-    """Crop a face of each photograph in `source` to `out`/*.jpg, and list all in `out`/crops.csv; counts by reason.
+    """Crop a face of each photograph in `source` to `out`/*.jpg; returns counts by reason.
 
-    `framing`: fields of `Framing`. crops.csv: file (as found), crop (its own name, empty without one), status ("success"
-    or the reason), framing (as used), reason (what was found and what helps), other_framings (that would use it). Crops
-    that an earlier crops.csv lists are ours: they are replaced, or removed where their photograph is gone; no other
-    file in `out` is touched."""
+    `framing`: fields of `Framing`. All photographs are listed in `out`/crops.csv: file (as found), crop
+    (its own name, empty without one), status ("success" or the reason), framing (as used), reason
+    (details and remedy), other_framings (that would use it). Crops that an earlier crops.csv lists are
+    ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched."""
     how = Framing(**framing)
     home, out = home_of(source), Path(out)
     if how.face == "all":
@@ -352,10 +361,13 @@ def crop_photographs(source, out, jobs: int | None = None, progress: bool = True
 
 # %% ../nbs/39b_crop.ipynb #58311bbe
 def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
-    """The error of a run that used no photograph: how many of those in `table` each other framing would use."""
+    """The error of a run that used no photograph.
+
+    It counts how many photographs in `table` each other framing would use."""
     if framing == "as-is":
         return (
-            f"no photograph of {source} could be used with --framing as-is; the other framings look for a face, "
+            f"no photograph of {source} could be used with --framing as-is; the other framings look for a "
+            f"face, "
             f"which was not done: try --framing auto"
         )
     would = table.drop_duplicates("file").other_framings.fillna("").str.split()
@@ -363,6 +375,7 @@ def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
         f"{other} {sum(other in accepted for accepted in would):,}" for other in FRAMINGS if other != framing
     )
     return (
-        f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the others "
+        f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the "
+        f"others "
         f"would use: {counts}"
     )

@@ -48,12 +48,12 @@ def _square(picture, number: int) -> np.ndarray:
 
 # %% ../nbs/51b_embedding.ipynb #25524c6d
 def embed(images, encoder, features: str = "cls", batch: int = 64, device=None) -> np.ndarray:
-    """Embeddings float32 of face crops: "cls" or "mean" (of the patches) [B, D], "patches" [B, 196, D],
-    "patches+cls" [B, 197, D].
+    """Embeddings float32 of face crops.
 
-    `images`: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3], Pillow pictures or paths, square; nothing is detected.
-    A picture that cannot be used is an error that names it, by its number where it has no file.
-    `encoder`: what `load_encoder` takes or gives."""
+    `features`: "cls" or "mean" (of the patches) [B, D], "patches" [B, 196, D], "patches+cls" [B, 197, D].
+    `images`: uint8 [B, H, W, 3], or a list of uint8 [H, W, 3], Pillow pictures or paths, square; nothing
+    is detected. A picture that cannot be used is an error that names it, by its number where it has no
+    file. `encoder`: what `load_encoder` takes or gives."""
     encoder = as_encoder(encoder, device)
     parts = []
     for start in range(0, len(images), batch):
@@ -78,11 +78,12 @@ def embed_usable(crops: list, encoder: FrozenEncoder, features: str) -> np.ndarr
 
 # %% ../nbs/51b_embedding.ipynb #ba760c24
 class FaceEmbedder(TransformerMixin, BaseEstimator):
-    """Pictures -> embeddings, a scikit-learn transformer ("mean" of patches, "cls": [N, D]; "patches": [N, 196, D]).
+    """Pictures -> embeddings, a scikit-learn transformer.
 
-    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`); `detect`: find and crop
-    the face, as `framing` says (one of `FRAMINGS`); without, the pictures are crops already, as with framing="as-is";
-    `on_error`: "raise" or "nan" for pictures without a usable face."""
+    `features`: "mean" of patches or "cls" [N, D]; "patches" [N, 196, D]; "patches+cls" [N, 197, D].
+    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`). `detect`: find
+    and crop the face, as `framing` says (one of `FRAMINGS`); without, the pictures are crops already, as with
+    framing="as-is". `on_error`: "raise" or "nan" for pictures without a usable face."""
 
     def __init__(
         self,
@@ -293,13 +294,15 @@ def _take_up(out: Path, folder: Path, parts: list[Path], progress: bool) -> None
     done = sum(part.is_file() for part in parts)
     if progress and done:
         print(
-            f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; going on",
+            f"{out}: {done} of {len(parts)} parts are there, of the same settings, photographs and code; "
+            f"going on",
             flush=True,
         )
     for other in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         if progress and other != folder:
             print(
-                f"{other} has parts of a run with other settings, photographs or code: they are left alone; that "
+                f"{other} has parts of a run with other settings, photographs or code: they are left "
+                f"alone; that "
                 f"run's command goes on with them, or remove the folder",
                 flush=True,
             )
@@ -315,11 +318,11 @@ def embed_photographs(
     progress: bool = True,
     **framing,
 ) -> pd.DataFrame:
-    """Embed each photograph in `source`, framed as by `crop_photographs`, to the table `out`; returns it without embeddings.
+    """Embed each photograph in `source` to the table `out`; returns it without embeddings.
 
-    `out` ends in .parquet, .csv or .npz; its columns are listed above. `framing`: fields of `mefem.crop.Framing`, but for
-    the size ("auto" unless given); face="all" gives a row per face. A photograph without an embedding has a row with
-    the reason. A run that was killed goes on where it was."""
+    `out` ends in .parquet, .csv or .npz; its columns are listed above. `framing`: fields of
+    `mefem.crop.Framing`, but for the size ("auto" unless given); face="all" gives a row per face. A
+    photograph without an embedding has a row with the reason. A run that was killed goes on where it was."""
     frame = {"framing": "auto", **framing}
     Framing(**frame)  # refused before the work begins
     if features not in EMBEDDINGS:

@@ -397,7 +397,7 @@ class SeesOnly(FrozenEncoder):
     See `show_only`."""
 
     def __init__(self, encoder: FrozenEncoder, mask: np.ndarray | None = None, fill=(127, 127, 127)):
-        self.__dict__.update(vars(encoder))
+        self.describe_like(encoder)
         self.inner, self.dim, self.mask, self.fill = encoder, encoder.dim, mask, fill
 
     def __reduce__(self):  # by what it was made of: the inner encoder knows how it travels to another process

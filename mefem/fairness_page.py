@@ -175,8 +175,8 @@ and too low for high ones. So age is overestimated for the young and underestima
 whatever the encoder."""
 
 WARNINGS = {
-    True: "**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows which "
-    "questions are asked of the model and that the answers can be computed.",
+    True: "**Tested on simulated people only.** Nothing here is evidence about real faces: the page shows "
+    "which questions are asked of the model and that the answers can be computed.",
     False: "Tested on the real people of the data sets named in the README, who are not a sample of any "
     "population.",
 }

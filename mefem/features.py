@@ -30,7 +30,9 @@ FEATURE_SETS = ("cls", "patches", "patches+cls")
 
 # %% ../nbs/51_features.ipynb #2d7af957
 def select_tokens(tokens, feature_set: str, has_cls: bool):
-    """A view of tokens [B, K, D]: "cls" [B, D], "patches" [B, K - 1, D], "patches+cls" [B, K, D]; else ValueError."""
+    """A view of tokens [B, K, D]: "cls" [B, D], "patches" [B, K - 1, D], "patches+cls" [B, K, D].
+
+    Raises `ValueError` for a feature set that is unknown, or that the encoder does not have."""
     if feature_set not in FEATURE_SETS:
         raise ValueError(f"feature set {feature_set!r} is unknown, expected one of {', '.join(FEATURE_SETS)}")
     if feature_set != "patches" and not has_cls:
@@ -41,7 +43,8 @@ def select_tokens(tokens, feature_set: str, has_cls: bool):
         return tokens[:, 0]
     if has_cls and tokens.shape[1] == 1:
         raise ValueError(
-            f"the encoder gives one vector per picture, so there is no feature set {feature_set!r}: take 'cls'"
+            f"the encoder gives one vector per picture, so there is no feature set {feature_set!r}: take "
+            f"'cls'"
         )
     return tokens[:, 1:] if feature_set == "patches" and has_cls else tokens
 
@@ -73,7 +76,9 @@ def as_encoder(encoder, device=None) -> FrozenEncoder:
 def decode_ahead(
     samples: Iterable[tuple], size: int, batch: int, threads: int = 2, ahead: int = 3
 ) -> Iterator[np.ndarray]:
-    """Yield uint8 [<= batch, size, size, 3] from (key, JPEG bytes, ...) samples, in order, decoded by threads ahead."""
+    """Yield uint8 [<= batch, size, size, 3] from (key, JPEG bytes, ...) samples, in order.
+
+    Threads decode `ahead` batches while the last one is used."""
     samples, waiting = iter(samples), deque()
     with ThreadPoolExecutor(threads) as pool:
 
@@ -132,10 +137,11 @@ def _features_key(encoder: FrozenEncoder, faces, **about) -> dict:
 def extract_features(
     encoder, faces, out, batch: int = 64, device=None, threads: int = 2, progress: bool = True, **about
 ) -> dict:
-    """Tokens of all crops of one data set: `out`/<dataset>.npy (float16 [N, K, D]), .parquet (labels), .json (account).
+    """Tokens of all crops of one data set in `out`; returns the account.
 
-    `faces` is a folder of crops; where its data set is absent, only the account is written. Features that are there and
-    follow from the same encoder, crops and code are left as they are. Returns the account."""
+    The files are <dataset>.npy (float16 [N, K, D]), .parquet (labels) and .json (account). `faces` is a
+    folder of crops; where its data set is absent, only the account is written. Features that are there
+    and follow from the same encoder, crops and code are left as they are."""
     manifest = read_manifest(faces)
     dataset, out = manifest["dataset"], Path(out)
     if manifest["state"] != "present":
@@ -167,7 +173,9 @@ def extract_features(
 # %% ../nbs/51_features.ipynb #d377778e
 @dataclass
 class Features:
-    """Tokens float16 [N, K, D] (a memory map), labels in the same order, and the account of how they were made."""
+    """The features of one encoder and data set.
+
+    Tokens float16 [N, K, D] (a memory map) and labels in their order."""
 
     state: str
     tokens: np.ndarray | None
@@ -180,7 +188,9 @@ class Features:
 
 # %% ../nbs/51_features.ipynb #e2b4c3bc
 def load_features(folder, dataset: str) -> Features:
-    """The features of `dataset` in `folder`, memory-mapped; FileNotFoundError or ValueError names the file at fault."""
+    """The features of `dataset` in `folder`, memory-mapped.
+
+    FileNotFoundError or ValueError names the file at fault."""
     folder = Path(folder)
     about = folder / f"{dataset}.json"
     if not about.is_file():
@@ -229,9 +239,10 @@ class Extraction:
 def features_of(
     source: str, faces: list, out, fit_on: list = (), root=None, progress: bool = True, **options
 ) -> dict[str, dict]:
-    """Features of the encoder `source` (see `load_encoder`; paths relative to `root`) for each folder of crops.
+    """Features of one encoder for each folder of crops in `faces`; returns {dataset: account}.
 
-    Returns {dataset: account}. "pixels" is fitted on crops of the folders `fit_on`. `options`: fields of `Extraction`."""
+    `source`: what `load_encoder` takes, paths relative to `root`. "pixels" is fitted on crops of the folders
+    `fit_on`. `options`: fields of `Extraction`."""
     how, out = Extraction(**options), Path(out)
     about = {"source": source}
     states, present = {}, {}

@@ -14,17 +14,21 @@ import torch
 
 # %% ../nbs/40_masking.ipynb #f6fd23ca
 class TokenSplit(NamedTuple):
-    """Tokens of a batch: `source` int64 [B, |S|] and `target` int64 [B, |T|], ascending in each row, disjoint."""
+    """Tokens of a batch.
+
+    `source` int64 [B, |S|] and `target` int64 [B, |T|], ascending in each row, disjoint."""
 
     source: torch.Tensor
     target: torch.Tensor
 
 # %% ../nbs/40_masking.ipynb #e499ed25
 class Masking:
-    """Base of the maskings whose sources are finitely many: rows of a table, drawn with given probabilities.
+    """Base of the maskings with finitely many sources: rows of a table, drawn with given probabilities.
 
-    `patches` bool [M, L * L]: the source patches of each of M cuts; `spare` int [M]: the patch of each cut that makes room
-    for CLS; `probabilities` [M]; `cls_in_source`: P of eq. 2, or None for an encoder without CLS."""
+
+    `patches` bool [M, L * L]: the source patches of each of M cuts; `spare` int [M]: the patch of each cut
+    that makes room for CLS; `probabilities` [M]; `cls_in_source`: P of eq. 2, or None for an encoder without
+    CLS."""
 
     def __init__(
         self,
@@ -85,7 +89,9 @@ class Masking:
 
 # %% ../nbs/40_masking.ipynb #8c6b1eed
 def _positions_of(members: torch.Tensor) -> torch.Tensor:
-    """The positions of True along the last axis, ascending: bool [..., N] to int64 [..., K]; every row has the same K."""
+    """The positions of True along the last axis, ascending: bool [..., N] to int64 [..., K].
+
+    Every row has the same K."""
     count = members.sum(-1)
     if (count != count.flatten()[0]).any():
         raise ValueError(
@@ -95,7 +101,9 @@ def _positions_of(members: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/40_masking.ipynb #033e1383
 def stripe_probabilities(grid: int = 14, k: float = 0.175) -> torch.Tensor:
-    """P(i_c = i) of eq. 4 for i = 0 .. grid - 1, float64: the truncated normal integrated over the rounding cells."""
+    """P(i_c = i) of eq. 4 for i = 0 to grid - 1, float64.
+
+    It is the truncated normal, integrated over the rounding cells."""
     if grid < 2 or k <= 0:
         raise ValueError(f"expected a grid of 2 or more patches and k > 0, found grid={grid}, k={k}")
     edges = torch.arange(grid + 1, dtype=torch.float64) - 0.5
@@ -105,9 +113,10 @@ def stripe_probabilities(grid: int = 14, k: float = 0.175) -> torch.Tensor:
 
 # %% ../nbs/40_masking.ipynb #0dd45191
 class StripeMasking(Masking):
-    """Axial stripes (sec. 3.2.3): the source is `width` whole rows or whole columns around a centre drawn by eq. 4.
+    """Axial stripes of section 3.2.3: `width` whole rows or columns around a centre drawn by eq. 4.
 
-    The stripe covers `width` patches from i_c - width // 2 on, shifted inside the picture. |S| = grid * width always."""
+    The stripe covers `width` patches from i_c - width // 2 on, shifted inside the picture. |S| = grid * width
+    always."""
 
     def __init__(self, grid: int = 14, width: int = 3, k: float = 0.175, cls_in_source: float | None = 0.5):
         if not 1 <= width < grid:
@@ -125,7 +134,9 @@ class StripeMasking(Masking):
 
 # %% ../nbs/40_masking.ipynb #75608d93
 def split_picture(split: TokenSplit, row: int, grid: int, cls: bool = True):
-    """Sample `row` of a split as a picture, float [grid, grid]: 1 source, 0 target, 0.5 neither; and CLS's side (or None)."""
+    """Sample `row` of a split as a picture, float [grid, grid], and CLS's side (or None).
+
+    1 is source, 0 target, 0.5 neither."""
     state = torch.full((grid * grid + int(cls),), 0.5)
     state[split.source[row].cpu()] = 1.0
     state[split.target[row].cpu()] = 0.0
@@ -149,10 +160,11 @@ class QuadrantMasking(Masking):
 
 # %% ../nbs/40_masking.ipynb #69912208
 class MultiblockMasking:
-    """Targets are a union of random rectangles (fig. 2a), the source is drawn from the rest; `modes` as (blocks, scale).
+    """Targets are a union of random rectangles (figure 2a), the source is drawn from the rest.
 
-    scale: a block's share of the picture's area; `aspect`: range of height / width. |S| and |T| of a mode are what 95 % of
-    draws can give (estimated once, at construction); the rare sample with fewer takes tokens from the other side."""
+    `modes` as (blocks, scale), scale: a block's share of the picture's area; `aspect`: range of height/width.
+    |S| and |T| of a mode are those that 95 % of draws can give (estimated once, at construction); the rare
+    sample with fewer takes tokens from the other side."""
 
     def __init__(
         self,
@@ -178,14 +190,14 @@ class MultiblockMasking:
         return self.mode_sizes[0]
 
     def _cover(self, batch, blocks, scale, generator, device) -> torch.Tensor:
-        """bool [B, L, L]: inside at least one of `blocks` rectangles, anywhere in the picture with equal chance."""
+        """Whether patches are in one of `blocks` rectangles, anywhere with equal chance: bool [B, L, L]."""
         low, high = math.log(self.aspect[0]), math.log(self.aspect[1])
         draw = torch.rand(3, batch, blocks, generator=generator, device=device)
         aspect = (low + (high - low) * draw[0]).exp()
         area = scale * self.grid**2
         height = (area * aspect).sqrt().round().clamp(1, self.grid)
         width = (area / aspect).sqrt().round().clamp(1, self.grid)
-        # floor(u (L - h + 1)): every place that keeps the block inside is equally likely, the last row and column too.
+        # floor(u (L - h + 1)): every place inside is equally likely, the last row and column too.
         top = (draw[1] * (self.grid - height + 1)).floor()
         left = (draw[2] * (self.grid - width + 1)).floor()
         at = torch.arange(self.grid, device=device)
@@ -194,7 +206,9 @@ class MultiblockMasking:
         return (rows[..., :, None] & columns[..., None, :]).any(1)
 
     def sample(self, batch: int, generator=None, device=None, mode: int = 0) -> TokenSplit:
-        """One split of `mode`; with CLS, the coin of eq. 2 puts it on one side in place of a random token of that side."""
+        """One split of `mode`.
+
+        With CLS, the coin of eq. 2 puts it on one side in place of a random token of that side."""
         device = torch.device(device or (generator.device if generator is not None else "cpu"))
         covered = self._cover(batch, *self.modes[mode], generator, device).flatten(1)
         noise = torch.rand(batch, self.tokens, generator=generator, device=device)

@@ -16,7 +16,9 @@ from torch import nn
 
 # %% ../nbs/42_models.ipynb #976d66f0
 def sincos_positions(grid: int, dim: int, cls: bool = False) -> torch.Tensor:
-    """2-D sine-cosine positions, float32 [grid * grid (+ 1), dim]: rows in the first half of the channels, CLS (zeros) first."""
+    """2-D sine-cosine positions, float32 [grid * grid (+ 1), dim].
+
+    The row is in the first half of the channels; CLS (zeros) comes first."""
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
     omega = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -30,8 +32,9 @@ def create_encoder(name: str = "vit_small_patch16_224", **timm_kwargs) -> nn.Mod
     """A timm `VisionTransformer` without a classifier, with sine-cosine positions to start from.
 
     `timm_kwargs` go to `timm.create_model` (`img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`,
-    `class_token=False` for a model without CLS ...). The position table stays a parameter, as timm has it, but takes no
-    gradient. Raises `ValueError` for a model that is not a plain ViT with one prefix token or none."""
+    `class_token=False` for a model without CLS ...). The position table stays a parameter, as timm has it,
+    but takes no gradient. Raises `ValueError` for a model that is not a plain ViT with one prefix token or
+    none."""
     import timm
 
     kwargs = {"num_classes": 0, "global_pool": "token" if timm_kwargs.get("class_token", True) else "avg"}
@@ -68,9 +71,10 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def encode_tokens(
     encoder: nn.Module, images: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Representations [B, K, D] of the tokens `index` (int64 [B, K] or [K]; None: all N), final norm applied.
+    """Representations [B, K, D] of the tokens `index`, final norm applied.
 
-    `images` is float [B, 3, H, W], normalised. Only the tokens in `index` are computed, and they attend to each other alone."""
+    `index`: int64 [B, K] or [K]; None: all N. `images` is float [B, 3, H, W], normalised. Only the tokens in
+    `index` are computed, and they attend to each other alone."""
     x = encoder.patch_embed(images)  # [B, L * L, D]
     if encoder.has_class_token:
         x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
@@ -82,9 +86,10 @@ def encode_tokens(
 
 # %% ../nbs/42_models.ipynb #b8aadc0e
 class Predictor(nn.Module):
-    """Source representations [B, |S|, D] and target positions [B, |T|] to predictions [B, |T|, D] (I-JEPA's, in one joint pass).
+    """I-JEPA's predictor, in one joint pass.
 
-    `dim`, `depth`, `heads` are the predictor's own width, blocks and heads; `tokens` counts all tokens, CLS included."""
+    Source representations [B, |S|, D] and target positions [B, |T|] become predictions [B, |T|, D]. `dim`,
+    `depth` and `heads` are the predictor's own width, blocks and heads."""
 
     def __init__(
         self, encoder_dim: int, grid: int, cls: bool = True, dim: int = 384, depth: int = 6, heads: int = 6
@@ -132,9 +137,9 @@ class Predictor(nn.Module):
 
 
 def fuse_attention(module: nn.Module, fused: bool) -> None:
-    """Whether the attention of timm's blocks in `module` is PyTorch's fused kernel, or two products and a softmax.
+    """Compute the attention of timm's blocks in `module` by PyTorch's fused kernel, or in two products.
 
-    The numbers are the same up to rounding. On a CPU in bfloat16 the fused kernel's backward pass is the slower way."""
+    The numbers are the same up to rounding. On a CPU in bfloat16 the fused backward pass is slower."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused
@@ -151,7 +156,7 @@ def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> tor
 
 # %% ../nbs/42_models.ipynb #b9e8cf86
 def save_encoder(path, encoder: nn.Module, name: str, kwargs: dict, **about) -> Path:
-    """Write the encoder's timm state dict as safetensors, atomically, with what is needed to rebuild it in the header."""
+    """Write the encoder's timm state dict as safetensors, atomically; the header says how to rebuild it."""
     from safetensors.torch import save
 
     from mefem.files import write_atomic
@@ -170,7 +175,9 @@ def save_encoder(path, encoder: nn.Module, name: str, kwargs: dict, **about) -> 
 
 
 def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library writes them in a random order, and the same weights are to give the same bytes."""
+    """A safetensors file with its metadata sorted.
+
+    The library writes them in a random order, and the same weights are to give the same bytes."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -180,7 +187,7 @@ def _in_order(data: bytes) -> bytes:
 
 
 def load_encoder_file(path) -> tuple[nn.Module, dict]:
-    """The encoder in a file of `save_encoder`, in evaluation mode and without gradients, and the file's header."""
+    """The encoder in a file of `save_encoder`, without gradients, and the file's header."""
     from safetensors import SafetensorError, safe_open
 
     try:

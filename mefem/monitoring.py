@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANK_KEPT', 'POSITION_GAIN', 'PROBE_LOSS', 'RANK_REMEDY', 'rankme', 'alpha_req', 'relative_spread', 'token_rank',
-           'position_share', 'linear_probe', 'block_operations', 'step_operations', 'peak_operations', 'health',
+           'position_share', 'ridge_probe', 'block_operations', 'step_operations', 'peak_operations', 'health',
            'worse_than_start', 'SinceStart']
 
 # %% ../nbs/44_monitoring.ipynb #ab04ecb2
@@ -12,8 +12,6 @@ import math
 import time
 
 import torch
-
-from .jepa import PLACES, SLICES
 
 # %% ../nbs/44_monitoring.ipynb #f7bd360c
 def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
@@ -71,7 +69,7 @@ def position_share(tokens: torch.Tensor) -> float:
     return (places / total.clamp_min(torch.finfo(tokens.dtype).tiny)).item()
 
 # %% ../nbs/44_monitoring.ipynb #494dc545
-def linear_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
+def ridge_probe(embeddings, labels, groups=None, folds: int = 5) -> float:
     """r2 (numbers) or balanced accuracy (classes) of a ridge probe on embeddings [N, D], out of fold.
 
     `groups`: person of each. Labels that are not floating point count as classes. Raises `ValueError` for
@@ -115,14 +113,9 @@ def step_operations(jepa) -> dict[str, int]:
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
-    splits = jepa.masking.sample_all(1, torch.Generator())
-    for source, target in (
-        (split.source.shape[1], jepa.asked_count(split.target.shape[1])) for split in splits
-    ):
-        if (
-            jepa.target_norm == "whiten" and not jepa.sigreg
-        ):  # second moments, and the product with the whitening matrix
-            count["teacher"] += 2 * jepa.masking.tokens * dim**2
+    for split in jepa.masking.sample_all(1, torch.Generator()):
+        source = split.source.shape[1]
+        target = jepa.selected_count(split.target.shape[1])
         if jepa.teacher_input == "targets":
             count["teacher"] += patches + _vit_operations(encoder.blocks, dim, target)
         count["student"] += 2 * patches + 3 * _vit_operations(encoder.blocks, dim, source)
@@ -130,10 +123,11 @@ def step_operations(jepa) -> dict[str, int]:
             _vit_operations(predictor.blocks, narrow, source + target) + (source + target) * dim * narrow
         )
     whole = _vit_operations(encoder.blocks, dim, jepa.masking.tokens)
-    if jepa.sigreg:  # the student sees the whole picture too, and its tokens go along random directions
-        count["student"] += 2 * patches + 3 * whole + 2 * min(PLACES, jepa.masking.tokens) * dim * SLICES
+    if not jepa.has_teacher:  # the student sees the whole picture too
+        count["student"] += 2 * patches + 3 * whole
     elif jepa.teacher_input == "image":  # one pass serves all splits
         count["teacher"] += patches + whole
+    count["student"] += jepa.extra_operations
     return count
 
 # %% ../nbs/44_monitoring.ipynb #1697b8c7

@@ -16,7 +16,7 @@ import torch
 from .compute import choose_device, torch_threads
 from .features import Features, load_features
 from mefem.probing import (
-    STARTS,
+    SCALINGS,
     AttentivePooler,
     Candidate,
     Recipe,
@@ -65,18 +65,18 @@ def fit_pooler(
     batch: int = 64,
     folds: int = 5,
     heads: int = 4,
-    starts=STARTS,
+    scalings=SCALINGS,
     seed: int = 0,
     device="cpu",
 ) -> tuple[AttentivePooler, np.ndarray]:
     """An attentive pooler on the patches, trained on the first split of `task`.
 
-    Returns the rows of its test people too. Of the scalings of the features in `starts`, the best on
+    Returns the rows of its test people too. Of the scalings of the features in `scalings`, the best on
     validation people is kept."""
     task, device = get_task(task), choose_device(str(device))
     tokens, targets = features.select("patches"), task_targets(features.labels, task)
     split = make_splits(features.labels, targets, task, folds, seed=seed)[0]
-    grid = tuple(Candidate(lr, weight_decay, start) for start in starts)
+    grid = tuple(Candidate(lr, weight_decay, scaling) for scaling in scalings)
     recipe = Recipe(
         "attentive", grid, features.meta.get("heads") or heads, 0, epochs, batch, patience=6, seed=seed
     )

@@ -16,7 +16,7 @@ def patch_radius(grid: int = 14) -> torch.Tensor:
 
 
 def circular_weights(grid: int = 14, r0: float = 5.5, sigma: float = 1.5) -> torch.Tensor:
-    """w(r) = 1 / (1 + exp(sigma (r - r0))) (eq. 6, with the sign that its text and figure 3 have): float32 [grid, grid].
+    """w(r) = 1 / (1 + exp(sigma (r - r0))), float32 [grid, grid]: eq. 6, with the sign of its text.
 
     `r0`: radius, in patches, at which the weight is one half; `sigma`: steepness, per patch."""
     if grid < 1 or sigma <= 0:
@@ -30,7 +30,9 @@ def uniform_weights(grid: int = 14) -> torch.Tensor:
 
 # %% ../nbs/41_weighting.ipynb #efa2fb9a
 def token_weights(weights: torch.Tensor, cls: bool = True) -> torch.Tensor:
-    """Weights in token order [N], of the dtype of `weights` [grid, grid]: CLS first with weight 1 (eq. 5), then the patches."""
+    """Weights in token order [N], of the dtype of `weights` [grid, grid].
+
+    CLS comes first with weight 1 (eq. 5), then the patches."""
     flat = weights.flatten()
     return torch.cat([flat.new_ones(1), flat]) if cls else flat
 

@@ -28,7 +28,8 @@ from mefem.ablations import (
     write_table4,
 )
 from mefem.config import Settings, SettingsError, ablation_probing, ablation_settings, load_settings
-from mefem.metrics import paired_difference, write_result
+from mefem.evaluation import write_result
+from mefem.metrics import paired_difference
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
 from mefem.shards import write_manifest, write_shard

@@ -940,6 +940,6 @@ def test_a_kill_at_any_file_of_the_probes(tmp_path, after):
         "validation=0.2, bootstrap=100, hidden=4, progress=False)"
     )
     assert (
-        same_after_a_kill("from mefem.metrics import evaluate_encoder", work, tmp_path / "results", after)
+        same_after_a_kill("from mefem.evaluation import evaluate_encoder", work, tmp_path / "results", after)
         == 4
     )

@@ -11,7 +11,7 @@ from test_faces import cartoon
 from typer.testing import CliRunner
 
 from mefem.cli import app
-from mefem.config import Probing
+from mefem.config import ProbingSettings
 from mefem.models import create_encoder, save_encoder
 from mefem.provenance import stage_durations
 from mefem.shards import read_labels, read_manifest
@@ -232,21 +232,13 @@ def toy_features(folder, n=80):
 
 
 def test_defaults_of_the_probe_are_those_of_the_settings():
-    import inspect
+    from dataclasses import asdict
 
-    from mefem.probing import probe
+    from mefem.probing import ProbeOptions
 
-    settings = Probing().model_dump()
-    defaults = {name: parameter.default for name, parameter in inspect.signature(probe).parameters.items()}
-    shared = settings.keys() & defaults.keys()
-    assert (
-        shared == settings.keys() - {"bootstrap", "seed"}
-        and defaults["seeds"] == (settings["seed"],)
-        and settings["seeds"] == 1
-    )
-    assert {name: defaults[name] for name in shared - {"seeds"}} == {
-        name: settings[name] for name in shared - {"seeds"}
-    }
+    settings, defaults = ProbingSettings().model_dump(), asdict(ProbeOptions())
+    assert defaults.pop("seeds") == (settings.pop("seed"),) and settings.pop("seeds") == 1
+    assert settings.pop("bootstrap") and settings == defaults
 
 
 @pytest.mark.parametrize(
@@ -254,7 +246,7 @@ def test_defaults_of_the_probe_are_those_of_the_settings():
     [None, {"folds": 3, "epochs": 3, "batch": 16, "patience": 2, "bootstrap": 100, "seed": 4, "seeds": 2}],
 )
 def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes):
-    from mefem.metrics import evaluate
+    from mefem.evaluation import evaluate
 
     features = toy_features(tmp_path / "toy")
     monkeypatch.chdir(tmp_path)
@@ -281,7 +273,7 @@ def test_the_probe_gives_the_numbers_of_the_graph(tmp_path, monkeypatch, changes
         linear=False,
         progress=False,
         jobs=1,
-        **Probing(**(changes or {})).model_dump(),
+        **ProbingSettings(**(changes or {})).model_dump(),
     )
     (graph,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json"))
     mefem("probe", features, "-o", tmp_path / "numbers.json")

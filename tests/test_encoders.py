@@ -1,4 +1,6 @@
-"""Each loader against an independent forward pass in double precision, from random weights in the publisher's keys."""
+"""Each loader against an independent forward pass in double precision.
+
+From random weights in the publisher's keys."""
 
 import pickle
 import struct
@@ -35,7 +37,8 @@ def draw(rng, *shape):
     return torch.from_numpy(rng.standard_normal(shape) * 0.05)
 
 
-# -- ours ------------------------------------------------------------------------------------------------------------
+# -- ours
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -60,8 +63,10 @@ def test_own_checkpoint(tmp_path, cls):
     assert torch.equal(load_encoder(tmp_path, device="cpu").tokens_of(faces), encoder.tokens_of(faces))
     chance = load_encoder(f"random:{path}", device="cpu")
     other = {"encoder": "", "encoder_hash": ""}
-    assert chance.about() | other == encoder.about() | other and chance.fingerprint() != encoder.fingerprint()
-    assert chance.fingerprint() == load_encoder(f"random:{path}", device="cpu").fingerprint()
+    assert (
+        chance.about() | other == encoder.about() | other and chance.weights_hash() != encoder.weights_hash()
+    )
+    assert chance.weights_hash() == load_encoder(f"random:{path}", device="cpu").weights_hash()
     assert torch.equal(chance.tokens_of(faces), load_encoder(f"random:{path}", device="cpu").tokens_of(faces))
     assert not torch.allclose(chance.tokens_of(faces), encoder.tokens_of(faces), atol=0.1)
 
@@ -125,7 +130,8 @@ def test_nothing_in_a_file_is_executed(tmp_path):
             load_encoder(f"pixels:{tmp_path / name}")
 
 
-# -- FaRL: CLIP's image tower, from the equations of its paper ---------------------------------------------------------
+# -- FaRL: CLIP's image tower, from the equations of its paper
+# ---------------------------------------------------------
 
 
 def clip_state(rng, dim=128, depth=2, grid=14):
@@ -222,7 +228,8 @@ def test_farl(tmp_path):
     assert torch.allclose(encoder.model.double()(x), wanted, atol=1e-10)
 
 
-# -- Franca: DINOv2's ViT with SwiGLU and layer scale ------------------------------------------------------------------
+# -- Franca: DINOv2's ViT with SwiGLU and layer scale
+# ------------------------------------------------------------------
 
 
 def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
@@ -257,7 +264,7 @@ def franca_state(rng, dim=128, depth=4, chunks=2, hidden=344, grid=37):
 
 
 def bicubic_matrix(out, size, scale):
-    """Rows of weights of bicubic interpolation (Keys' kernel, a = -0.75) with given scale and repeated borders."""
+    """Weights of bicubic interpolation (Keys' kernel, a = -0.75) with given scale and repeated borders."""
 
     def kernel(t):
         t = abs(t)
@@ -318,7 +325,8 @@ def test_franca(tmp_path):
         load_encoder(f"franca:{tmp_path / 'other.pth'}")
 
 
-# -- Buffalo: an ONNX file written by hand -----------------------------------------------------------------------------
+# -- Buffalo: an ONNX file written by hand
+# -----------------------------------------------------------------------------
 
 
 def varint(n):
@@ -377,7 +385,7 @@ def test_buffalo(tmp_path):
     there = pickle.loads(pickle.dumps(masked))  # as it would travel to a process of joblib's
     assert (
         torch.equal(there.tokens_of(faces), masked.tokens_of(faces))
-        and there.fingerprint() == masked.fingerprint()
+        and there.weights_hash() == masked.weights_hash()
     )
 
 
@@ -417,7 +425,8 @@ def test_buffalo_alignment_on_real_faces(shared):
     assert len(errors) >= 4 and np.mean(errors) < 4  # pixels of 112
 
 
-# -- pixels, timm, names ---------------------------------------------------------------------------------------------
+# -- pixels, timm, names
+# ---------------------------------------------------------------------------------------------
 
 
 def test_pixels_are_scikit_learns_pca_and_come_back_from_disk(tmp_path):
@@ -644,7 +653,7 @@ def test_wrong_pictures_are_refused():
             encoder.tokens_of(wrong)
     with pytest.raises(ValueError, match="224 x 100"):
         encoder.tokens_of(FACES[:, :100])
-    assert resize(torch.zeros(1, 3, 10, 10), 7).shape == (1, 3, 7, 7)
+    assert resize(torch.zeros(1, 10, 10, 3, dtype=torch.uint8), 7).shape == (1, 7, 7, 3)
 
 
 def test_bf16_is_close():

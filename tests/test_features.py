@@ -139,7 +139,8 @@ def test_the_picture_that_is_not_square_is_named(encoder, tmp_path):
         embed([CROPS[0], CROPS[1], CROPS[2] / 255], encoder)
 
 
-# --- folders of photographs ------------------------------------------------------------------------------------------
+# --- folders of photographs
+# ------------------------------------------------------------------------------------------
 
 COLOURS = {
     "a/b.jpg": "red",
@@ -332,7 +333,8 @@ def test_names_that_are_no_text(tmp_path, encoder):
     assert table.file.tolist() == [r"ren\xe9.png"]
 
 
-# --- tables of embeddings --------------------------------------------------------------------------------------------
+# --- tables of embeddings
+# --------------------------------------------------------------------------------------------
 
 
 def read_table(path):
@@ -396,7 +398,8 @@ def test_every_ending_keeps_every_bit_over_all_parts(tmp_path):
     assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 2
 
 
-# --- a run that is killed --------------------------------------------------------------------------------------------
+# --- a run that is killed
+# --------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -424,7 +427,8 @@ elif moment == "writing":
     pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
 elif moment == "joining":
     ending = os.path.splitext(out)[1]
-    embedding._WRITERS[ending] = at(1, embedding._WRITERS[ending], lambda parts, path, _: path.write_bytes(b"half a table"))
+    half = lambda parts, path, _: path.write_bytes(b"half a table")
+    embedding._WRITERS[ending] = at(1, embedding._WRITERS[ending], half)
 else:
     embedding.shutil.rmtree = at(1, embedding.shutil.rmtree)
 embedding.embed_photographs(source, encoder, out, framing="as-is", batch=2, device="cpu", progress=False)

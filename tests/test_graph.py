@@ -1,8 +1,10 @@
 """The graph and its notebooks: described, parameterised, free of definitions, the same in every profile."""
 
 import ast
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -109,3 +111,47 @@ def test_dvc_reads_the_graph():
         "readme",
     ):
         assert name in listed
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_link_in_a_notebook_leads_to_a_file(path):
+    cells = nbformat.read(path, 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for target in LINK.findall(text):
+        if target.startswith(("http:", "https:")):
+            continue
+        file, _, heading = target.partition("#")
+        assert not file or (path.parent / file).exists(), target
+        if heading and not file:
+            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            assert heading in {line.replace(" ", "-") for line in headings}, target
+
+
+def test_chapters_link_to_each_other_and_to_the_paper():
+    """`python tools/chapter_links.py` writes these lines; run it after adding or renaming a chapter."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from chapter_links import PAPER, chapters, line_of
+
+    order = chapters(ROOT / "nbs")
+    assert set(PAPER) <= {path.stem for path in order}
+    for path in order:
+        cells = nbformat.read(path, 4).cells
+        assert cells[1].source == line_of(path, order), f"{path.name}: run python tools/chapter_links.py"
+
+
+def test_the_index_is_short_and_leads_everywhere():
+    text = (ROOT / "nbs" / "index.ipynb").read_text()
+    for chapter in (
+        "40_masking",
+        "41_weighting",
+        "42_models",
+        "43_jepa",
+        "45_training",
+        "52_probing",
+        "10_faces",
+    ):
+        assert f"({chapter}.ipynb)" in text
+    assert "index.ipynb" in (ROOT / "Makefile").read_text()

@@ -154,15 +154,15 @@ import json, sys
 from pathlib import Path
 import mefem
 assert Path(mefem.__file__).parent == Path({package!r})
-from mefem.config import Pretrain
+from mefem.config import PretrainSettings
 from mefem.crop import crop_dataset
 from mefem.features import features_of
-from mefem.metrics import evaluate
+from mefem.evaluation import evaluate
 from mefem.training import pretrain
 root = Path({root!r})
 faces = root / "data" / "faces" / "bmi"
 crop_dataset("bmi", root / "raw", faces, size=32, min_side=1, framing="dataset", jobs=1, progress=True)
-config = Pretrain(datasets=("bmi",), batch=4, steps=2, checkpoint_every=2, log_every=1, device="cpu",
+config = PretrainSettings(datasets=("bmi",), batch=4, steps=2, checkpoint_every=2, log_every=1, device="cpu",
                   precision="fp32", predictor=dict(dim=8, depth=1, heads=2), masking=dict(width=1),
                   encoder=dict(kwargs=dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)))
 encoder = pretrain(config, root=root, progress=False)

@@ -56,7 +56,7 @@ def lines_of(split) -> tuple[np.ndarray, np.ndarray]:
     first, second = split.source[:, 0].numpy(), split.source[:, 1].numpy()
     last = split.source[:, -1].numpy()
     width = split.source.shape[1] // GRID
-    # A horizontal stripe fills whole rows, so its tokens are consecutive; a vertical one has a gap after `width` of them.
+    # A horizontal stripe fills whole rows: its tokens are consecutive. A vertical one has gaps.
     horizontal = last - first == GRID * width - 1
     assert ((second - first == 1) | (width == 1)).all()
     return horizontal, np.where(horizontal, first // GRID, first % GRID)
@@ -64,7 +64,7 @@ def lines_of(split) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("width", range(1, 7))
 def test_stripe_centre_follows_equation_4(width):
-    # 200,000 draws. At width 1 the stripe is its centre; a wider one starts at i_c - width // 2, shifted inside.
+    # 200,000 draws. At width 1 the stripe is its centre; a wider one starts at i_c - width // 2, inside.
     draws = 200_000
     split = StripeMasking(GRID, width, cls_in_source=None).sample(draws, torch.Generator().manual_seed(width))
     horizontal, start = lines_of(split)
@@ -125,7 +125,7 @@ def test_samples_are_independent_and_reproducible():
     ids=[*(f"stripes {w}" for w in range(1, 7)), "quadrant", "multiblock"],
 )
 def test_no_border_artefact(masking):
-    # Over all splits of a step, every patch can be source and can be target, and mirrored patches equally often.
+    # Over all splits of a step, every patch can be source and target, and mirrored patches equally often.
     counts = torch.zeros(2, GRID * GRID)
     n = 40_000
     for split in masking.sample_all(n, torch.Generator().manual_seed(11)):

@@ -6,17 +6,14 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, mean_absolute_error, r2_score
 
+from mefem.evaluation import evaluate
 from mefem.files import write_json
 from mefem.metrics import (
-    accuracy,
     bootstrap_interval,
     draws,
-    evaluate,
-    mae,
     paired_difference,
     paired_differences,
     person_sums,
-    r2,
     resampled,
     score,
     summarise,
@@ -51,10 +48,10 @@ def predictions(people=120, photos=1, noise=3.0, seed=0, seeds=1):
 def test_definitions_are_scikit_learns(shift):
     p = predictions()
     target, guess = p.target + shift, p.prediction + shift
-    assert np.isclose(r2(target, guess), r2_score(target, guess), rtol=1e-9)
-    assert np.isclose(mae(target, guess), mean_absolute_error(target, guess))
+    assert np.isclose(score("r2", target, guess), r2_score(target, guess), rtol=1e-9)
+    assert np.isclose(score("mae", target, guess), mean_absolute_error(target, guess))
     classes = np.random.default_rng(0).integers(0, 4, (2, 50))
-    assert accuracy(*classes) == accuracy_score(*classes)
+    assert score("accuracy", *classes) == accuracy_score(*classes)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +122,13 @@ def test_paired_difference_against_a_plain_loop():
             ]
         )
         gaps.append(
-            mae(first.target.iloc[pick], first.prediction.iloc[pick])
-            - mae(second.target.iloc[pick], second.prediction.iloc[pick])
+            score("mae", first.target.iloc[pick], first.prediction.iloc[pick])
+            - score("mae", second.target.iloc[pick], second.prediction.iloc[pick])
         )
     assert np.allclose([found.low, found.high], np.quantile(gaps, [0.025, 0.975]))
     assert np.isclose(
-        found.value, mae(first.target, first.prediction) - mae(second.target, second.prediction)
+        found.value,
+        score("mae", first.target, first.prediction) - score("mae", second.target, second.prediction),
     )
 
 
@@ -145,7 +143,7 @@ def test_seeds_are_drawn_as_well():
     p = predictions(seeds=4)
     p.loc[p.seed == 3, "prediction"] = 26.0  # one seed that failed makes the result less certain
     interval = bootstrap_interval(p, "r2")
-    per_seed = [r2(part.target, part.prediction) for _, part in p.groupby("seed")]
+    per_seed = [score("r2", part.target, part.prediction) for _, part in p.groupby("seed")]
     assert np.isclose(interval.value, np.mean(per_seed)) and interval.n == 120
     assert interval.high - interval.low > 1.3 * np.ptp(
         [bootstrap_interval(predictions(), "r2").low, bootstrap_interval(predictions(), "r2").high]
@@ -157,9 +155,9 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="rmse.*accuracy"):
         score("rmse", [1], [1])
     with pytest.raises(ValueError, match="equal"):
-        r2([1, 2], [1])
+        score("r2", [1, 2], [1])
     with pytest.raises(ValueError, match="finite"):
-        mae([1, np.nan], [1, 2])
+        score("mae", [1, np.nan], [1, 2])
     with pytest.raises(ValueError, match="person"):
         bootstrap_interval(p.drop(columns="person"), "r2")
     with pytest.raises(ValueError, match="at least two"):
@@ -315,7 +313,7 @@ def test_a_number_can_be_followed_to_encoder_crops_split_and_seed(folders):
     import json
 
     numbers = evaluate(folders, ("bmi",), jobs=1, seed=3, seeds=2, **SHORT)
-    assert set(numbers.features) == {"cls", "patches", "patches+cls"} and set(numbers["head"]) == {
+    assert set(numbers.feature_set) == {"cls", "patches", "patches+cls"} and set(numbers["head"]) == {
         "mlp",
         "attentive",
         "linear",
@@ -338,12 +336,12 @@ def test_a_number_can_be_followed_to_encoder_crops_split_and_seed(folders):
         )
         kept = pd.read_parquet(out / found["predictions"])
         assert (kept.groupby(["seed", "key"]).size() == 1).all() and len(kept) == 2 * 48
-        again = np.mean([r2(part.target, part.prediction) for _, part in kept.groupby("seed")])
+        again = np.mean([score("r2", part.target, part.prediction) for _, part in kept.groupby("seed")])
         assert np.isclose(again, found["values"]["r2"]["value"])
 
 
 def test_results_are_kept_until_something_changes(folders, monkeypatch):
-    import mefem.metrics as module
+    import mefem.evaluation as module
 
     def files():
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders["a"][1].iterdir()}
@@ -371,7 +369,8 @@ def test_processes_side_by_side_give_the_same_numbers(folders, tmp_path):
 def test_pairs_of_task_and_feature_set_can_be_left_out(folders):
     found = evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches+cls"]], **SHORT)
     assert (
-        set(found.features) == {"cls", "patches"} and not (folders["a"][1] / "bmi.patches+cls.json").exists()
+        set(found.feature_set) == {"cls", "patches"}
+        and not (folders["a"][1] / "bmi.patches+cls.json").exists()
     )
     with pytest.raises(
         ValueError, match="'patches-cls' is unknown, expected one of cls, patches, patches.cls"

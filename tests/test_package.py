@@ -12,6 +12,7 @@ ORDER = [
     "compute",
     "made_from",
     "config",
+    "labels",
     "faces",
     "shards",
     "simulate",
@@ -20,8 +21,12 @@ ORDER = [
     "provide",
     "masking",
     "weighting",
+    "tables",
+    "provenance",
+    "figures",
     "models",
     "jepa",
+    "beyond",
     "monitoring",
     "training",
     "encoders",
@@ -37,6 +42,7 @@ ORDER = [
     "report",
     "ablations",
     "fairness",
+    "fairness_page",
     "pictures",
     "datasheets",
     "readme",
@@ -127,6 +133,7 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
         entry = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     ours = {str(p.relative_to(root)) for p in (root / "mefem").rglob("*.py")}
+    ours |= {"mefem/py.typed", "mefem/__init__.pyi"}  # without the first, type checkers ignore the package
     assert {n for n in names if ".dist-info/" not in n} == ours
     assert "mefem = mefem.cli:app" in entry
     required = [
@@ -177,3 +184,47 @@ def test_no_path_of_a_machine_and_no_big_file_is_committed(root):
         ):
             text = path.read_text(encoding="utf-8", errors="replace")
             assert str(root) + "/" not in text, f"{name} names this machine's folder"
+
+
+def test_the_stub_names_what_the_package_loads(root):
+    import mefem
+
+    names, modules = {}, set()
+    for node in ast.parse((root / "mefem" / "__init__.pyi").read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {alias.name for alias in node.names}
+    assert names == mefem._PUBLIC and modules <= mefem._MODULES
+    assert {"config", "faces", "jepa", "training"} <= modules
+
+
+def test_users_code_is_checked_against_the_packages_types(root, tmp_path):
+    script = tmp_path / "use.py"
+    script.write_text(
+        "import mefem\n"
+        "face: mefem.Face = mefem.FaceDetector().detect('a.jpg')[0]\n"
+        "score: str = face.score\n"
+        "mefem.crop_face(size=[3])\n"
+        "box: tuple[float, float, float, float] = face.box\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", root / "pyproject.toml", script]
+    done = subprocess.run([*command, "--cache-dir", tmp_path], cwd=root, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "4"], done.stdout + done.stderr
+
+
+def test_hooks_of_a_commit_are_the_environments_own(root):
+    """Versions are pinned once, in constraints.txt: no hook is fetched from elsewhere."""
+    import yaml
+
+    (repository,) = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    entries = {hook["id"]: hook["entry"].split()[0] for hook in repository["hooks"]}
+    assert entries == {
+        "ruff-check": "ruff",
+        "ruff-format": "ruff",
+        "nbdev-export": "nbdev_export",
+        "nbdev-clean": "nbdev_clean",
+    }
+    assert all(hook["language"] == "system" for hook in repository["hooks"])

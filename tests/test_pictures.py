@@ -32,7 +32,7 @@ def test_colours_follow_the_tokens():
     assert colours.shape == (3, 4, 4, 3) and colours.min() >= 0 and colours.max() <= 1
     left, right = colours[:, :, :2, 0], colours[:, :, 2:, 0]
     assert abs(left.mean() - right.mean()) > 0.8 and left.std() < 0.1
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         token_colours(tokens[:, :15])
 
 

@@ -1,4 +1,6 @@
-"""The heads against PyTorch's own layers, the batched grid against separate runs, and the rules on who may be where."""
+"""The heads against PyTorch's own layers.
+
+The batched grid against separate runs, and the rules on who may be where."""
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from mefem.probing import (
     LinearProbe,
     MLPProbe,
     PersonLeak,
+    Recipe,
     Split,
     StackedLinear,
     Task,
@@ -81,7 +84,9 @@ def test_pooler_is_the_plain_formula(dim, heads, tokens, outputs):
 
 
 def test_pooler_by_hand():
-    """Identity projections, a query along the first axis: softmax weights and their mean can be written down."""
+    """Identity projections, a query along the first axis.
+
+    Softmax weights and their mean can be written down."""
     head = AttentivePooler(2, 1, 1).double()
     with torch.no_grad():
         for p in head.parameters():
@@ -124,7 +129,7 @@ def test_pooler_gradients_are_those_of_the_plain_formula():
 def test_perceptron_and_linear_probe():
     x = torch.randn(20, 6, dtype=torch.float64)
     for head in (MLPProbe(6, 5, 2).double(), LinearProbe(6, 2).double()):
-        hand_set(head).start_from([x])
+        hand_set(head).scale_features([x])
         z = (x - x.mean(0)) / x.std(0, correction=0)
         if isinstance(head, MLPProbe):
             z = nn.functional.gelu(z @ head.expand.weight[0] + head.expand.bias[0])
@@ -133,7 +138,7 @@ def test_perceptron_and_linear_probe():
 
 def test_constant_feature_is_harmless():
     head = LinearProbe(3, 1)
-    head.start_from([torch.tensor([[1.0, 5.0, 0.0], [2.0, 5.0, 0.0]])])
+    head.scale_features([torch.tensor([[1.0, 5.0, 0.0], [2.0, 5.0, 0.0]])])
     assert torch.isfinite(head(torch.tensor([[1.0, 6.0, 1.0]]))).all()
 
 
@@ -311,7 +316,7 @@ def test_every_photograph_is_predicted_once_by_people_unseen(head):
     result = probe(features, "bmi", "cls" if head != "attentive" else "patches", head=head, **QUICK)
     assert sorted(result.predictions.key) == sorted(features.labels.key)
     assert result.predictions.groupby("person").fold.nunique().max() == 1
-    assert [len(s["validation"]) for s in result.info["splits"]] == [8] * 3  # 2 rates x 2 decays x 2 starts
+    assert [len(s["validation"]) for s in result.info["splits"]] == [8] * 3  # 2 rates x 2 decays x 2 scalings
 
 
 def test_repeatable_and_seeded():
@@ -358,9 +363,9 @@ def test_best_epoch_is_kept():
     store = TokenStore(f.select("patches"), head.prepare)
     y = torch.as_tensor((f.labels.bmi.to_numpy() - 26) / 5).float()
     split = Split("s", np.arange(60), np.arange(60, 90), np.arange(90, 120))
-    info = train_heads(
-        head, store, y, split, [Candidate(3e-2, 0.0), Candidate(1e-3, 0.0)], "regression", epochs=12, batch=16
-    )
+    grid = (Candidate(3e-2, 0.0), Candidate(1e-3, 0.0))
+    recipe = Recipe("attentive", grid, heads=2, hidden=0, epochs=12, batch=16, patience=6)
+    info = train_heads(head, store, y, split, "regression", recipe)
     curve = np.array(info["curves"]["validation"])
     assert info["best_epoch"][0] < len(curve) - 1  # the fast candidate overfits, so the test means something
     with torch.no_grad():
@@ -429,9 +434,9 @@ def test_every_way_to_name_a_device(device):
 
 
 def test_the_settings_of_a_profile_are_what_probe_takes():
-    from mefem.config import Probing
+    from mefem.config import ProbingSettings
 
-    settings = Probing(epochs=1, folds=2).model_dump()
+    settings = ProbingSettings(epochs=1, folds=2).model_dump()
     for name in ("bootstrap", "seed", "seeds"):
         del settings[name]
     assert len(probe(toy(), "bmi", "patches", progress=False, **settings).predictions) == 120
@@ -457,7 +462,8 @@ def test_copies_start_alike():
     assert all(torch.equal(layer.weight[0], layer.weight[c]) for c in range(4))
 
 
-# -- attributes, rare classes, official splits --------------------------------------------------------------------------
+# -- attributes, rare classes, official splits
+# --------------------------------------------------------------------------
 
 QUIZ = Task("quiz", "toy", "answers", "multilabel", classes=("Bald", "Smiling"), split="official")
 
@@ -530,7 +536,9 @@ def test_binary_cross_entropy_is_torchs_for_each_copy():
 
 
 def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
-    """Two Gaussians at -1 and 1, the second one in fifty: adjusted, the boundary must come back to the middle."""
+    """Two Gaussians at -1 and 1, the second one in fifty.
+
+    Adjusted, the boundary must come back to the middle."""
     x = np.linspace(-3, 3, 601)
     shares = np.array([0.98, 0.02])
     logits = np.stack([np.log(shares[0]) - (x + 1) ** 2 / 2, np.log(shares[1]) - (x - 1) ** 2 / 2], axis=-1)
@@ -546,7 +554,7 @@ def test_logit_adjustment_is_the_rule_of_bayes_for_equal_classes():
 
 def test_rare_attributes_are_found_when_asked_for():
     p = probe(
-        quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,), "starts": ("standardise",)})
+        quiz(), QUIZ, "cls", **(QUICK | {"epochs": 3, "lrs": (1e-4,), "scalings": ("standardise",)})
     ).predictions  # too short to be sure of itself
     rare = p[(p.label == "Bald") & (p.target == 1)]
     assert (rare.balanced == 1).mean() > 0.8 > 0.5 > (rare.prediction == 1).mean()
@@ -595,7 +603,8 @@ from mefem.files import write_json
 from mefem.probing import probe
 
 n, k, d = 200_000, 197, 768                                    # CelebA by a ViT-B: 60 GB
-tokens = np.lib.format.open_memmap(sys.argv[1], "w+", np.float16, (n, k, d))     # a sparse file: only what is written takes space
+# a sparse file: only what is written takes space
+tokens = np.lib.format.open_memmap(sys.argv[1], "w+", np.float16, (n, k, d))
 labels = pd.DataFrame({"key": np.arange(n).astype(str), "person": np.arange(n).astype(str), "bmi": np.nan})
 rows = np.arange(0, n, n // 60)[:60]
 labels.loc[rows, "bmi"] = np.linspace(20, 30, 60)
@@ -605,10 +614,10 @@ tokens = np.load(sys.argv[1], mmap_mode="r")
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 30), used + (1 << 30)))   # one GiB more, not sixty
 features = Features("present", tokens, labels, {"has_cls": True, "heads": 12, "tokens": k})
-settings = dict(folds=2, epochs=1, batch=16, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2, progress=False)
+settings = dict(folds=2, epochs=1, batch=16, lrs=(1e-3,), weight_decays=(0.1,), validation=0.2)
 print(len(probe(features, "bmi", "patches+cls", memory=64 << 20, **settings).predictions), "predicted")
 try:
-    probe(features, "bmi", "patches+cls", memory=1 << 40, **settings)
+    probe(features, "bmi", "patches+cls", memory=1 << 40, progress=False, **settings)
 except (MemoryError, RuntimeError):
     print("in memory it does not fit")
 """
@@ -638,11 +647,11 @@ def skewed_tokens(n=40):
     )
 
 
-def test_starting_points_against_numpy():
+def test_feature_scalings_against_numpy():
     tokens = skewed_tokens()
-    centre, found = probing.starting_points(tokens.split(7))
+    centre, found = probing.feature_scalings(tokens.split(7))
     x = tokens.double().numpy()
-    assert np.allclose(centre, x.mean((0, 1)), atol=1e-5) and set(found) == set(probing.STARTS)
+    assert np.allclose(centre, x.mean((0, 1)), atol=1e-5) and set(found) == set(probing.SCALINGS)
     assert np.allclose(found["standardise"], np.diag(1 / x.std((0, 1))), rtol=1e-4)
     away = ((x - x.mean(0)) / x.std((0, 1))).reshape(-1, 12)  # features in units of their deviations
     values, vectors = np.linalg.eigh(away.T @ away / len(away))
@@ -655,18 +664,18 @@ def test_starting_points_against_numpy():
     assert np.allclose(seen.T @ seen / len(seen), np.diag(values / (values + 0.3 * values.mean())), atol=1e-4)
     vectors = skewed_tokens()[:, 0]  # one vector a picture: its plain covariance
     seen = np.cov(
-        (vectors @ probing.starting_points([vectors], floor=1e-9)[1]["whiten"]).double().numpy().T, bias=True
+        (vectors @ probing.feature_scalings([vectors], floor=1e-9)[1]["whiten"]).double().numpy().T, bias=True
     )
     assert np.allclose(seen, np.eye(12), atol=1e-3)
 
 
 def test_pooler_sees_tokens_as_its_start_has_them():
-    tokens, starts = skewed_tokens(), ["whiten", "standardise"]
+    tokens, scalings = skewed_tokens(), ["whiten", "standardise"]
     pooler = hand_set(AttentivePooler(12, 3, 1, copies=2))
     normed = pooler.prepare(tokens)
-    pooler.start_from(normed.split(7), starts)
-    centre, found = probing.starting_points([normed])
-    for copy, start in enumerate(starts):
+    pooler.scale_features(normed.split(7), scalings)
+    centre, found = probing.feature_scalings([normed])
+    for copy, start in enumerate(scalings):
         plain = AttentivePooler(12, 3, 1, copies=2)
         plain.load_state_dict(dict(pooler.named_parameters()) | dict(plain.named_buffers()))
         assert torch.allclose(
@@ -677,7 +686,7 @@ def test_pooler_sees_tokens_as_its_start_has_them():
 @pytest.mark.parametrize("head", [MLPProbe(12, 5, 1, copies=2), LinearProbe(12, 1, copies=2)])
 def test_heads_on_one_vector_see_it_as_their_start_has_it(head):
     x = skewed_tokens()[:, 0]
-    head.start_from(x.split(7), ["standardise", "whiten"])
+    head.scale_features(x.split(7), ["standardise", "whiten"])
     plain, whitened = head.see(x)
     assert torch.allclose(plain, (x - x.mean(0)) / x.std(0, correction=0), atol=1e-4)
     values = torch.linalg.eigvalsh(torch.corrcoef(x.T))
@@ -689,24 +698,26 @@ def test_heads_on_one_vector_see_it_as_their_start_has_it(head):
 
 def test_a_feature_that_never_changes_is_only_shifted():
     x = torch.stack([torch.arange(6.0), torch.full((6,), 3.0)], -1)
-    centre, found = probing.starting_points([x[:2], x[2:]])
+    centre, found = probing.feature_scalings([x[:2], x[2:]])
     assert (
         centre[1] == 3
         and found["standardise"][1, 1] == 1
         and abs(found["standardise"][0, 0] * x[:, 0].std(correction=0) - 1) < 1e-6
     )
     assert torch.isfinite(found["whiten"]).all()
-    assert torch.equal(probing.starting_points([torch.ones(4, 2)])[1]["whiten"].abs().sum(0), torch.ones(2))
+    assert torch.equal(probing.feature_scalings([torch.ones(4, 2)])[1]["whiten"].abs().sum(0), torch.ones(2))
 
 
 def test_a_start_is_chosen_on_validation_people():
-    """Every feature shows one thing that all pictures differ in most; the target lies in what is left: whitened, it is found sooner."""
+    """Every feature shows one thing that all pictures differ in most.
+
+    The target lies in what is left: whitened, it is found sooner."""
     generator = torch.Generator().manual_seed(0)
     common, own = torch.randn(300, 1, generator=generator), torch.randn(300, 40, generator=generator)
     tokens, y = (common + 0.1 * own)[:, None].expand(-1, 4, -1).numpy(), own[:, :2].sum(1)
     split = Split("fold 0", np.arange(200), np.arange(200, 250), np.arange(250, 300))
-    recipe = probing.Recipe(
-        "linear", tuple(Candidate(1e-2, 0.0, start) for start in probing.STARTS), 1, 8, 30, 32, 30
+    recipe = Recipe(
+        "linear", tuple(Candidate(1e-2, 0.0, start) for start in probing.SCALINGS), 1, 8, 30, 32, 30
     )
     answer, account = probing.probe_split(
         y.numpy(), probing.get_task("bmi"), split, recipe, TokenStore(tokens, probing.mean_token)

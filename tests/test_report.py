@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mefem.evaluation import evaluate, evaluate_encoder, write_result
 from mefem.features import FEATURE_SETS
 from mefem.figures import figure_learning, figure_maskings, figure_weights
 from mefem.files import write_json
-from mefem.metrics import evaluate, evaluate_encoder, paired_difference, write_result
+from mefem.metrics import paired_difference
 from mefem.probing import ProbeResult
 from mefem.provenance import provenance, size_of
 from mefem.report import (
@@ -510,7 +511,7 @@ def test_evaluate_encoder(tmp_path):
         batch=32,
         lrs=(1e-3,),
         weight_decays=(0.1,),
-        starts=("whiten",),
+        scalings=("whiten",),
         validation=0.2,
         hidden=4,
         heads=2,

@@ -1,4 +1,4 @@
-"""Training: killed and resumed is the same to the bit, on one process or two; nothing is mixed up, nothing destroyed."""
+"""Training: killed and resumed is the same to the bit; nothing is mixed up, nothing destroyed."""
 
 import csv
 import io
@@ -19,12 +19,21 @@ from PIL import Image
 
 import mefem.training as training
 from mefem.compute import torch_threads
-from mefem.config import Pretrain, SettingsError
+from mefem.config import PretrainSettings, SettingsError
 from mefem.files import write_json
 from mefem.made_from import settings_hash
 from mefem.models import normalise
 from mefem.shards import load_images, read_labels, write_manifest, write_shard
-from mefem.training import CheckpointError, Order, ShardPictures, World, batches, load_pictures, train
+from mefem.training import (
+    CheckpointError,
+    EpochOrder,
+    MemoryPictures,
+    ShardPictures,
+    World,
+    batches,
+    load_pictures,
+    start_run,
+)
 
 BASE = dict(
     encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)),
@@ -39,7 +48,14 @@ BASE = dict(
 
 
 def config(**changes):
-    return Pretrain(**(BASE | changes))
+    return PretrainSettings(**(BASE | changes))
+
+
+def train(config, pictures, folder, made=None, resume=True, resume_anyway=False, **how):
+    store = MemoryPictures(pictures) if isinstance(pictures, np.ndarray) else pictures
+    return training.train(
+        start_run(config, store, folder, made, resume, resume_anyway), progress=False, **how
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +132,24 @@ def log_of(folder):
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 99])
 def test_no_picture_twice_in_an_epoch_and_all_in_each(window):
-    order, batch, count = Order(LENGTHS, seed=7, window=window), 6, sum(LENGTHS)
+    order, batch, count = EpochOrder(LENGTHS, seed=7, window=window), 6, sum(LENGTHS)
     seen = np.concatenate([order.batch(step, batch) for step in range(count)])  # six epochs
     for epoch in range(6):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert list(seen[:count]) != list(seen[count : 2 * count])
-    again = Order(LENGTHS, seed=7, window=window)  # a step's pictures follow from its number alone
+    again = EpochOrder(LENGTHS, seed=7, window=window)  # a step's pictures follow from its number alone
     assert again.batch(19, batch).tolist() == seen[19 * batch : 20 * batch].tolist()
 
 
 def test_order_in_memory_is_one_permutation_an_epoch():
     order = np.concatenate([np.random.default_rng([3, epoch]).permutation(23) for epoch in range(5)])
-    assert [i for step in range(23) for i in Order([23], 3).batch(step, 5)] == order.tolist()
-    assert [i for step in range(23) for i in Order([20, 3], 3).batch(step, 5)] == order.tolist()
+    assert [i for step in range(23) for i in EpochOrder([23], 3).batch(step, 5)] == order.tolist()
+    assert [i for step in range(23) for i in EpochOrder([20, 3], 3).batch(step, 5)] == order.tolist()
 
 
 def test_a_window_touches_few_shards_at_a_time():
     lengths = [50] * 20
-    order = Order(lengths, seed=0, window=4)
+    order = EpochOrder(lengths, seed=0, window=4)
     for step in range(5):  # a group of four shards has 200 pictures
         shards = set(order.batch(step, 200) // 50)
         assert len(shards) == 4
@@ -143,7 +159,7 @@ def test_a_window_touches_few_shards_at_a_time():
 
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="no picture"):
-        Order([0, 0], 0)
+        EpochOrder([0, 0], 0)
 
 
 # Reading from shards
@@ -161,7 +177,7 @@ def test_shards_give_the_pictures_that_memory_gives(faces):
 @pytest.mark.parametrize("size, workers", [(1, 0), (1, 3), (2, 0), (2, 2)])
 def test_every_picture_once_an_epoch_on_one_rank_only(faces, size, workers):
     store, batch = ShardPictures([faces], 112), 4
-    order = Order(store.lengths, seed=1, window=2)
+    order = EpochOrder(store.lengths, seed=1, window=2)
     steps = range(3 * len(store) // batch)  # 32 pictures: three whole epochs
     seen = [
         [
@@ -221,17 +237,14 @@ def test_large_sets_stay_on_disk(faces, tmp_path, capsys):
 
 def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
     streamed = config(runtime=dict(window=2, workers=1))
-    straight = weights(
-        train(streamed, ShardPictures([faces], 112), tmp_path / "straight", progress=False, data="same")
-    )
-    train(streamed, ShardPictures([faces], 112), tmp_path / "stopped", progress=False, data="same")
+    made = training.made_from(streamed, "same")  # `runtime` is no part of it
+    straight = weights(train(streamed, ShardPictures([faces], 112), tmp_path / "straight", made))
+    train(streamed, ShardPictures([faces], 112), tmp_path / "stopped", made)
     (tmp_path / "stopped" / "step_00000012.pt").unlink()
     in_memory = config(
         runtime=dict(pictures="memory")
     )  # the set moved into memory meanwhile: its order goes on as it began
-    resumed = weights(
-        train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", progress=False, data="same")
-    )
+    resumed = weights(train(in_memory, load_pictures([faces], 112), tmp_path / "stopped", made))
     assert same(straight, resumed)
 
 
@@ -239,7 +252,9 @@ def test_streamed_run_stopped_and_resumed_is_bit_identical(faces, tmp_path):
 
 
 def old_loop(config, pictures):
-    """The loop as it was before it was taken to pieces: single process, masks drawn inside of `JEPA.forward`."""
+    """The loop as it was before it was taken to pieces.
+
+    Single process, masks drawn inside of `JEPA.forward`."""
     torch.set_num_threads(torch.get_num_threads())  # as `start_run`
     jepa = training.build(config).train()
     optimiser, generator, losses = training.optimiser_of(jepa, config), torch.Generator(), []
@@ -282,33 +297,34 @@ def test_adamw_has_the_betas_of_the_settings():
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1), target_norm="batch")],
+    [dict(precision="fp32"), dict(), dict(flip=True, optimiser=dict(clip=0.1))],
 )
 def test_loop_gives_what_it_gave_before(tmp_path, pictures, changes):
     jepa, losses = old_loop(config(**changes), pictures)
-    assert same(
-        weights(jepa), weights(train(config(log_every=1, **changes), pictures, tmp_path, progress=False))
-    )
+    assert same(weights(jepa), weights(train(config(log_every=1, **changes), pictures, tmp_path)))
     assert [row["loss"] for row in log_of(tmp_path)] == [f"{loss:.6g}" for loss in losses]
 
 
 KILLED = """
     import numpy as np, time, torch, mefem.training as t
     torch.set_num_threads({threads})
-    from mefem.config import Pretrain
+    from mefem.config import PretrainSettings
     update = t.JEPA.update_teacher
     def slow(self, m):
         time.sleep({pause}); update(self, m)
     t.JEPA.update_teacher = slow
-    t.train(Pretrain(**{settings!r}), np.load({pictures!r}), t.Path({folder!r}), progress=False)
+    store = t.MemoryPictures(np.load({pictures!r}))
+    t.train(t.start_run(PretrainSettings(**{settings!r}), store, {folder!r}), progress=False)
 """
 
 
 def start(tmp_path, pictures, pause=0.1, **changes):
-    """A run in a process of its own, slow enough to be met in the middle; returns when it has a checkpoint."""
+    """A run in a process of its own, slow enough to be met in the middle.
+
+    Returns when it has a checkpoint."""
     np.save(tmp_path / "pictures.npy", pictures)
     folder = tmp_path / "run"
-    # as many threads as here: a last bit may depend on them, and what PyTorch takes by itself is not the same in each process
+    # As many threads as here: a last bit may depend on them, and PyTorch's own choice differs.
     script = KILLED.format(
         pause=pause,
         threads=torch.get_num_threads(),
@@ -332,20 +348,20 @@ def start(tmp_path, pictures, pause=0.1, **changes):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kill_minus_nine_and_resume_is_bit_identical(tmp_path, pictures, precision):
-    straight = weights(train(config(precision=precision), pictures, tmp_path / "straight", progress=False))
+    straight = weights(train(config(precision=precision), pictures, tmp_path / "straight"))
     process, folder = start(tmp_path, pictures, precision=precision)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     found = sorted(p.name for p in folder.glob("step_*.pt"))
     assert found and found[-1] != "step_00000012.pt", "the kill came too late to test anything"
-    assert same(straight, weights(train(config(precision=precision), pictures, folder, progress=False)))
+    assert same(straight, weights(train(config(precision=precision), pictures, folder)))
     steps = [int(row["step"]) for row in log_of(folder)]
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop_it_saves_first(tmp_path, pictures, number, code):
-    straight = weights(train(config(checkpoint_every=3), pictures, tmp_path / "straight", progress=False))
+    straight = weights(train(config(checkpoint_every=3), pictures, tmp_path / "straight"))
     process, folder = start(tmp_path, pictures, pause=0.6, checkpoint_every=3)
     process.send_signal(number)
     said, _ = process.communicate(timeout=300)
@@ -355,26 +371,28 @@ def test_asked_to_stop_it_saves_first(tmp_path, pictures, number, code):
         "step_00000003.pt",
         "step_00000012.pt",
     )
-    assert same(straight, weights(train(config(checkpoint_every=3), pictures, folder, progress=False)))
+    assert same(straight, weights(train(config(checkpoint_every=3), pictures, folder)))
     assert [row["step"] for row in log_of(folder)] == [row["step"] for row in log_of(tmp_path / "straight")]
 
 
 def test_random_states_are_part_of_a_checkpoint(tmp_path, pictures):
     dropping = config(encoder=dict(kwargs=BASE["encoder"]["kwargs"] | dict(depth=3, drop_path_rate=0.5)))
-    straight = weights(train(dropping, pictures, tmp_path, progress=False))
+    straight = weights(train(dropping, pictures, tmp_path))
     (tmp_path / "step_00000012.pt").unlink()
     torch.rand(5)
-    assert same(straight, weights(train(dropping, pictures, tmp_path, progress=False)))
+    assert same(straight, weights(train(dropping, pictures, tmp_path)))
 
 
 def test_threads_told_or_untold_are_the_same_arithmetic(tmp_path, pictures):
-    # On Intel's processors MKL sums in another order where nobody has told it the number of threads: a fresh process has not.
+    # On Intel processors MKL sums in another order where the number of threads was never set.
     np.save(tmp_path / "pictures.npy", pictures)
     script = f"""
         import numpy as np, torch, mefem.training as t
-        from mefem.config import Pretrain
+        from mefem.config import PretrainSettings
+        store = t.MemoryPictures(np.load({str(tmp_path / "pictures.npy")!r}))
+        config = PretrainSettings(**{BASE | dict(precision="fp32")!r})
         def run(folder):
-            jepa = t.train(Pretrain(**{BASE | dict(precision="fp32")!r}), np.load({str(tmp_path / "pictures.npy")!r}), t.Path(folder), progress=False)
+            jepa = t.train(t.start_run(config, store, folder), progress=False)
             return torch.cat([p.flatten() for p in jepa.parameters()])
         untold = run({str(tmp_path / "untold")!r})
         torch.set_num_threads(torch.get_num_threads())
@@ -388,43 +406,43 @@ def test_threads_told_or_untold_are_the_same_arithmetic(tmp_path, pictures):
 
 def test_another_number_of_threads_is_told(tmp_path, pictures, capsys):
     with torch_threads(1):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
     (tmp_path / "step_00000012.pt").unlink()
     with torch_threads(2):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "last bit" in line]
     assert "threads: 2; until step 8 it had" in line and "threads: 1." in line
     (tmp_path / "step_00000012.pt").unlink()
     with torch_threads(1):  # the newest checkpoint is from before the change again
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
     assert "last bit" not in capsys.readouterr().out
 
 
 def test_checkpoint_of_other_settings_pictures_or_code_is_refused_and_kept(
     tmp_path, pictures, monkeypatch, capsys
 ):
-    straight = weights(train(config(), pictures, tmp_path, progress=False))
+    straight = weights(train(config(), pictures, tmp_path))
     before = {p.name: p.read_bytes() for p in tmp_path.glob("step_*.pt")}
     capsys.readouterr()
-    assert same(straight, weights(train(config(), pictures, tmp_path, progress=False)))
+    assert same(straight, weights(train(config(), pictures, tmp_path)))
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith(
         "nothing to do: finished at step 12 of 12, made from settings " + settings_hash(config())
     )
     with pytest.raises(CheckpointError, match="made from other settings .*" + settings_hash(config())):
-        train(config(seed=1), pictures, tmp_path, progress=False)
+        train(config(seed=1), pictures, tmp_path)
     with pytest.raises(CheckpointError, match="other data"):
-        train(config(), pictures[::-1].copy(), tmp_path, progress=False)
+        train(config(), pictures[::-1].copy(), tmp_path)
     with pytest.raises(CheckpointError, match="has seen 20 pictures in 1 shards; now there are 19"):
-        train(config(), pictures[1:], tmp_path, progress=False, resume_anyway=True)
-    monkeypatch.setattr(training, "code_hash", lambda *_: "another")
+        train(config(), pictures[1:], tmp_path, resume_anyway=True)
+    monkeypatch.setattr(training, "run_code", lambda *_: "another")
     with pytest.raises(CheckpointError, match="other code .* --resume-anyway"):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
     with pytest.raises(CheckpointError, match="not even anyway"):
-        train(config(seed=1), pictures, tmp_path, progress=False, resume_anyway=True)
+        train(config(seed=1), pictures, tmp_path, resume_anyway=True)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("step_*.pt")} == before
     with pytest.raises(CheckpointError, match="resume=True"):
-        train(config(), pictures, tmp_path, resume=False, progress=False)
+        train(config(), pictures, tmp_path, resume=False)
 
 
 def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, capsys):
@@ -435,7 +453,7 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, caps
     (old,) = (runs / "checkpoints").iterdir()
     (old / "step_00000012.pt").unlink()
     kept = {p.name: p.read_bytes() for p in old.iterdir()}
-    monkeypatch.setattr(training, "code_hash", lambda *_: "another")
+    monkeypatch.setattr(training, "run_code", lambda *_: "another")
     capsys.readouterr()
     training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
     assert (
@@ -470,20 +488,22 @@ def test_other_pictures_give_another_encoder(tmp_path, pictures):
 
 
 def test_truncated_newest_checkpoint_falls_back(tmp_path, pictures, capsys):
-    straight = weights(train(config(), pictures, tmp_path, progress=False))
+    straight = weights(train(config(), pictures, tmp_path))
     newest = sorted(tmp_path.glob("step_*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:5000])
-    again = weights(train(config(), pictures, tmp_path, progress=False))
+    again = weights(train(config(), pictures, tmp_path))
     assert "step_00000012.pt cannot be read" in capsys.readouterr().out
     assert same(straight, again)
     for path in tmp_path.glob("step_*.pt"):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
 
 
 def test_full_disk_leaves_the_old_checkpoints(tmp_path):
-    """The kernel's own limit on a file's size stands in for the disk: the write itself fails, in the middle."""
+    """The kernel's own limit on a file's size stands in for the disk.
+
+    The write itself fails, in the middle."""
     (tmp_path / ".step_00000002.pt.1").write_bytes(b"what a killed process was writing")
     training.save_checkpoint(tmp_path, {"step": 4, "x": torch.zeros(10)})
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000004.pt"]
@@ -501,7 +521,7 @@ def test_full_disk_leaves_the_old_checkpoints(tmp_path):
 
 
 def test_the_last_k_are_kept(tmp_path, pictures):
-    train(config(runtime=dict(keep=3), checkpoint_every=2), pictures, tmp_path, progress=False)
+    train(config(runtime=dict(keep=3), checkpoint_every=2), pictures, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == [
         "step_00000008.pt",
         "step_00000010.pt",
@@ -517,7 +537,6 @@ def test_loss_falls_and_the_log_is_whole(tmp_path):
         config(steps=60, checkpoint_every=60, precision="fp32", optimiser=dict(lr=2e-3)),
         smooth,
         tmp_path,
-        progress=False,
     )
     rows = log_of(tmp_path)
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
@@ -533,7 +552,7 @@ def test_loss_falls_and_the_log_is_whole(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pictures):
     wild = dict(steps=60, log_every=1, precision="fp32", optimiser=dict(lr=1e8, start_lr=1e8, warmup=0))
     with pytest.raises(FloatingPointError, match="not finite at three checks in a row"):
-        train(config(checkpoint_every=50, **wild), pictures, tmp_path, progress=False)
+        train(config(checkpoint_every=50, **wild), pictures, tmp_path)
     assert not list(tmp_path.glob("step_*.pt"))  # a broken state is never saved over a good one
 
 
@@ -563,7 +582,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, pictures, monkeyp
 
     monkeypatch.setattr(training, "train_step", spoiled)
     with pytest.raises(FloatingPointError, match="weights are not finite after step 8"):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
     assert [p.name for p in tmp_path.glob("step_*.pt")] == ["step_00000004.pt"]
 
 
@@ -593,7 +612,7 @@ def test_other_crops_start_a_new_run(tmp_path):
     faces = write_shards(tmp_path / "data" / "faces" / "facecaption")
     training.pretrain(config(), root=tmp_path, progress=False)
     training.pretrain(
-        config(runtime=dict(pictures="shards", workers=0)), root=tmp_path, progress=False
+        config(runtime=dict(pictures="shards", workers=0)), root=tmp_path
     )  # how, not what: the same run
     assert len(names()) == 1
     write_shards(faces, size=113)
@@ -623,7 +642,6 @@ def test_online_probe_takes_training_pictures_with_a_label(project, tmp_path):
         config(),
         load_pictures([project / "data" / "faces" / "facecaption"], 112),
         tmp_path,
-        progress=False,
         labelled=(images, labels, people),
     )
     probes = [row["probe"] for row in log_of(tmp_path)]
@@ -632,10 +650,10 @@ def test_online_probe_takes_training_pictures_with_a_label(project, tmp_path):
 
 def test_dvclive_shows_what_the_log_holds(tmp_path, pictures):
     pytest.importorskip("dvclive")
-    train(config(), pictures, tmp_path / "run", progress=False)
+    train(config(), pictures, tmp_path / "run")
     (tmp_path / "run" / "step_00000012.pt").unlink()
     train(
-        config(), pictures, tmp_path / "run", progress=False, dvclive=tmp_path / "live"
+        config(), pictures, tmp_path / "run", dvclive=tmp_path / "live"
     )  # resumed: the first rows are filled in
     shown = (tmp_path / "live" / "plots" / "metrics" / "loss.tsv").read_text().split("\n")[1:]
     assert [line.split("\t")[0] for line in shown if line] == [
@@ -651,11 +669,11 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     write_shards(tmp_path / "data" / "faces" / "facecaption")
     (tmp_path / "params.yaml").write_text("profile: none\n")
-    runs, beyond = {}, dict(sigreg=0.05, target_share=0.25)
+    runs = {}
     for kind, store, changes in (
-        ("layer", "memory", {}),
-        ("batch", "shards", dict(target_norm="batch")),
-        ("beyond", "memory", beyond),
+        ("jepa", "shards", {}),
+        ("share", "memory", dict(method="target-share", method_options=dict(share=0.25))),
+        ("sigreg", "memory", dict(method="sigreg")),
     ):
         for processes in (1, 2):
             settings = config(
@@ -672,7 +690,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path, monkeypatch):
             runs[name] = [float(row["loss"]) for row in csv.DictReader((path.parent / "log.csv").open())]
         assert len(runs[f"{kind}1"]) == 8
         assert runs[f"{kind}2"] == pytest.approx(runs[f"{kind}1"], rel=1e-5)
-    assert runs["layer1"] != pytest.approx(runs["batch1"], rel=1e-3)
+    assert runs["jepa1"] != pytest.approx(runs["share1"], rel=1e-3)
+    assert runs["jepa1"] != pytest.approx(runs["sigreg1"], rel=1e-3)
 
 
 def test_sigterm_to_torchrun_saves_first(tmp_path):
@@ -717,7 +736,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, pictures, monkeypatc
     for name, value in dict(RANK="0", WORLD_SIZE="3", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match="batch 4 cannot be shared by 3 processes"):
-        train(config(), pictures, tmp_path, progress=False)
+        train(config(), pictures, tmp_path)
 
 
 def test_failed_processes_are_told(tmp_path):

@@ -254,11 +254,11 @@ def timed_steps(kinds: dict, images, batch: int, turns: int, floor: dict) -> dic
 
 def step_settings(encoder: str, batch: int, small: bool):
     """Settings of the three steps: the predictor is 12 deep in all of them, as in benchmarks/step.py."""
-    from mefem.config import Pretrain
+    from mefem.config import PretrainSettings
 
     kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 1} if small else {}
     predictor = {"dim": 32, "depth": 1, "heads": 1} if small else {"dim": 384, "depth": 12, "heads": 6}
-    return Pretrain.model_validate(
+    return PretrainSettings.model_validate(
         {"encoder": {"name": encoder, "kwargs": kwargs}, "predictor": predictor, "batch": batch}
     )
 
@@ -315,7 +315,7 @@ def show_rows(encoder: str, rows: dict) -> None:
 
 def pretrain_settings(small: bool, changes: list[str], **more):
     """ViT-Ti at 112 px, patch 8: in half precision its weights fit the 16 MiB of a file that comes back."""
-    from mefem.config import Pretrain, changes_of
+    from mefem.config import PretrainSettings, changes_of
 
     kwargs = {"img_size": 112, "patch_size": 8}
     kwargs |= {"embed_dim": 16, "depth": 1, "num_heads": 1} if small else {}
@@ -330,17 +330,17 @@ def pretrain_settings(small: bool, changes: list[str], **more):
     for part in (changes_of(changes), more):
         for key, value in part.items():
             base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return Pretrain.model_validate(base)
+    return PretrainSettings.model_validate(base)
 
 
 def steps_in(seconds: float, config, pictures, folder: Path, small: bool) -> int:
     """How many steps fit into `seconds`: by the rate of a short run, its first interval left out."""
-    from mefem.training import train
+    from mefem.training import start_run, train
 
     count = 2 if small else 100
     probe = config.model_copy(update={"steps": 2 * count, "log_every": count, "checkpoint_every": 2 * count})
     begun = time.time()
-    train(probe, pictures, folder, progress=False)
+    train(start_run(probe, pictures, folder), progress=False)
     with (folder / "log.csv").open() as f:
         rate = float(list(csv.DictReader(f))[-1]["pictures_per_second"])
     left = seconds - (time.time() - begun)
@@ -406,13 +406,13 @@ def save_teacher(checkpoint: Path, config, out: Path) -> None:
 
 def train_until(deadline: float, config, pictures, folder: Path, labelled=None) -> bool:
     """`train`; SIGTERM, at which it writes a checkpoint, ends it at `deadline`. Whether it finished."""
-    from mefem.training import train
+    from mefem.training import start_run, train
 
     timer = threading.Timer(max(1.0, deadline - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
     try:
-        train(config, pictures, folder, progress=False, labelled=labelled)
+        train(start_run(config, pictures, folder), progress=False, labelled=labelled)
     except SystemExit:
         return False
     finally:

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'DELIMITERS', 'VIDEO_REASONS', 'NOTE', 'DatasetError', 'Photograph', 'file_photograph', 'Reader',
-           'get_reader', 'file_version', 'row_groups', 'count_rows', 'slices', 'iter_rows', 'require_columns',
-           'read_text', 'read_csv', 'as_number', 'VideoError', 'video_frame', 'is_simulated', 'first_photographs',
-           'fetch_dataset', 'disk_use']
+           'get_reader', 'row_groups', 'count_rows', 'slices', 'iter_rows', 'require_columns', 'read_text', 'read_csv',
+           'as_number', 'VideoError', 'video_frame', 'is_simulated', 'first_photographs', 'fetch_dataset', 'disk_use']
 
 # %% ../../nbs/30_datasets.ipynb #3d0788d8
 import csv
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 
 import mefem.datasets
 from ..faces import Unusable
+from ..files import file_version
 
 # %% ../../nbs/30_datasets.ipynb #e39df4f1
 class DatasetError(ValueError):
@@ -104,12 +104,6 @@ def get_reader(name: str, **options) -> Reader:
     return module.Reader(**options)
 
 # %% ../../nbs/30_datasets.ipynb #7142e890
-def file_version(path) -> tuple[str, int, int]:
-    """(path, bytes, time of change): the key of a cached file, so that no cache outlives its content."""
-    stat = Path(path).stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
-
-# %% ../../nbs/30_datasets.ipynb #6e6552ac
 @lru_cache(maxsize=64)
 def _row_groups(path: str, size: int, changed: int) -> tuple[int, ...]:
     footer = pq.read_metadata(path)
