@@ -262,6 +262,7 @@ class Settings(Section):
     overrides: dict[str, dict] = {}  # run -> changes to its pretrain section
     ablations: dict[str, dict] = {}  # run of Table 4 -> what it changes
     ablation_runs: tuple[str, ...] = ()  # those of `ablations` that the graph runs, one stage each
+    beyond: dict[str, tuple[str, ...]] = {}  # profile -> tasks that it probes beyond the paper's tables
     # each of those runs is repeated with
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     base: Profile = Profile()
@@ -289,6 +290,8 @@ class Settings(Section):
             raise ValueError(f"profile {self.profile!r} is not one of {', '.join(self.profiles)}")
         if unknown := set(self.overrides) - set(self.runs):
             raise ValueError(f"overrides of runs that do not exist: {', '.join(sorted(unknown))}")
+        if unknown := set(self.beyond) - set(self.profiles):
+            raise ValueError(f"beyond: no such profile: {', '.join(sorted(unknown))}")
         if unknown := set(self.ablation_runs) - set(self.ablations):
             raise ValueError(f"ablation_runs: no such run in ablations: {', '.join(sorted(unknown))}")
         for run in self.runs:

@@ -369,6 +369,10 @@ TASKS = {
             split="official",
             group=("race_name", "White"),
         ),
+        Task("fairface-gender", "fairface", "gender", "classification", classes=(0, 1), split="official"),
+        Task(
+            "fairface-race", "fairface", "race", "classification", classes=tuple(range(7)), split="official"
+        ),
         _measured("haemoglobin", "hemoglobin", "mmol/l"),
         _measured("glycated-haemoglobin", "glycated_hemoglobin", "%"),
         _measured("cholesterol", "cholesterol", "mmol/l"),

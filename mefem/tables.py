@@ -121,6 +121,8 @@ def load_predictions(results, row: Row, column: Column) -> pd.DataFrame | None:
     if not row.source or not path.is_file():
         return None
     predictions = pd.read_parquet(path)
+    if column.metric == "balanced_accuracy":  # of the predictions that count every class alike
+        predictions = predictions.assign(prediction=predictions.balanced)
     _, _, group = column.metric.partition("/")
     return predictions[predictions.group == group] if group else predictions
 

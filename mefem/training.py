@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'LOG_FIELDS', 'Run', 'train', 'cosine', 'schedule', 'EpochOr
            'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
            'newest_of_others', 'report_others', 'adopt_checkpoint', 'cut_log', 'append_log', 'dvclive_sink', 'Stop',
            'made_from', 'start_run', 'restore_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random',
-           'sample_step', 'train_step', 'teacher_tokens', 'mean_tokens', 'Monitor', 'log_row', 'save_run',
+           'sample_step', 'train_step', 'teacher_tokens', 'mean_tokens', 'Monitor', 'log_row', 'save_run', 'keep_best',
            'timed_batches', 'progress_bar', 'open_log', 'present_sets', 'load_pictures', 'open_pictures',
            'probe_pictures', 'crops_of', 'pretrain', 'write_run', 'processes_of', 'launch']
 
@@ -43,13 +43,16 @@ from .masking import TokenSplit
 from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
 from .shards import crops_hash
 from mefem.monitoring import (
+    SinceStart,
     alpha_req,
     health,
     ridge_probe,
     peak_operations,
+    position_share,
     rankme,
     relative_spread,
     step_operations,
+    token_rank,
 )
 
 # %% ../nbs/45_training.ipynb #fbfc8e24
@@ -101,8 +104,8 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
                 flush=True,
             )
         return run.jepa.eval()
-    write_row = open_log(run, dvclive)
     monitor = Monitor(run, labelled) if run.is_main else None
+    write_row = open_log(run, dvclive, monitor.start(run) if monitor else {})
     with Stop() as stop, progress_bar(run, progress) as bar:
         for step, images in enumerate(timed_batches(run), start=run.start):
             out = train_step(run, step, images)
@@ -113,6 +116,8 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
                 write_row(row, bar)
             if stopping or save and not run.bad_checks:
                 save_run(run, done)
+            if save and not run.bad_checks:
+                keep_best(run, done, row.get("probe"))
             if stopping:
                 bar.write(
                     f"stopped after step {done}, its checkpoint is written: "
@@ -594,6 +599,8 @@ LOG_FIELDS = (
     "target_spread",
     "prediction_spread",
     "teacher_spread",
+    "token_rank",
+    "position_share",
     "rankme",
     "alpha",
     "probe",
@@ -867,7 +874,11 @@ class Monitor:
 
     def quick(self, run: Run) -> dict:
         """At every check."""
-        return {"teacher_spread": relative_spread(teacher_tokens(run.jepa, self.images[:32], run.device))}
+        tokens = teacher_tokens(run.jepa, self.images[:32], run.device)
+        found = {"teacher_spread": relative_spread(tokens)}
+        if torch.isfinite(tokens).all():
+            found |= {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
+        return found
 
     def thorough(self, run: Run) -> dict:
         """With every checkpoint."""
@@ -875,10 +886,21 @@ class Monitor:
         if not torch.isfinite(embeddings).all():
             return {}
         found = {"rankme": rankme(embeddings - embeddings.mean(0)), "alpha": alpha_req(embeddings)}
-        if self.labelled is not None:
-            images, labels, people = self.labelled
-            found["probe"] = ridge_probe(mean_tokens(run.jepa, images, run.device), labels, people)
-        return found
+        return found | self.probe(run)
+
+    def probe(self, run: Run) -> dict:
+        """The ridge probe's score, where there are labels."""
+        if self.labelled is None:
+            return {}
+        images, labels, people = self.labelled
+        return {"probe": ridge_probe(mean_tokens(run.jepa, images, run.device), labels, people)}
+
+    def start(self, run: Run) -> dict:
+        """What was measured before the run's first step: kept in its folder, {} where it began without it."""
+        path = run.folder / "start.json"
+        if run.start == 0:
+            write_json(path, self.quick(run) | self.probe(run))
+        return json.loads(path.read_text()) if path.is_file() else {}
 
 # %% ../nbs/45_training.ipynb #3d14aa52
 def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: bool) -> dict:
@@ -939,6 +961,17 @@ def save_run(run: Run, step: int) -> None:
         save_checkpoint(run.folder, state, run.config.runtime.keep)
     run.world.wait()
 
+# %% ../nbs/45_training.ipynb #f0adec75
+def keep_best(run: Run, step: int, probe: float | None) -> None:
+    """Keep the newest checkpoint as best.pt if `probe` is above that of best.json; in the main process."""
+    about = run.folder / "best.json"
+    best = json.loads(about.read_text()) if about.is_file() else None
+    if not run.is_main or probe is None or (best and best["step"] < step and best["probe"] >= probe):
+        return
+    with replacing(run.folder / "best.pt") as temporary:
+        shutil.copyfile(run.folder / f"step_{step:08d}.pt", temporary)
+    write_json(about, {"step": step, "probe": probe})
+
 # %% ../nbs/45_training.ipynb #badb44ab
 def timed_batches(run: Run):
     """The batches of a run; the time that the loop waits for them is added up in `run.waited`."""
@@ -981,7 +1014,7 @@ def progress_bar(run: Run, progress: bool):
     )
 
 # %% ../nbs/45_training.ipynb #64dd8678
-def open_log(run: Run, dvclive: Path | None = None):
+def open_log(run: Run, dvclive: Path | None = None, start: dict | None = None):
     """A function that writes a row to `log.csv`, the bar and, if wanted, DVCLive, with warnings.
 
     It does nothing in processes that are not the main one."""
@@ -990,6 +1023,7 @@ def open_log(run: Run, dvclive: Path | None = None):
     path = run.folder / "log.csv"
     rows = cut_log(path, run.start)
     live = dvclive_sink(dvclive, rows) if dvclive else lambda row: None
+    worse = SinceStart(start or {})
 
     def write(row: dict, bar) -> None:
         append_log(path, row)
@@ -1001,7 +1035,7 @@ def open_log(run: Run, dvclive: Path | None = None):
             row.get("rankme"),
             teacher_spread=row["teacher_spread"],
             waiting=row["waiting"],
-        ):
+        ) + worse(row):
             bar.write(f"step {row['step']}: {warning}")
 
     return write
@@ -1141,10 +1175,17 @@ def pretrain(
 
 # %% ../nbs/45_training.ipynb #804ee0b9
 def write_run(run: Run, name: str, out: Path) -> None:
-    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json."""
+    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a probe."""
     config, teacher = run.config, run.jepa.teacher
     about = {"run": name, "settings": settings_hash(config)}
     save_encoder(out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about)
+    if (best := run.folder / "best.pt").is_file():
+        state = torch.load(best, map_location="cpu", weights_only=True)["jepa"]
+        kept = create_encoder(config.encoder.name, **encoder_kwargs(config))
+        kept.load_state_dict({key: state[f"teacher.{key}"] for key in kept.state_dict()})
+        save_encoder(
+            out / "encoder_best.safetensors", kept, config.encoder.name, encoder_kwargs(config), **about
+        )
     write_atomic(out / "log.csv", (run.folder / "log.csv").read_bytes())
     write_json(
         out / "run.json",

@@ -64,7 +64,7 @@ def test_rows_are_the_papers():
     assert found == [line.split("\t") for line in PAPER.strip().splitlines()]
 
 
-@pytest.mark.parametrize("profile", ["smoke", "demo", "study", "fairface", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "demo", "study", "faces", "paper"])
 def test_runs_differ_only_in_what_their_row_says(root, profile):
     settings = load_settings(root / "params.yaml", profile)
     base = ablation_settings(settings, "cls05").model_dump()

@@ -17,7 +17,7 @@ from mefem.config import (
 from mefem.files import write_atomic
 from mefem.made_from import settings_hash
 
-PROFILES = ["smoke", "demo", "study", "fairface", "paper"]
+PROFILES = ["smoke", "demo", "study", "faces", "paper"]
 
 
 def edited(root, tmp_path, change):

@@ -2,6 +2,7 @@
 steps."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -10,15 +11,18 @@ from torch import nn
 
 from mefem.config import PretrainSettings
 from mefem.monitoring import (
+    SinceStart,
     alpha_req,
     health,
     peak_operations,
+    position_share,
     rankme,
     relative_spread,
     ridge_probe,
     step_operations,
+    token_rank,
 )
-from mefem.training import MemoryPictures, build, start_run, train
+from mefem.training import MemoryPictures, build, start_run, teacher_tokens, train
 
 SMALL = dict(
     encoder=dict(kwargs=dict(img_size=112, patch_size=8, embed_dim=32, depth=1, num_heads=1)),
@@ -179,3 +183,64 @@ def test_a_collapsed_teacher_is_flagged_within_200_steps(tmp_path, pictures, cap
     print(spreads)
     assert min(spreads["healthy"]) > 0.1
     assert "the teacher says the same of every picture" in capsys.readouterr().out
+
+
+def test_rank_and_position_of_tokens_against_numpy():
+    tokens = torch.randn(9, 6, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 6.0)
+    tokens[..., 0] += torch.arange(6.0)
+    x = tokens.double().numpy()
+    s = np.linalg.svd((x - x.mean(0)).reshape(-1, 5), compute_uv=False)
+    assert token_rank(tokens) == pytest.approx(np.exp(-(s / s.sum() * np.log(s / s.sum())).sum()), rel=1e-6)
+    share = x.mean(0).var(axis=0).mean() / x.reshape(-1, 5).var(axis=0).mean()
+    assert position_share(tokens) == pytest.approx(share, rel=1e-9)
+    assert position_share(torch.zeros(3, 2, 4)) == 0 and token_rank(torch.zeros(3, 2, 4)) == pytest.approx(1)
+
+
+def test_what_got_worse_since_the_start_is_said_once():
+    say = SinceStart({"token_rank": 30.0, "position_share": 0.3, "probe": 0.3})
+    assert say({"token_rank": 29.0, "position_share": 0.1}) == []
+    (text,) = say({"token_rank": 15.6, "position_share": 0.1, "probe": 0.31})
+    assert "15.6 directions" in text and "30.0 before" in text and "200,000 pictures" in text
+    assert say({"token_rank": 14.0, "position_share": 0.1}) == []
+    probe, place = sorted(say({"token_rank": 14.0, "position_share": 0.6, "probe": 0.2}), reverse=True)
+    assert "ridge probe scores 0.200" in probe and "60% of the tokens' variance" in place
+    (text,) = say({"token_rank": 29.0, "position_share": 0.6})
+    assert text.startswith("token_rank is no longer worse")
+
+
+def test_a_run_is_compared_with_its_own_start(pictures, tmp_path, capsys):
+    """Tokens that lose their directions in training are named in the run's own output, with the remedy."""
+    labels = np.arange(64) % 2
+    config = PretrainSettings(
+        **SMALL | dict(steps=40, checkpoint_every=20, optimiser=dict(lr=0.05, start_lr=0.05, ema=(0.5, 0.5)))
+    )
+    train(
+        start_run(config, MemoryPictures(pictures), tmp_path),
+        labelled=(pictures, labels, None),
+        progress=False,
+    )
+    start = json.loads((tmp_path / "start.json").read_text())
+    jepa = build(config)
+    tokens = teacher_tokens(jepa, torch.from_numpy(pictures[:32]), "cpu")
+    assert start["token_rank"] == pytest.approx(token_rank(tokens), rel=1e-4) and 0 <= start["probe"] <= 1
+    with (tmp_path / "log.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert float(rows[-1]["token_rank"]) < 0.85 * start["token_rank"]
+    assert "directions around their place's mean" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_by_probe_is_kept(tmp_path, pictures):
+    labels = np.arange(64) % 2
+    config = PretrainSettings(**SMALL | dict(steps=8, checkpoint_every=2, runtime=dict(keep=1)))
+    train(
+        start_run(config, MemoryPictures(pictures), tmp_path),
+        labelled=(pictures, labels, None),
+        progress=False,
+    )
+    with (tmp_path / "log.csv").open() as f:
+        probes = {int(row["step"]): float(row["probe"]) for row in csv.DictReader(f) if row["probe"]}
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["probe"] == pytest.approx(max(probes.values()), rel=1e-4)
+    state = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert state["step"] == best["step"] == min(s for s in probes if probes[s] == max(probes.values()))
+    assert len(list(tmp_path.glob("step_*.pt"))) == 1

@@ -311,6 +311,7 @@ def fetch_dataset(name: str, root) -> Path:
     from huggingface_hub import snapshot_download
 
     (root / NOTE).unlink(missing_ok=True)
+    print(f"{name}: from https://huggingface.co/datasets/{reader.hub[0]} to {root}", flush=True)
     try:
         snapshot_download(reader.hub[0], repo_type="dataset", allow_patterns=reader.hub[1], local_dir=root)
     except (OSError, ValueError, RuntimeError) as error:  # the kinds of huggingface_hub and its HTTP library
