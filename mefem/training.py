@@ -1175,7 +1175,8 @@ def pretrain(
 
 # %% ../nbs/45_training.ipynb #804ee0b9
 def write_run(run: Run, name: str, out: Path) -> None:
-    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a probe."""
+    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a
+    probe."""
     config, teacher = run.config, run.jepa.teacher
     about = {"run": name, "settings": settings_hash(config)}
     save_encoder(out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about)
