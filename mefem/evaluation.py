@@ -119,7 +119,11 @@ def probe_cell(
         try:
             result = probe(loaded, cell.task, cell.feature_set, cell.head, **where, **probing)
         except TooFewLabels as error:
-            about = {"task": cell.task.name, "dataset": cell.task.dataset, "feature_set": cell.feature_set}
+            about: dict = {
+                "task": cell.task.name,
+                "dataset": cell.task.dataset,
+                "feature_set": cell.feature_set,
+            }
             about = {**about, "head": cell.head, "state": "too few labels", "reason": str(error)}
             result = ProbeResult(pd.DataFrame(), about)
         return write_result(out, result, bootstrap, key=made.key, made_from=asdict(made))
