@@ -59,7 +59,7 @@ def test_fairface_probes_of_three_encoders_on_real_photographs(check, shared, tm
     for group, rows in (("White", white), ("non-White", ~white)):
         row = numbers[
             (numbers.encoder == "mefem")
-            & (numbers["features"] == "cls")
+            & (numbers["feature_set"] == "cls")
             & (numbers["head"] == "mlp")
             & (numbers.metric == f"accuracy/{group}")
         ].iloc[0]

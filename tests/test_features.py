@@ -527,7 +527,7 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
 
     def embedded(face):
         return embedding.embed_photographs(
-            tmp_path / "p", encoder, tmp_path / name, "mean", "shift", face, progress=False
+            tmp_path / "p", encoder, tmp_path / name, "mean", progress=False, framing="shift", face=face
         )
 
     table = embedded("all")
