@@ -109,6 +109,8 @@ def test_what_a_processor_or_a_clock_changes_is_the_same(runner):
         "r² -1.2e-05 [0.3, 0.4] in 12 min"
     )
     assert runner.plain("<A at 0x7f3a>") == runner.plain("<A at 0x10ff>")
+    assert runner.plain("code 4fc3e61b0a1c") == runner.plain("code b0bde0afd0e1")
+    assert runner.plain("code 4fc3e61b0a1c") != runner.plain("code facade")
     assert runner.plain("/tmp/tmpab12/x.png") == runner.plain("/tmp/tmpzz_9/x.png")
     assert runner.plain("bmi present") != runner.plain("bmi absent")
 

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +23,11 @@ NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def plain(text: str) -> str:
-    """Text without what differs between runs: numbers, addresses, temporary folders, line breaks."""
+    """Text without what differs between runs: numbers, hashes, addresses, temporary folders, line breaks."""
     text = re.sub(r"/tmp/[\w.]+", "/tmp", text)
     text = re.sub(r"0x[0-9a-f]+", "0", text)
+    text = re.sub(r"(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{8,}\b", "0", text)  # hashes of code and data
+    text = text.replace("PosixPath(", "Path(")
     text = re.sub(NUMBER, "0", text)
     text = re.sub(r"[-:=|_]{3,}", "-", text)  # rules are as long as their columns are wide
     return " ".join(text.split())
@@ -97,6 +99,7 @@ def run(path: Path) -> tuple[list[str], float]:
         cell.outputs = []
         return False
 
+    set_start_method("fork", force=True)  # as in a kernel: what a cell defines is known in its processes
     started, shell = time.time(), CaptureShell(path)
     try:
         shell.run_all(
