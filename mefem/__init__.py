@@ -6,18 +6,14 @@ mediapipe."""
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
+from pkgutil import iter_modules as _iter_modules
 
 _PUBLIC = {
     "FaceDetector": "faces", "Face": "faces", "crop_face": "faces", "read_image": "faces", "CropError": "faces",
     "ImageError": "faces", "load_encoder": "encoders", "WeightsAbsent": "encoders", "embed": "embedding",
     "FaceEmbedder": "embedding", "load_settings": "config",
 }
-_MODULES = {
-    "files", "compute", "made_from", "config", "faces", "shards", "labels", "simulate", "datasets", "crop", "provide",
-    "masking", "weighting", "models", "jepa", "beyond", "monitoring", "training", "encoders", "features", "embedding",
-    "probing", "metrics", "own_labels", "evaluation", "provenance",
-    "figures", "tables", "report", "ablations", "fairness", "fairness_page", "pictures", "datasheets", "readme", "cli",
-}
+_MODULES = {module.name for module in _iter_modules(__path__) if not module.name.startswith("_")}
 
 
 def __getattr__(name: str):

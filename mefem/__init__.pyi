@@ -2,6 +2,7 @@
 
 from . import (
     ablations as ablations,
+    beyond as beyond,
     cli as cli,
     compute as compute,
     config as config,
@@ -10,12 +11,15 @@ from . import (
     datasheets as datasheets,
     embedding as embedding,
     encoders as encoders,
+    evaluation as evaluation,
+    export as export,
     faces as faces,
     fairness as fairness,
     fairness_page as fairness_page,
     features as features,
     figures as figures,
     files as files,
+    hub as hub,
     jepa as jepa,
     labels as labels,
     made_from as made_from,

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .compute import choose_device, torch_threads, usable_cores
 from .encoders import FrozenEncoder
-from .features import Features, decode_ahead, extract_features, load_features
+from .features import Features, decode_ahead, extract_features, load_features, pool_tokens
 from .files import replacing
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled
 from .probing import ProbeResult, Task, get_task, probe, task_features
@@ -423,12 +423,15 @@ def mean_tokens(features: Features) -> Features:
     """The mean patch token of each picture as features of one token [N, 1, D], float32.
 
     One vector is left as it is."""
-    tokens = features.tokens if features.meta["tokens"] == 1 else features.select("patches")
     parts = [
-        np.asarray(tokens[i : i + 512], np.float32).mean(1, keepdims=True) for i in range(0, len(tokens), 512)
+        pool_tokens(np.asarray(features.tokens[i : i + 512], np.float32), "mean", features.meta["has_cls"])
+        for i in range(0, len(features.tokens), 512)
     ]
     return Features(
-        "present", np.concatenate(parts), features.labels, features.meta | {"tokens": 1, "has_cls": True}
+        "present",
+        np.concatenate(parts)[:, None],
+        features.labels,
+        features.meta | {"tokens": 1, "has_cls": True},
     )
 
 # %% ../nbs/63_fairness.ipynb #5d20c7be
