@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -612,6 +613,19 @@ class LabelProbe:
     against: tuple[Comparison, ...]
     model: "LabelModel"
 
+    also: ClassVar[tuple[str, ...]] = ()  # further files in the folder of its results
+
+    @property
+    def how(self) -> str:
+        """How the predictions came about, for the report."""
+        about, head = self.model.about, "ridge" if self.joined.kind == "numbers" else "logistic"
+        return (
+            f"Embeddings: encoder {about['encoder'] or 'not known'}, features "
+            f"{about['features'] or 'not known'}. Head: {head} regression on standardised embeddings, its "
+            "strength chosen by folds of people inside the training people. Folds are of people, seed "
+            f"{self.question.seed}; in brackets the 95 % bootstrap interval over people."
+        )
+
     @property
     def error(self) -> str:
         """The metric by which groups are compared."""
@@ -820,14 +834,18 @@ class LabelModel:
 MODEL, PREDICTIONS, REPORT = "model.safetensors", "predictions.csv", "report.md"
 
 # %% ../nbs/54_own_labels.ipynb #f4cf3aef
-def check_folder(out) -> Path:
+def check_folder(out, also=()) -> Path:
     """`out` as a folder for a probe's results: new, empty, or with an earlier probe's in it; else
     `ValueError`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: expected a folder for predictions, model and report")
     strange = (
-        sorted(p.name for p in out.iterdir() if p.name not in (MODEL, PREDICTIONS, REPORT))
+        sorted(
+            name
+            for name in (path.name for path in out.iterdir())
+            if name not in (MODEL, PREDICTIONS, REPORT, *also) and not name.startswith(".")
+        )
         if out.is_dir()
         else []
     )
@@ -852,15 +870,10 @@ def _with_names(probe: LabelProbe) -> pd.DataFrame:
 
 def report(probe: LabelProbe) -> str:
     """One page in Markdown: the numbers, comparisons, groups, and what was left out."""
-    about, head = probe.model.about, "ridge" if probe.joined.kind == "numbers" else "logistic"
     parts = [
         f"# {probe.question.target}",
         f"**{probe}**",
-        f"Embeddings: encoder {about['encoder'] or 'not known'}, features "
-        f"{about['features'] or 'not known'}. Head: {head} regression "
-        "on standardised embeddings, its strength chosen by folds of people inside the training people. "
-        "Folds are of people, "
-        f"seed {probe.question.seed}; in brackets the 95 % bootstrap interval over people.",
+        probe.how,
     ]
     for title, lines in (
         ("Compared, on the same people and folds", probe.against),
@@ -873,7 +886,7 @@ def report(probe: LabelProbe) -> str:
 
 def write_probe(probe: LabelProbe, out) -> Path:
     """Write predictions.csv, report.md and the model to the folder `out` (see `check_folder`)."""
-    out = check_folder(out)
+    out = check_folder(out, probe.also)
     (out / MODEL).unlink(missing_ok=True)
     write_atomic(out / PREDICTIONS, _with_names(probe).to_csv(index=False))
     write_atomic(out / REPORT, report(probe))

@@ -39,6 +39,7 @@ ORDER = [
     "own_pictures",
     "export",
     "hub",
+    "finetune",
     "report",
     "ablations",
     "fairness",
