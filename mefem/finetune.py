@@ -209,6 +209,13 @@ class Material:
         """Targets [N], classes as their numbers."""
         return self.joined.rows.target.to_numpy(float)
 
+    def frozen_head(self, rows: np.ndarray):
+        """The probe's head, fitted to the frozen embeddings of these photographs."""
+        joined, person = self.joined, self.joined.rows.person.to_numpy()
+        return fit_head(
+            joined.vectors[rows], self.target[rows], person[rows], joined.kind, self.question.seed
+        )
+
     def images(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
         """Crops as the network takes them, float32 [B, 3, H, W]; those `flipped` [B] mirrored."""
         pictures = torch.from_numpy(np.ascontiguousarray(self.crops[self.places[rows]])).to(self.device)
@@ -313,10 +320,8 @@ def tune(
     validating = validation_part(joined, training, material.question)
     rows, others = np.flatnonzero(training & ~validating), np.flatnonzero(validating)
     scaling = Scaling.of(target[rows], joined.kind)
-    people = joined.rows.person.to_numpy()
-    fitted = fit_head(joined.vectors[rows], target[rows], people[rows], joined.kind, material.question.seed)
     model = Tuned(material.vit, recipe.features, material.outputs).to(material.device)
-    start_head(model, fitted, scaling, joined.kind)
+    start_head(model, material.frozen_head(rows), scaling, joined.kind)
     steps = recipe.epochs * math.ceil(len(rows) / recipe.batch)
     optimiser, schedule = optimiser_of(model, recipe, steps)
 
@@ -338,6 +343,8 @@ def tune(
             bar.set_postfix_str(f"validation loss {at.losses[-1]:.3f}, before {at.losses[0]:.3f}")
             bar.update()
     model.load_state_dict(at.best)
+    if at.best_epoch == 0:  # no epoch was worth it: the frozen probe, which needs no validation people
+        start_head(model, material.frozen_head(np.flatnonzero(training)), scaling, joined.kind)
     return model, scaling, at
 
 # %% ../nbs/56d_finetune.ipynb #f8e81f8f
@@ -412,8 +419,8 @@ def read_photographs(
         with replacing(table) as temporary, temporary.open("wb") as f:
             np.savez(f, files=files, status=status, vectors=vectors)
     with np.load(table) as kept:
-        files, status = (tuple(kept[name].tolist()) for name in ("files", "status"))
-        embeddings = Embeddings(files, kept["vectors"], status, str(source), features=recipe.features)
+        names, states = tuple(kept["files"].tolist()), tuple(kept["status"].tolist())
+        embeddings = Embeddings(names, kept["vectors"], states, str(source), features=recipe.features)
     return embeddings, np.load(crops, mmap_mode="c")[: embeddings.usable.sum()]
 
 # %% ../nbs/56d_finetune.ipynb #d5218add
@@ -430,8 +437,8 @@ class FinetunedProbe(LabelProbe):
     def how(self) -> str:
         return (
             f"Fine-tuned from {self.model.about['started_from']}, head on {self.model.about['features']} "
-            "tokens. In each fold a fifth of the training people chose the epoch; the frozen probe has them "
-            f"all for its head. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
+            "tokens. In each fold a fifth of the training people chose the epoch; where none was better than the "
+            f"start, the prediction is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
             "bootstrap interval over people. The model kept was trained on all people."
         )
 
