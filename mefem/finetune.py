@@ -435,10 +435,11 @@ class FinetunedProbe(LabelProbe):
 
     @property
     def how(self) -> str:
+        about = self.model.about
         return (
-            f"Fine-tuned from {self.model.about['started_from']}, head on {self.model.about['features']} "
-            "tokens. In each fold a fifth of the training people chose the epoch; where none was better than the "
-            f"start, the prediction is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
+            f"Fine-tuned from {about['started_from']}, head on {about['features']} tokens. In each fold a "
+            "fifth of the training people chose the epoch; where none was better than the start, the prediction "
+            f"is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
             "bootstrap interval over people. The model kept was trained on all people."
         )
 
