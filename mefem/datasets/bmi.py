@@ -56,7 +56,7 @@ BMI_SLACK = 0.02  # relative; published values are rounded, and so are the heigh
 def body_labels(row: dict, where: str) -> dict:
     """`height_cm`, `weight_kg`, `bmi` (kg/m^2, computed where it is empty) of a CSV row.
 
-    None for what is not given.
+    None for a value that is not given.
     """
     height, weight, bmi = (_number(row[name], name, where) for name in ("height", "weight", "bmi"))
     if height and weight:

@@ -33,7 +33,7 @@ from ..labels import FAIRFACE_CLASSES
 HOW_TO_OBTAIN = """FairFace: CC BY 4.0; 86,744 + 10,954 photographs, release with padding 1.25.
   mefem info data --fetch fairface
   or, from https://github.com/joojs/fairface, fairface-img-margin125-trainval.zip unpacked into
-  data/raw/fairface/1.25 and the two lists fairface_label_train.csv and fairface_label_val.csv beside it"""
+  data/raw/fairface/1.25 and the two lists fairface_label_train.csv and fairface_label_val.csv next to it"""
 
 # %% ../../nbs/35_fairface.ipynb #1c0cecb2
 COLUMNS = ("image", *FAIRFACE_CLASSES)
