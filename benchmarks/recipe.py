@@ -2,7 +2,7 @@
 
 python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 10           # every candidate, seed 0
 python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 15 --seeds 0,1,2 --only paper,NAME
-python benchmarks/recipe.py collect                                            # writes benchmarks/recipe.json
+python benchmarks/recipe.py collect --bmi DIR                                  # writes benchmarks/recipe.json
 
 The pack of FairFace is that of tools/gpu_faces.py (benchmarks/README.md); DIR has annotation.csv and images/
 of the VIP set. Each run takes one core. A stopped run continues, a finished one is left alone."""
@@ -252,19 +252,64 @@ def run_all(arguments) -> None:
                 print(f"{item[0]}, seed {item[1]}: exit code {item[2].returncode}", flush=True)
 
 
-def collect(work: Path, out: Path) -> None:
-    """All results, the pixels' row, and hardware and versions, in one file."""
+def outcomes(paths: dict[int, Path], task: str, bmi):
+    """Each person's result of each seed, as `mefem.metrics` takes predictions; `paths`: seed -> .npz file."""
+    import pandas as pd
+
+    frames = []
+    for seed, path in paths.items():
+        with np.load(path) as file:
+            values = file[task].astype(float)
+        # a hit is a prediction of 1 where 1 was wanted; a squared error is that of a prediction so far off
+        target = bmi if task == "bmi" else np.ones(len(values))
+        predicted = bmi - np.sqrt(values) if task == "bmi" else values
+        people = np.arange(len(values))
+        columns = {"key": people, "person": people, "target": target, "prediction": predicted}
+        frames.append(pd.DataFrame(columns).assign(seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def compared(runs: list[dict], work: Path, bmi) -> list[dict]:
+    """Each candidate's last checkpoint against the untrained encoder and pixels, over people and seeds."""
+    from mefem.metrics import paired_difference
+
+    found = []
+    for name, minutes in dict.fromkeys((run["candidate"], run["minutes"]) for run in runs):
+        mine = [run for run in runs if (run["candidate"], run["minutes"]) == (name, minutes)]
+        seeds = sorted(run["seed"] for run in mine)
+        last = {run["seed"]: run["rows"][-1]["step"] for run in mine}
+        folder = f"{name}-seed{{}}-{minutes:g}min"
+        ours = {seed: work / folder.format(seed) / f"people-{last[seed]}.npz" for seed in seeds}
+        others = {
+            "untrained": {seed: work / f"untrained-seed{seed}.npz" for seed in seeds},
+            "pixels": {seed: work / "people-pixels.npz" for seed in seeds},
+        }
+        for task in (*TASKS, "bmi"):
+            metric = "r2" if task == "bmi" else "accuracy"
+            for other, paths in others.items():
+                gap = paired_difference(outcomes(ours, task, bmi), outcomes(paths, task, bmi), metric)
+                row = {"candidate": name, "minutes": minutes, "seeds": seeds, "task": task, "against": other}
+                row |= {key: round(getattr(gap, key), 4) for key in ("value", "low", "high")}
+                found.append(row)
+    return found
+
+
+def collect(bmi: Path, work: Path, out: Path) -> None:
+    """All results, the pixels' row, the comparisons, and hardware and versions, in one file."""
+    import pandas as pd
     import torch
 
     from mefem.provenance import hardware
 
     runs = [json.loads(path.read_text()) for path in sorted(work.glob("*/result.json"))]
-    found = {
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "expected": {k: v[1] for k, v in CANDIDATES.items()},
-    }
-    found |= {"pixels": json.loads((work / "pixels.json").read_text()), "runs": runs}
+    expected = {name: text for name, (_, text) in CANDIDATES.items()}
+    found = {"hardware": hardware(), "torch": torch.__version__, "expected": expected}
+    found["pixels"] = json.loads((work / "pixels.json").read_text())
+    found["majority"] = json.loads((work / "majority.json").read_text())
+    values = pd.read_csv(bmi / "annotation.csv").BMI.to_numpy(float)
+    found |= {"compared": compared(runs, work, values), "runs": runs}
+    for run in found["runs"]:
+        run.pop("settings")
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{out}: {len(runs)} runs")
 
@@ -278,6 +323,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
     parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
     parser.add_argument("--work", type=Path, default=ROOT / "data" / "recipe")
+    parser.add_argument("--out", type=Path, default=OUT, help="of collect")
     parser.add_argument("--only", help="candidates, with commas between them")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--minutes", type=float, default=10, help="of one core, for each run")
@@ -288,11 +334,15 @@ def main() -> None:
         faces = photographs(arguments.pack, arguments.bmi, arguments.work)
         row = look(None, faces, arguments.work / "people-pixels.npz")
         (arguments.work / "pixels.json").write_text(json.dumps(row))
+        train, panel = faces["train"][faces["panel"]], faces["panel"]
+        codes = {task: (faces[task][panel][train], faces[task][panel][~train]) for task in TASKS}
+        majority = {task: float((b == np.bincount(a).argmax()).mean()) for task, (a, b) in codes.items()}
+        (arguments.work / "majority.json").write_text(json.dumps(majority))
     elif arguments.part == "one":
         faces = photographs(arguments.pack, arguments.bmi, arguments.work)
         one(arguments.only, int(arguments.seeds), arguments.minutes, faces, arguments.work)
     else:
-        collect(arguments.work, OUT)
+        collect(arguments.bmi, arguments.work, arguments.out)
 
 
 if __name__ == "__main__":

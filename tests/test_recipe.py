@@ -134,3 +134,22 @@ def test_a_run_is_probed_from_its_start_and_is_not_made_twice(inputs, tmp_path):
     when = (folder / "result.json").stat().st_mtime_ns
     assert run().returncode == 0
     assert (folder / "result.json").stat().st_mtime_ns == when
+    collect = [
+        *command[:2],
+        "collect",
+        "--bmi",
+        inputs,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "r.json",
+    ]
+    done = subprocess.run(list(map(str, collect)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    by = {(row["task"], row["against"]): row for row in found["compared"]}
+    untrained = json.loads((tmp_path / "work" / "untrained-seed0.json").read_text())
+    gap = by["race", "untrained"]
+    assert gap["value"] == pytest.approx(rows[-1]["race"] - untrained["race"], abs=2e-4)
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert by["bmi", "untrained"]["value"] == pytest.approx(rows[-1]["bmi"] - untrained["bmi"], abs=2e-4)
