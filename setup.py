@@ -10,6 +10,16 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
+extras = {
+    name: settings[f"{name}_requirements"].split()
+    for name in ("simulate", "paper", "video", "buffalo", "onnx")
+}
+# The checkout's environment has all parts but onnx, whose test says that it is skipped.
+dev = [
+    *settings["dev_requirements"].split(),
+    *(one for name in extras if name != "onnx" for one in extras[name]),
+]
+
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -25,7 +35,7 @@ setup(
     packages=find_packages(include=["mefem", "mefem.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "buffalo": ["onnxruntime"], "video": ["av"]},
+    extras_require={**extras, "dev": dev},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, _missing_part
 from .config import Probing, SettingsError, load_settings, pretrain_settings
 from .files import DiskFull, find_root, write_json
 
@@ -46,6 +46,9 @@ class _Plainly:
         return self
 
     def __exit__(self, kind, error, trace):
+        if missing := _missing_part(error):
+            typer.echo(f"mefem: {missing}", err=True)
+            raise typer.Exit(1) from None
         if isinstance(
             error,
             (
@@ -194,6 +197,31 @@ def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **
 # %% ../nbs/70_cli.ipynb #1959d477
 @app.command()
 def pretrain(
+    photographs: Annotated[
+        Path | None, typer.Argument(help="a folder of your photographs; without: the crops of a checkout")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="with PHOTOGRAPHS: a folder for the run")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="with PHOTOGRAPHS: tiny, small or base; default: tiny, on a GPU small"),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.001, help="with PHOTOGRAPHS: as many steps as fit; default: 2")
+    ] = None,
+    framing: Annotated[
+        str | None, typer.Option(help="with PHOTOGRAPHS: as in `mefem crop`; default: auto")
+    ] = None,
+    face: Annotated[
+        str | None, typer.Option(help="with PHOTOGRAPHS: surest (the default) or largest")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="with PHOTOGRAPHS: weights to start from: a file, a run, or timm:NAME (a plain ViT)"
+        ),
+    ] = None,
     run: Annotated[
         str, typer.Option("--run", "--name", help="name of the run, data/runs/<run>; --name under torchrun")
     ] = "main",
@@ -203,8 +231,8 @@ def pretrain(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="change a key of the profile's pretrain "
-            "section (repeatable), e.g. --set masking.width=5 --set optimiser.clip=null",
+            help="change a key of the pretrain section (repeatable), e.g. --set masking.width=5 "
+            "--set optimiser.clip=null",
         ),
     ] = None,
     settings: Annotated[
@@ -222,25 +250,64 @@ def pretrain(
         ),
     ] = False,
 ):
-    """Pretrain an encoder on the crops in data/faces, with the settings of params.yaml.
+    """Pretrain an encoder: on a folder of photographs, or on the crops of a checkout as params.yaml has it.
 
-    One process; under torchrun, one of several: torchrun --nproc-per-node 8 -m mefem pretrain"""
+    \b
+    mefem pretrain photos/ -o run/ --hours 2
+    mefem embed photos/ -o embeddings.parquet -e run/
+
+    The first crops a face of each photograph, plans as many steps as fit the hours, and trains; killed at any moment, the
+    same command goes on. Without PHOTOGRAPHS: one process of a checkout's run; under torchrun, one of several:
+    torchrun --nproc-per-node 8 -m mefem pretrain"""
+    own = {
+        "--out": out,
+        "--size": size,
+        "--hours": hours,
+        "--framing": framing,
+        "--face": face,
+        "--init": init,
+    }
+    graph = {"--profile": profile, "--settings": settings, "--resume-anyway": resume_anyway}
+    with _Plainly():
+        if photographs is None:
+            _refuse(own, "a folder of photographs is missing, which goes with")
+            _pretrain_graph(run, profile, changes, settings, resume, resume_anyway)
+        else:
+            _refuse(graph, f"{photographs} is a folder of photographs; a checkout's crops go with")
+            if out is None:
+                raise ValueError(f"--out is missing: mefem pretrain {photographs} -o run/")
+            asked = {"size": size, "hours": hours, "framing": framing, "face": face, "init": init}
+            _pretrain_own(photographs, out, asked, changes)
+
+
+def _pretrain_own(photographs: Path, out: Path, asked: dict, changes: list[str] | None) -> None:
+    """The pretraining on own photographs; the last line loads what it gave."""
+    from mefem.config import changes_of
+    from mefem.own_pictures import Asked, pretrain_photographs
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    asked = Asked(**given, changes=changes_of(changes or ()))
+    pretrain_photographs(photographs, out, asked, say=typer.echo)
+    typer.echo(f'mefem.load_encoder("{out}")')
+
+
+def _pretrain_graph(run: str, profile, changes, settings, resume: bool, resume_anyway: bool) -> None:
+    """One process of a checkout's run."""
     from mefem.config import changes_of, read_pretrain, run_name
     from mefem.training import pretrain as run_pretraining
 
-    with _Plainly():
-        if settings and (profile or changes):
-            raise SettingsError("--settings is a whole pretrain section: leave out --profile and --set")
-        config = (
-            read_pretrain(settings)
-            if settings
-            else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
-        )
-        path = run_pretraining(
-            config, resume=resume, run=run_name(run), root=find_root(), resume_anyway=resume_anyway
-        )
-        if os.environ.get("RANK", "0") == "0":
-            typer.echo(path)
+    if settings and (profile or changes):
+        raise SettingsError("--settings is a whole pretrain section: leave out --profile and --set")
+    config = (
+        read_pretrain(settings)
+        if settings
+        else pretrain_settings(load_settings(profile=profile), run, **changes_of(changes or ()))
+    )
+    path = run_pretraining(
+        config, resume=resume, run=run_name(run), root=find_root(), resume_anyway=resume_anyway
+    )
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(path)
 
 # %% ../nbs/70_cli.ipynb #bf28ffec
 @app.command()
@@ -374,8 +441,17 @@ def probe(
         typer.Option(help="the column that names photographs; default: file, filename, image, path or name"),
     ] = None,
     against: Annotated[
-        list[Path] | None,
-        typer.Option(help="another table of the same photographs to compare with (repeatable)"),
+        list[str] | None,
+        typer.Option(
+            help="compare with another table of the same photographs; or with random (the untrained encoder) or "
+            "pixels, computed from --photographs (repeatable)"
+        ),
+    ] = None,
+    photographs: Annotated[
+        Path | None, typer.Option(help="for --against random and pixels: the folder that was embedded")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", "-e", help="for --against random: as `mefem embed` had it")
     ] = None,
     folds: Annotated[int | None, typer.Option(min=2, help="default: 5")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of the folds; default: 0")] = None,
@@ -412,8 +488,7 @@ def probe(
     Is the encoder better than an untrained one?
 
     \b
-    mefem embed photos/ -o random.parquet -e random:FILE
-    mefem probe embeddings.parquet labels.csv --target BMI --against random.parquet
+    mefem probe embeddings.parquet labels.csv --target BMI --against random --photographs photos/ -e FILE
 
     With a folder of data/features: the graph's own probe of --task. What is not given is then as params.yaml has it, so that
     the numbers are those of the graph; outside a checkout, as `Probing` has it."""
@@ -425,6 +500,8 @@ def probe(
         "--group": group,
         "--image": image,
         "--against": against,
+        "--photographs": photographs,
+        "--encoder": encoder,
         "--json": as_json,
     }
     graph = {
@@ -459,13 +536,30 @@ def probe(
                 "folds": 5 if folds is None else folds,
                 "seed": seed or 0,
             }
-            _probe_labels(table, labels, target, against, out, as_json, asked)
+            baselines = _baselines(table, against or [], photographs, encoder)
+            _probe_labels(table, labels, target, baselines, out, as_json, asked)
 
 
 def _refuse(options: dict, why: str) -> None:
     """`ValueError` naming the options that were given though they do nothing here."""
     if given := [name for name, value in options.items() if value not in (None, False, [], ())]:
         raise ValueError(f"{why} {', '.join(given)}")
+
+
+def _baselines(table: Path, against: list[str], photographs: Path | None, encoder: str | None) -> dict:
+    """What to compare with, by name: files, and embeddings by baselines."""
+    from mefem.own_labels import BASELINES, baseline
+
+    if (photographs or encoder) and not set(against) & set(BASELINES):
+        raise ValueError(
+            "--photographs and --encoder do nothing without --against random or --against pixels"
+        )
+    return {
+        name: baseline(name, table, photographs, encoder if name == "random" else None)
+        if name in BASELINES
+        else name
+        for name in against
+    }
 
 
 def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dict) -> None:
@@ -479,7 +573,7 @@ def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dic
         )
     if out:
         check_folder(out)
-    found = probe_labels(table, labels, target, against or (), **asked)
+    found = probe_labels(table, labels, target, against, **asked)
     if out:
         write_probe(found, out)
     if as_json:
@@ -488,9 +582,7 @@ def _probe_labels(table, labels, target, against, out, as_json: bool, asked: dic
     for line in (*found.said, found, *found.group_lines(), *found.against):
         typer.echo(line)
     if not found.against:
-        typer.echo(
-            "better than an untrained encoder? mefem embed photos/ -o random.parquet -e random:FILE, then --against random.parquet"
-        )
+        typer.echo("better than an untrained encoder? --against random --photographs FOLDER -e FILE")
     if out:
         typer.echo(
             f"predictions, model and report in {out}; for new photographs: mefem predict {out} new.parquet -o predictions.csv"
@@ -556,7 +648,7 @@ def predict(
     from mefem.own_labels import predict_labels
 
     with _Plainly():
-        found = predict_labels(model, table, out)
+        found = predict_labels(model, table, out, say=lambda line: typer.echo(line, err=True))
         typer.echo(f"{(found.status == 'success').sum():,} of {len(found):,} photographs predicted in {out}")
 
 # %% ../nbs/70_cli.ipynb #584a051d

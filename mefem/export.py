@@ -23,7 +23,7 @@ from torch import nn
 
 import mefem
 from .encoders import load_encoder
-from .files import replacing, write_atomic, write_json
+from .files import write_atomic, write_json
 from .models import check_encoder, encode_tokens
 
 # %% ../nbs/56_export.ipynb #114e029f

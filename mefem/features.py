@@ -599,7 +599,7 @@ def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
 _TYPES = {
     **dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
     **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
-    **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"),
+    **dict.fromkeys(("framing", "other_framings", "encoder", "encoder_hash", "features"), "string"),
     "dim": "int64",
 }
 _TABLE = [*_TYPES]
@@ -703,13 +703,14 @@ _WRITERS = {".parquet": _write_parquet, ".csv": _write_csv, ".npz": _write_npz}
 
 # %% ../nbs/51_features.ipynb #bbc17f01
 def _embedded(
-    part: list[Path], home: Path, frozen: FrozenEncoder, features: str, batch: int, how: dict
+    part: list[Path], home: Path, frozen: FrozenEncoder, about: dict, batch: int, how: dict
 ) -> list[dict]:
-    """Rows of the table for some photographs, a row per face; `how`: the options of `frame_faces`."""
+    """Rows of the table for some photographs, a row per face.
+
+    `about`: the columns that say which encoder and features; `how`: the options of `frame_faces`."""
     framed = [(path, one) for path in part for one in frame_faces(path, size=frozen.image_size, **how)]
     crops = [one.crop for _, one in framed if not one.problem]
-    vectors = iter(embed(np.stack(crops), frozen, features, batch) if crops else ())
-    about = {"encoder": frozen.name, "features": features, "dim": frozen.dim}
+    vectors = iter(embed(np.stack(crops), frozen, about["features"], batch) if crops else ())
     return [
         {
             "file": _shown(path.relative_to(home)),
@@ -798,6 +799,12 @@ def embed_photographs(
     out, home = check_target(out), _home(source)
     frozen, files = as_encoder(encoder, device), photographs_in(source)
     how = {"framing": framing, "face": face, "scale": scale, "min_side": min_side}
+    about = {
+        "encoder": frozen.name,
+        "encoder_hash": frozen.fingerprint(),
+        "features": features,
+        "dim": frozen.dim,
+    }
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
     folder = (
@@ -815,7 +822,7 @@ def embed_photographs(
                 continue
             rows = []
             for start in range(0, len(part), batch):
-                rows += _embedded(part[start : start + batch], home, frozen, features, batch, how)
+                rows += _embedded(part[start : start + batch], home, frozen, about, batch, how)
                 bar.update(len(part[start : start + batch]))
             _write_part(path, rows)
     with replacing(folder / out.name) as temporary:

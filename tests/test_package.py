@@ -28,9 +28,9 @@ ORDER = [
     "probing",
     "metrics",
     "own_labels",
-    "own_pictures",
     "export",
     "hub",
+    "own_pictures",
     "report",
     "ablations",
     "fairness",
@@ -91,6 +91,38 @@ def test_core_imports_without_mediapipe_anny_and_webdataset():
     )
 
 
+def test_a_missing_part_is_named_with_its_command():
+    """Without the optional packages the core imports, embeds and pretrains; the rest says what to install."""
+    blocked = "import sys\nfor name in ('anny', 'warp', 'seaborn', 'tabulate', 'jinja2', 'av', 'dvc', 'papermill'): "
+    blocked += "sys.modules[name] = None\n"
+    run(
+        blocked
+        + "from mefem import cli, own_pictures, own_labels, export, hub, features, training, probing, faces"
+    )
+    said = run(
+        blocked + "import mefem\nfrom typer.testing import CliRunner\nfrom mefem.cli import app\n"
+        "result = CliRunner().invoke(app, ['simulate', 'bmi', '/tmp/no/where', '-n', '1', '--jobs', '1'])\n"
+        "print(result.exit_code, result.stderr)\n"
+        "try: mefem.readme\nexcept ModuleNotFoundError as error: print(error)"
+    )
+    assert said.startswith("1 mefem: the package warp is missing: pip install 'mefem[simulate]'") or (
+        "the package anny is missing: pip install 'mefem[simulate]'" in said
+    )
+    assert "mefem.readme: the package jinja2 is missing: pip install 'mefem[paper]'" in said
+
+
+def test_names_are_listed_and_the_example_runs():
+    import doctest
+
+    import mefem
+
+    for name in mefem._PUBLIC:
+        assert f"`{name}" in mefem.__doc__, name
+        assert getattr(mefem, name)
+    found = doctest.testmod(mefem)
+    assert found.attempted >= 4 and not found.failed
+
+
 def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     # Built from a copy, so that no build folder is left in the checkout.
     import shutil
@@ -142,7 +174,13 @@ def test_constraints_pin_every_requirement(root):
         for line in (root / "constraints.txt").read_text().splitlines()
         if line
     }
-    for key in ("requirements", "dev_requirements"):
+    for key in (
+        "requirements",
+        "dev_requirements",
+        "simulate_requirements",
+        "paper_requirements",
+        "video_requirements",
+    ):
         for requirement in config["DEFAULT"][key].split():
             assert requirement.split("<")[0].lower().replace("_", "-") in pinned, requirement
 
