@@ -183,15 +183,15 @@ def _over(first: dict, second: dict) -> dict:
 def make_plan(asked: Asked, config: Pretrain, pictures, out: Path) -> Pretrain:
     """The whole settings of a run: those of `out`/plan.json, or worked out here and written there.
 
-    Steps that `asked.changes` names are taken as they are. `ValueError` where `out` has a run of other options."""
+    Steps in `asked.changes` are taken as they are. `ValueError` where `out` has a run of other options."""
     path = out / "plan.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(asked.record))
         if odd := [name for name in now if now[name] != found["asked"].get(name)]:
             raise ValueError(
-                f"{out} has a run with {odd[0]} {found['asked'].get(odd[0])!r}, now {now[odd[0]]!r}: give the "
-                "same options to go on, or choose another folder"
+                f"{out} has a run with {odd[0]} {found['asked'].get(odd[0])!r}, now {now[odd[0]]!r}: "
+                "give the same options to go on, or choose another folder"
             )
         return Pretrain.model_validate(found["settings"])
     rate = None
