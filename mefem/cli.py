@@ -611,9 +611,9 @@ def probe(
         else:
             _refuse(context, _OF_FEATURES, f"{table} is no folder of data/features, which goes with")
             asked = {"target": target, "kind": kind, "person": person, "group": group, "image": image}
-            asked |= {"folds": folds or 5, "seed": seed or 0}
+            dealt = {"folds": folds or 5, "seed": seed or 0}
             baselines = _against(table, against or [], photographs, encoder)
-            _probe_labels(table, labels, baselines, out, as_json, asked)
+            _probe_labels(table, labels, baselines, out, as_json, asked | dealt)
 
 # %% ../nbs/70_cli.ipynb #c8d8b4ae
 @app.command()

@@ -331,8 +331,12 @@ def embed_photographs(
     how = Framing(size=frozen.image_size, **frame)
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
-    about = {"encoder": frozen.name, "encoder_hash": frozen.weights_hash()}
-    about |= {"features": features, "dim": frozen.dim}
+    about = {
+        "encoder": frozen.name,
+        "encoder_hash": frozen.weights_hash(),
+        "features": features,
+        "dim": frozen.dim,
+    }
     key = _parts_key(files, home, frozen, features=features, batch=batch, **vars(how))
     folder = out.parent / f".{out.name}.{key}.parts"
     parts = {

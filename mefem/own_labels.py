@@ -82,7 +82,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     known = [name for name in pq.read_schema(path).names if name in _KNOWN]
     return pq.read_table(path, columns=[*_NEEDED, "embedding", *known]).to_pandas()
 
-
+# %% ../nbs/54_own_labels.ipynb #c542ccc4
 def _read_npz(path: Path) -> pd.DataFrame:
     with np.load(path, allow_pickle=False) as arrays:
         names = [*_NEEDED, *(name for name in _KNOWN if name in arrays.files)]

@@ -48,7 +48,8 @@ def own_settings(size: str, start: dict | None = None, /, **changes) -> Pretrain
     if size not in SIZES:
         raise ValueError(f"--size {size} is unknown, expected one of {', '.join(SIZES)}")
     profile = {"pretrain": {"datasets": [], **SIZES[size], **(start or {})}}
-    settings = Settings(profile=size, datasets=(), encoders={}, runs=("own",), profiles={size: profile})
+    about = {"profile": size, "datasets": (), "encoders": {}, "runs": ("own",), "profiles": {size: profile}}
+    settings = Settings.model_validate(about)
     return pretrain_settings(settings, "own", **changes)
 
 # %% ../nbs/56c_own_pictures.ipynb #52d01d91
