@@ -69,7 +69,7 @@ def _spelled(parameter, value) -> str:
         return parameter.name.upper()
     return parameter.secondary_opts[0] if value is False and parameter.secondary_opts else parameter.opts[0]
 
-
+# %% ../nbs/70_cli.ipynb #95fbefcc
 def _refuse(context: typer.Context, names: str, why: str) -> None:
     """`ValueError` naming those of the parameters `names` that were given though they do nothing here."""
     given = []
@@ -225,6 +225,8 @@ _Init = Annotated[
     str | None,
     typer.Option(help="with PHOTOGRAPHS: weights to start from: a file, a run, or timm:NAME (a plain ViT)"),
 ]
+
+# %% ../nbs/70_cli.ipynb #5f6f88cf
 _Changes = Annotated[
     list[str] | None,
     typer.Option(
@@ -526,6 +528,8 @@ _Column = Annotated[
     str | None,
     typer.Option(help="the column that names photographs; default: file, filename, image, path or name"),
 ]
+
+# %% ../nbs/70_cli.ipynb #8e92423a
 _Against = Annotated[
     list[str] | None,
     typer.Option(
