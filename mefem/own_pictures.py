@@ -153,7 +153,7 @@ _MINUTES = 3  # between checkpoints: a killed run loses no more
 
 
 def plan_steps(batch: int, rate: float, hours: float) -> dict:
-    """Steps, and steps between checkpoints and rows of the log, for `hours` at `rate` pictures per second."""
+    """Steps for `hours` at `rate` pictures per second, and how often to keep a checkpoint and log a row."""
     per_second = rate / batch
     steps = max(20, round(hours * 3600 * per_second))
     every = min(steps, max(1, round(_MINUTES * 60 * per_second)))
@@ -184,15 +184,14 @@ class Asked:
 
 # %% ../nbs/56c_own_pictures.ipynb #ac18a360
 def write_plan(out: Path, asked: Asked, config: PretrainSettings, pictures) -> PretrainSettings:
-    """The settings with steps that fit the hours, kept in `out`/plan.json; steps of `asked.changes` stay."""
-    rate = None
-    if "steps" not in asked.changes:
+    """The settings with steps that fit the hours, but for what is set; kept in `out`/plan.json."""
+    rate, plan = None, {"steps", "checkpoint_every", "log_every"} - set(asked.changes)
+    if plan:
         rate = pictures_per_second(config, pictures)
-        plan = plan_steps(config.batch, rate, asked.hours or HOURS)
-        new = {name: number for name, number in plan.items() if name not in asked.changes}
-        config = config.model_copy(update=new)
-    plan = {"asked": asdict(asked), "rate": rate, "settings": config.model_dump(mode="json")}
-    write_json(out / "plan.json", plan)
+        found = plan_steps(config.batch, rate, asked.hours or HOURS)
+        config = config.model_copy(update={name: found[name] for name in plan})
+    about = {"asked": asdict(asked), "rate": rate, "settings": config.model_dump(mode="json")}
+    write_json(out / "plan.json", about)
     return config
 
 # %% ../nbs/56c_own_pictures.ipynb #d6862eb0

@@ -678,6 +678,9 @@ def test_baselines_are_computed_from_the_photographs(tmp_path):
         (["--photographs", tmp_path, "-e", file], "missing file"),
     ):
         assert words in mefem(*asked, *more, code=1).stderr
+    # the labels are read first: nothing is embedded for nothing
+    wrong = ["probe", table, labels, "--target", "z", "--against", "random"]
+    assert "no column 'z'" in mefem(*wrong, code=1).stderr
     other = save_encoder(
         tmp_path / "other.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs
     )

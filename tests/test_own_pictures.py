@@ -103,6 +103,9 @@ def test_the_hours_decide_the_steps_once(photos, tmp_path, monkeypatch):
     pretrain_photographs(photos, tmp_path / "run", asked, progress=False)
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert plan["settings"]["steps"] == 36 and plan["rate"] == 2.0  # 72 seconds, half a step a second
+    given = Asked("tiny", framing="as-is", changes=asked.changes | {"steps": 200})
+    config = own.write_plan(tmp_path, given, given.settings(), None)
+    assert config.steps == 200 and config.checkpoint_every == 90  # three minutes
     monkeypatch.setattr(own, "pictures_per_second", lambda *_: pytest.fail("measured again"))
     pretrain_photographs(photos, tmp_path / "run", asked, progress=False)
 
