@@ -26,7 +26,12 @@ setup(
     package_data={"mefem": ["py.typed", "*.pyi"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "buffalo": ["onnxruntime"], "video": ["av"]},
+    extras_require={
+        "dev": settings["dev_requirements"].split(),
+        "docs": settings["docs_requirements"].split(),
+        "buffalo": ["onnxruntime"],
+        "video": ["av"],
+    },
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

@@ -46,6 +46,7 @@ ORDER = [
     "pictures",
     "datasheets",
     "readme",
+    "page",
     "cli",
     "__main__",
 ]
