@@ -297,8 +297,13 @@ def repeated(stage: dict, lists: dict) -> list[dict[str, str]]:
 # %% ../nbs/67_page.ipynb #debd34da
 def _filled(path: str, repetitions: list[dict[str, str]]) -> list[str]:
     """A path of a stage in each of its repetitions."""
-    pattern = re.compile(r"\$\{item[^}]*\}")
-    return list(dict.fromkeys(pattern.sub(lambda found: each[found[0]], path) for each in repetitions))
+    filled = []
+    for variables in repetitions:
+        text = path
+        for name, value in variables.items():
+            text = text.replace(name, value)
+        filled.append(text)
+    return list(dict.fromkeys(filled))
 
 
 def stage_part(stage: dict, lists: dict) -> dict:
