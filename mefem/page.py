@@ -6,8 +6,8 @@
 __all__ = ['BOX', 'FIGURES', 'TEXT_TABLES', 'MEASURES', 'NOT_SHOWN', 'RECORDS', 'inline_html', 'markdown_html', 'inline_picture',
            'Figure', 'figure_parts', 'read_cells', 'cell_parts', 'table_block', 'caption_of', 'result_table',
            'text_block', 'text_table', 'ablation_table', 'table_parts', 'run_health', 'health_block', 'section_of',
-           'repeated', 'stage_part', 'stage_parts', 'settings_parts', 'record_parts', 'record_of', 'is_simulated',
-           'page_parts', 'report_html', 'write_report']
+           'repeated', 'stage_part', 'stage_parts', 'settings_parts', 'record_parts', 'record_of', 'who_html',
+           'is_simulated', 'page_parts', 'report_html', 'write_report']
 
 # %% ../nbs/67_page.ipynb #805f41b5
 import base64
@@ -344,7 +344,10 @@ def settings_parts(settings: Settings, sections) -> dict[str, dict]:
     """Name -> text and hash of each section of the settings: of the active profile, or of the whole file."""
     known = settings.model_dump(mode="json") | settings.active.model_dump(mode="json")
     return {
-        name: {"text": yaml.safe_dump(known[name], sort_keys=False), "hash": settings_hash(known[name])}
+        name: {
+            "text": yaml.safe_dump(known[name], sort_keys=False, default_flow_style=None, width=100),
+            "hash": settings_hash(known[name]),
+        }
         for name in sections
     }
 
@@ -371,6 +374,14 @@ def record_of(stage: str, records: dict) -> str:
     """The stage whose record holds for `stage`: its own, else that of the page, else any."""
     return next(name for name in (stage, "page", *records) if name in records)
 
+# %% ../nbs/67_page.ipynb #338c3fc3
+def who_html(path) -> Markup:
+    """The page of [66](66_fairness_page.ipynb) as HTML, without its title; empty where there is none."""
+    if not Path(path).is_file():
+        return Markup()
+    text = Path(path).read_text(encoding="utf-8")
+    return markdown_html(re.sub(r"\A# .*\n", "", text), label="Errors by group")
+
 # %% ../nbs/67_page.ipynb #a149e032
 def is_simulated(figures) -> bool:
     """Whether any result was measured on simulated people."""
@@ -386,16 +397,13 @@ def page_parts(root, figures) -> dict:
     settings = load_settings(root / "params.yaml", record.get("profile"))
     stages = stage_parts(root, settings.model_dump(mode="json"), record.get("stages", {}))
     sections = dict.fromkeys(name for stage in stages.values() for name in stage["sections"])
-    fairness = figures / "fairness" / "who_it_works_for.md"
     return about(figures) | {
         "simulated": is_simulated(figures),
         "tables": table_parts(figures),
         "figures": figure_parts(figures),
         "health": stored,
         "health_table": health_block(stored) if stored else None,
-        "who": markdown_html(fairness.read_text(encoding="utf-8"), 2, "Errors by group")
-        if fairness.is_file()
-        else "",
+        "who": who_html(figures / "fairness" / "who_it_works_for.md"),
         "stages": stages,
         "settings": settings_parts(settings, sections),
         "records": records,
