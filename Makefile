@@ -80,7 +80,7 @@ $(DOCS)/.installed: constraints-docs.txt settings.ini
 	@touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 # Jupyter refuses to run as root, which in a container is the only user, unless told that it may.

@@ -37,7 +37,7 @@ def modules() -> list[str]:
 
 def on_config(config):
     """The API's part of the menu."""
-    config.nav.append({"API": [{name: f"api/{name}.md"} for name in modules()]})
+    config.nav.append({"API": [{name: f"nbs/{name}.md"} for name in modules()]})
     return config
 
 
@@ -49,10 +49,10 @@ def on_files(files, config):
     paths += [path for path in (ROOT / "figures").rglob("*") if path.is_file()]
     for path in sorted(paths):
         source = path.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, source, abs_src_path=str(path)))
+        files.append(File(source, str(ROOT), config.site_dir, use_directory_urls=False))
     for name in modules():
-        text = f"# {name}\n\n::: {name}\n"
-        files.append(File.generated(config, f"api/{name}.md", content=text))
+        text = f"# {name}\n\n::: {name}\n"  # beside the chapters, which docstrings link to
+        files.append(File.generated(config, f"nbs/{name}.md", content=text))
     return files
 
 
@@ -112,8 +112,11 @@ def with_formulas(html: str) -> str:
 
 
 def on_page_content(html, page, config, files):
-    """Formulas of the notebooks."""
-    return with_formulas(html) if page.file.src_uri.endswith(".ipynb") else html
+    """Formulas of the notebooks, and links to their headings, whose anchors are in small letters here."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    html = re.sub(r'href="#([^"]+)"', lambda found: found[0].lower(), html)
+    return with_formulas(html)
 
 
 LINK = re.compile(r'<a\b[^>]*?\bhref="(?![a-z]+:|#|//)([^"#]+)(#[^"]*)?"[^>]*>(.*?)</a>', re.DOTALL)

@@ -244,8 +244,13 @@ def run_health(folder) -> dict:
         return {}
     rows = pd.read_csv(log)
     last, start = _known(rows.ffill().iloc[-1]), _start_of(Path(folder))
-    spreads = {"teacher_spread": last.get("teacher_spread"), "waiting": last.get("waiting")}
-    found = health(last["loss"], last["target_spread"], last.get("rankme"), **spreads)
+    found = health(
+        last["loss"],
+        last["target_spread"],
+        last.get("rankme"),
+        teacher_spread=last.get("teacher_spread"),
+        waiting=last.get("waiting"),
+    )
     return {
         "run": Path(folder).name,
         "steps": int(rows.step.iloc[-1]),
@@ -419,8 +424,8 @@ def report_html(root, figures=None) -> str:
     parts = page_parts(root, figures)
     records = parts["records"]
     up = Path(os.path.relpath(root, figures)).as_posix()
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    page = Environment(**options).from_string(template)
+    reader = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    page = reader.from_string(template)
     return page.render(parts, up=up, record_of=lambda stage: record_of(stage, records))
 
 # %% ../nbs/67_page.ipynb #10b64f21
