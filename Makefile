@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env reproduce test readme docs lab bench bench-crop libraries lint notebooks unit smoke
+.PHONY: help env reproduce test readme docs lab bench bench-crop libraries lint notebooks unit notebooks-and-unit smoke
 
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
@@ -42,7 +42,9 @@ reproduce: env
 	python tools/whole_lock.py dvc repro
 	@mefem info reproduction
 
-test: env lint notebooks unit smoke
+# The graph of `smoke` is half starting up: it runs beside the notebooks and the tests, which use what it leaves.
+test: env lint
+	@$(MAKE) --no-print-directory -j 2 smoke notebooks-and-unit
 	@echo "== all checks passed"
 
 lint:
@@ -62,9 +64,14 @@ unit:
 	@echo "== pytest"
 	python -m pytest -q -n 2
 
+notebooks-and-unit:
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory unit
+
 smoke:
-	@echo "== the whole graph at profile smoke, in a scratch clone, twice"
-	bash tools/smoke.sh
+	@echo "== the whole graph at profile smoke, in a scratch clone, twice (all of its output: data/smoke.log)"
+	@set -o pipefail; bash tools/smoke.sh 2>&1 | tee data/smoke.log | grep --line-buffered -E "^(== |Running stage)" \
+		|| { tail -n 80 data/smoke.log; exit 1; }
 
 # Both from their templates in nbs/ and figures/; the graph's last stages do the same.
 readme: env
