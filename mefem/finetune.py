@@ -438,8 +438,8 @@ class FinetunedProbe(LabelProbe):
         about = self.model.about
         return (
             f"Fine-tuned from {about['started_from']}, head on {about['features']} tokens. In each fold a "
-            "fifth of the training people chose the epoch; where none was better than the start, the prediction "
-            f"is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
+            "fifth of the training people chose the epoch; where none was better than the start, the "
+            f"prediction is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
             "bootstrap interval over people. The model kept was trained on all people."
         )
 
