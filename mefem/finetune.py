@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VALIDATION', 'LEAST', 'ENCODER', 'ACCOUNT', 'Recipe', 'tunable', 'Tuned', 'parameter_groups', 'optimiser_of',
-           'Scaling', 'start_head', 'validation_part', 'check_people', 'Material', 'batches', 'outputs_of', 'loss_of',
-           'Progress', 'tune', 'linear_of', 'predictions_of', 'tune_folds', 'framed_crops', 'read_photographs',
-           'FinetunedProbe', 'save_tuned', 'write_tuned', 'finetune_photographs']
+           'Scaling', 'head_weights', 'start_head', 'validation_part', 'check_people', 'Material', 'batches',
+           'outputs_of', 'loss_of', 'Progress', 'begin', 'finished', 'tune', 'linear_of', 'predictions_of',
+           'tune_folds', 'framed_crops', 'read_photographs', 'material_of', 'save_tuned', 'about_tuned',
+           'FinetunedProbe', 'write_tuned', 'finetune_photographs']
 
 # %% ../nbs/56d_finetune.ipynb #60e1e72c
 import copy
@@ -36,10 +37,9 @@ from .files import replacing, write_json
 from .made_from import MadeFrom, code_hash, kept_account, settings_hash
 from .metrics import bootstrap_interval, paired_difference
 from .models import create_encoder, normalise, save_encoder
-from .own_labels import METRICS_OF, MODEL, Comparison, Embeddings, Joined, LabelModel
-from .own_labels import LabelProbe, Question, as_json, check_enough, check_folder
-from .own_labels import fit_head, join_labels, person_fold, predict_out, read_labels, target_kind
-from .own_labels import write_probe
+from .own_labels import METRICS_OF, MODEL, Comparison, Embeddings, Joined, LabelModel, LabelProbe
+from .own_labels import Labels, Question, as_json, check_enough, check_folder, fit_head, join_labels
+from .own_labels import person_fold, predict_out, read_labels, target_kind, write_probe
 
 # %% ../nbs/56d_finetune.ipynb #28f18f85
 @dataclass(frozen=True)
@@ -143,26 +143,33 @@ class Scaling:
         return cls() if kind == "classes" else cls(float(target.mean()), float(target.std()) or 1.0)
 
 # %% ../nbs/56d_finetune.ipynb #a0761400
+def head_weights(head, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Outputs [O] that a fitted line of `fit_head` is about, their weights [O, D] and biases [O]."""
+    if kind == "numbers":
+        return np.zeros(1, int), np.atleast_2d(head.coef_), np.atleast_1d(head.intercept_)
+    line = head.best_estimator_
+    weight, bias = line.coef_, line.intercept_
+    if len(weight) == 1:  # one score: how much rather the second class than the first
+        weight, bias = np.concatenate([0 * weight, weight]), np.append(0.0, bias)
+    return line.classes_.astype(int), weight, bias
+
+# %% ../nbs/56d_finetune.ipynb #a8cb5616
 @torch.no_grad()
 def start_head(model: Tuned, fitted, scaling: Scaling, kind: str) -> None:
     """Give the head the weights of `fitted`, a pipeline of `fit_head` on this encoder's embeddings."""
     scaler, head = fitted
-    head = head if kind == "numbers" else head.best_estimator_
-    weight = np.atleast_2d(head.coef_) / scaling.scale  # [O, D]
-    bias = (np.atleast_1d(head.intercept_) - scaling.mean) / scaling.scale
-    rows = np.zeros(1, int) if kind == "numbers" else head.classes_.astype(int)
-    if len(rows) == 2 and len(weight) == 1:  # one score: how much rather the second class than the first
-        weight, bias = np.concatenate([0 * weight, weight]), np.append(0.0, bias)
+    outputs, weight, bias = head_weights(head, kind)
+    bias = (bias - scaling.mean) / scaling.scale
     model.mean.copy_(torch.from_numpy(scaler.mean_))
     model.scale.copy_(torch.from_numpy(scaler.scale_))
     layer = model.network.head
     layer.weight.zero_()
     layer.bias.fill_(float(bias.min()))  # of a class that nobody in training has
-    layer.weight[rows] = torch.from_numpy(weight).float()
-    layer.bias[rows] = torch.from_numpy(bias).float()
+    layer.weight[outputs] = torch.from_numpy(weight / scaling.scale).float()
+    layer.bias[outputs] = torch.from_numpy(bias).float()
 
 # %% ../nbs/56d_finetune.ipynb #fc26814d
-VALIDATION, LEAST = 5, 20  # one fifth of the training people; people in all
+VALIDATION = 5  # one fifth of the training people
 
 
 def validation_part(joined: Joined, training: np.ndarray, question: Question) -> np.ndarray:
@@ -175,6 +182,9 @@ def validation_part(joined: Joined, training: np.ndarray, question: Question) ->
     chosen = np.zeros(len(training), bool)
     chosen[np.flatnonzero(training)[fold == 0]] = True
     return chosen
+
+# %% ../nbs/56d_finetune.ipynb #46897844
+LEAST = 20  # people in all
 
 
 def check_people(joined: Joined, question: Question) -> None:
@@ -240,7 +250,7 @@ def outputs_of(model: Tuned, material: Material, rows: np.ndarray) -> Tensor:
     parts = np.array_split(rows, math.ceil(len(rows) / material.recipe.batch))
     return torch.cat([model(material.images(part)) for part in parts])
 
-
+# %% ../nbs/56d_finetune.ipynb #bf63fde3
 def loss_of(outputs: Tensor, target: np.ndarray, scaling: Scaling, kind: str) -> Tensor:
     """Cross entropy of classes, mean squared error of numbers in their standard deviations."""
     wanted = torch.from_numpy((target - scaling.mean) / scaling.scale).to(outputs.device)
@@ -271,6 +281,14 @@ class Progress:
             f"{min(self.losses):.3f} ({self.losses[0]:.3f} before)"
         )
 
+    def add(self, loss: float, recipe: Recipe) -> None:
+        """Note the loss after one more epoch, and the weights where they are the best."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is not finite: lower --lr {recipe.lr:g}")
+        self.losses.append(loss)
+        if self.best_epoch == len(self.losses) - 1:
+            self.best = copy.deepcopy(self.model.state_dict())
+
     def save(self, path: Path) -> None:
         """Write all of it, whole or not at all."""
         networks = {"model": self.model.state_dict(), "best": self.best}
@@ -287,10 +305,16 @@ class Progress:
         self.best, self.losses = found["best"], found["losses"]
 
 # %% ../nbs/56d_finetune.ipynb #b0cc225f
-def _state(model: Tuned) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+def begin(material: Material, training: np.ndarray) -> tuple[Tuned, Scaling, np.ndarray, np.ndarray]:
+    """The network to start from, its targets' scaling; which photographs train, and which validate."""
+    validating = validation_part(material.joined, training, material.question)
+    rows = np.flatnonzero(training & ~validating)
+    scaling = Scaling.of(material.target[rows], material.joined.kind)
+    model = Tuned(material.vit, material.recipe.features, material.outputs).to(material.device)
+    start_head(model, material.frozen_head(rows), scaling, material.joined.kind)
+    return model, scaling, rows, np.flatnonzero(validating)
 
-
+# %% ../nbs/56d_finetune.ipynb #b8d2457a
 def _epoch(
     at: Progress, schedule, material: Material, rows: np.ndarray, number: int, scaling: Scaling
 ) -> None:
@@ -308,6 +332,12 @@ def _epoch(
         loss.backward()
         at.optimiser.step()
 
+# %% ../nbs/56d_finetune.ipynb #7af9c57d
+def finished(losses: list[float], recipe: Recipe) -> bool:
+    """Whether a training ends with these losses of the validation people, the first before it."""
+    epochs = len(losses) - 1
+    return epochs >= recipe.epochs or epochs - int(np.argmin(losses)) >= recipe.patience
+
 # %% ../nbs/56d_finetune.ipynb #5645550f
 def tune(
     material: Material, training: np.ndarray, number: int, checkpoint: Path, progress: bool = True
@@ -316,35 +346,26 @@ def tune(
 
     `number`: of this training, for its order. `checkpoint`: a file that is written after each epoch; where it
     is there, training goes on from it."""
-    joined, recipe, target = material.joined, material.recipe, material.target
-    validating = validation_part(joined, training, material.question)
-    rows, others = np.flatnonzero(training & ~validating), np.flatnonzero(validating)
-    scaling = Scaling.of(target[rows], joined.kind)
-    model = Tuned(material.vit, recipe.features, material.outputs).to(material.device)
-    start_head(model, material.frozen_head(rows), scaling, joined.kind)
-    steps = recipe.epochs * math.ceil(len(rows) / recipe.batch)
-    optimiser, schedule = optimiser_of(model, recipe, steps)
+    recipe, kind = material.recipe, material.joined.kind
+    model, scaling, rows, others = begin(material, training)
+    optimiser, schedule = optimiser_of(model, recipe, recipe.epochs * math.ceil(len(rows) / recipe.batch))
 
     def validate() -> float:
-        return loss_of(outputs_of(model, material, others), target[others], scaling, joined.kind).item()
+        return loss_of(outputs_of(model, material, others), material.target[others], scaling, kind).item()
 
-    at = Progress(model, optimiser, _state(model), [validate()])
+    at = Progress(model, optimiser, copy.deepcopy(model.state_dict()), [validate()])
     if checkpoint.is_file():
         at.restore(checkpoint)
     with tqdm(total=recipe.epochs, initial=len(at.losses) - 1, unit="epoch", disable=not progress) as bar:
-        while len(at.losses) <= recipe.epochs and len(at.losses) - 1 - at.best_epoch < recipe.patience:
+        while not finished(at.losses, recipe):
             _epoch(at, schedule, material, rows, number, scaling)
-            at.losses.append(validate())
-            if not math.isfinite(at.losses[-1]):
-                raise FloatingPointError(f"the validation loss is not finite: lower --lr {recipe.lr:g}")
-            if at.best_epoch == len(at.losses) - 1:
-                at.best = _state(model)
+            at.add(validate(), recipe)
             at.save(checkpoint)
             bar.set_postfix_str(f"validation loss {at.losses[-1]:.3f}, before {at.losses[0]:.3f}")
             bar.update()
     model.load_state_dict(at.best)
     if at.best_epoch == 0:  # no epoch was worth it: the frozen probe, which needs no validation people
-        start_head(model, material.frozen_head(np.flatnonzero(training)), scaling, joined.kind)
+        start_head(model, material.frozen_head(np.flatnonzero(training)), scaling, kind)
     return model, scaling, at
 
 # %% ../nbs/56d_finetune.ipynb #f8e81f8f
@@ -389,7 +410,7 @@ def framed_crops(source, leave_out, path: Path, how: Framing, progress: bool = T
 
     The file is of NumPy's format, uint8 [M, size, size, 3]."""
     photographs, home = photographs_in(source, leave_out=leave_out), home_of(source)
-    status, usable = [], 0
+    status: list[str] = []
     with replacing(path) as temporary:
         shape = (len(photographs), how.size, how.size, 3)
         crops = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
@@ -397,8 +418,7 @@ def framed_crops(source, leave_out, path: Path, how: Framing, progress: bool = T
             (framed,) = how.of(photograph)
             status.append(framed.status)
             if not framed.problem:
-                crops[usable] = framed.crop
-                usable += 1
+                crops[status.count("success") - 1] = framed.crop
         crops.flush()
     return [path_text(photograph.relative_to(home)) for photograph in photographs], status
 
@@ -407,7 +427,8 @@ def read_photographs(
     source, out: Path, work: Path, vit: PlainViT, recipe: Recipe, how: Framing, device, progress: bool = True
 ) -> tuple[Embeddings, np.ndarray]:
     """Embeddings of the photographs by the frozen encoder, and the crops of those that have one."""
-    crops, table = work / "crops.npy", work / "photographs.npz"
+    crops = work / "crops.npy"
+    table = work / "photographs.npz"
     if not table.is_file():
         files, status = framed_crops(source, out, crops, how, progress)
         usable = np.array(status) == "success"
@@ -423,10 +444,64 @@ def read_photographs(
         embeddings = Embeddings(names, kept["vectors"], states, str(source), features=recipe.features)
     return embeddings, np.load(crops, mmap_mode="c")[: embeddings.usable.sum()]
 
-# %% ../nbs/56d_finetune.ipynb #d5218add
+# %% ../nbs/56d_finetune.ipynb #ce8584d8
+def material_of(
+    embeddings: Embeddings,
+    crops: np.ndarray,
+    labels: Labels,
+    vit: PlainViT,
+    question: Question,
+    recipe,
+    device,
+) -> Material:
+    """The photographs that have a crop and a label; `ValueError` where they are too few."""
+    joined = join_labels(embeddings, labels, question)
+    check_people(joined, question)
+    usable = np.array(embeddings.files)[embeddings.usable]  # in the order of the crops
+    places = pd.Index(usable).get_indexer(joined.rows.file)
+    return Material(vit, crops, places, joined, question, recipe, device)
+
+# %% ../nbs/56d_finetune.ipynb #0974726e
+def _compared(material: Material, predictions: pd.DataFrame) -> Comparison:
+    """The frozen probe on the same people and folds."""
+    joined = material.joined
+    rows = predictions[[*joined.rows.columns, "fold"]]
+    frozen = predict_out(joined.vectors, rows, joined.kind, material.question.seed)
+    metric = METRICS_OF[joined.kind][0]
+    difference = paired_difference(predictions, frozen, metric)
+    return Comparison("the frozen probe", bootstrap_interval(frozen, metric), difference)
+
+# %% ../nbs/56d_finetune.ipynb #6245fc5b
 ENCODER, ACCOUNT = "encoder.safetensors", "finetune.json"
 
 
+def save_tuned(out: Path, model: Tuned, vit: PlainViT) -> dict:
+    """Write the encoder to the folder `out`; its name and hash, as `mefem embed` records them."""
+    network = copy.deepcopy(model.network)
+    network.reset_classifier(0)
+    normalisation = {"mean": json.dumps(vit.mean), "std": json.dumps(vit.std)}
+    save_encoder(out / ENCODER, network, vit.architecture, vit.arguments, **normalisation)
+    encoder = load_encoder(out, device="cpu")
+    return {"encoder": encoder.name, "encoder_hash": encoder.weights_hash()}
+
+# %% ../nbs/56d_finetune.ipynb #a20b2d94
+def about_tuned(material: Material, numbers: dict, losses: list[float], source) -> dict:
+    """What the saved model says of itself, but for the encoder's name and hash."""
+    joined = material.joined
+    return {
+        "target": material.question.target,
+        "kind": joined.kind,
+        "classes": list(joined.classes),
+        "features": material.recipe.features,
+        "photographs": len(joined.rows),
+        "people": int(joined.rows.person.nunique()),
+        "metrics": {metric: asdict(found) for metric, found in numbers.items()},
+        "started_from": str(source),
+        "recipe": asdict(material.recipe),
+        "losses": losses,
+    }
+
+# %% ../nbs/56d_finetune.ipynb #d5218add
 @dataclass(frozen=True)
 class FinetunedProbe(LabelProbe):
     """What a fine-tuned encoder predicts of a label."""
@@ -439,60 +514,22 @@ class FinetunedProbe(LabelProbe):
         return (
             f"Fine-tuned from {about['started_from']}, head on {about['features']} tokens. In each fold a "
             "fifth of the training people chose the epoch; where none was better than the start, the "
-            f"prediction is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets the 95 % "
-            "bootstrap interval over people. The model kept was trained on all people."
+            f"prediction is the frozen probe's. Folds are of people, seed {self.question.seed}; in brackets "
+            "the 95 % bootstrap interval over people. The model kept was trained on all people."
         )
 
-# %% ../nbs/56d_finetune.ipynb #0974726e
-def _compared(material: Material, predictions: pd.DataFrame) -> Comparison:
-    """The frozen probe on the same people and folds."""
-    joined = material.joined
-    rows = predictions[[*joined.rows.columns, "fold"]]
-    frozen = predict_out(joined.vectors, rows, joined.kind, material.question.seed)
-    metric = METRICS_OF[joined.kind][0]
-    difference = paired_difference(predictions, frozen, metric)
-    return Comparison("the frozen probe", bootstrap_interval(frozen, metric), difference)
-
-# %% ../nbs/56d_finetune.ipynb #a90b2220
-def save_tuned(out: Path, model: Tuned, vit: PlainViT) -> dict:
-    """Write the encoder to the folder `out`; its name and hash, as `mefem embed` records them."""
-    model.network.reset_classifier(0)
-    normalisation = {"mean": json.dumps(vit.mean), "std": json.dumps(vit.std)}
-    save_encoder(out / ENCODER, model.network, vit.architecture, vit.arguments, **normalisation)
-    encoder = load_encoder(out, device="cpu")
-    return {"encoder": encoder.name, "encoder_hash": encoder.weights_hash()}
-
-# %% ../nbs/56d_finetune.ipynb #a20b2d94
+# %% ../nbs/56d_finetune.ipynb #0cb3ca44
 def write_tuned(
     material: Material, predictions: pd.DataFrame, tuned: tuple[Tuned, Scaling, Progress], out: Path, source
 ) -> FinetunedProbe:
     """Write encoder, model, predictions and report to the folder `out`."""
-    joined, question = material.joined, material.question
-    numbers = {metric: bootstrap_interval(predictions, metric) for metric in METRICS_OF[joined.kind]}
     model, scaling, at = tuned
-    weight, bias = linear_of(model, scaling)
-    about = {
-        "target": question.target,
-        "kind": joined.kind,
-        "classes": list(joined.classes),
-        **save_tuned(out, model, material.vit),
-        "features": material.recipe.features,
-        "photographs": len(joined.rows),
-        "people": int(joined.rows.person.nunique()),
-        "metrics": {metric: asdict(found) for metric, found in numbers.items()},
-        "started_from": str(source),
-        "recipe": asdict(material.recipe),
-        "losses": at.losses,
-    }
-    found = FinetunedProbe(
-        question,
-        joined,
-        predictions.drop(columns="key"),
-        numbers,
-        {},
-        (_compared(material, predictions),),
-        LabelModel(weight, bias, about),
-    )
+    numbers = {metric: bootstrap_interval(predictions, metric) for metric in METRICS_OF[material.joined.kind]}
+    about = about_tuned(material, numbers, at.losses, source) | save_tuned(out, model, material.vit)
+    kept = LabelModel(*linear_of(model, scaling), about)
+    compared = (_compared(material, predictions),)
+    plain = predictions.drop(columns="key")
+    found = FinetunedProbe(material.question, material.joined, plain, numbers, {}, compared, kept)
     write_probe(found, out)
     return found
 
@@ -505,7 +542,7 @@ def _key(source, out: Path, labels: pd.DataFrame, vit: PlainViT, **settings) -> 
     data = settings_hash([listed, labels.to_csv()])
     return MadeFrom(settings_hash(about), data, code_hash("finetune")).key
 
-
+# %% ../nbs/56d_finetune.ipynb #930531d8
 def _working_folder(out: Path, key: str, say) -> Path:
     """The folder of the work in progress; what is there of it, or of other work, is mentioned."""
     work = out / f".work-{key}"
@@ -552,13 +589,9 @@ def finetune_photographs(
         return kept
     work = _working_folder(out, key, say)
     embeddings, crops = read_photographs(source, out, work, vit, recipe, how, device, progress)
-    joined = join_labels(embeddings, table, question)
-    check_people(joined, question)
-    usable = np.array(embeddings.files)[embeddings.usable]
-    places = pd.Index(usable).get_indexer(joined.rows.file)
-    material = Material(vit, crops, places, joined, question, recipe, device)
-    predictions = tune_folds(material, person_fold(joined, question), work, progress, say)
-    everyone = np.ones(len(places), bool)
+    material = material_of(embeddings, crops, table, vit, question, recipe, device)
+    predictions = tune_folds(material, person_fold(material.joined, question), work, progress, say)
+    everyone = np.ones(len(material.target), bool)
     tuned = tune(material, everyone, question.folds, work / "all.pt", progress)
     found = write_tuned(material, predictions, tuned, out, encoder)
     lines = [*found.said, f"fine-tuned, {found}", *map(str, found.against)]
