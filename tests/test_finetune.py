@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mefem.cli import app
+from mefem.compute import torch_threads
 from mefem.embedding import embed_photographs
 from mefem.encoders import load_encoder
 from mefem.finetune import Recipe, Tuned, finetune_photographs, optimiser_of, tunable
@@ -25,6 +26,13 @@ from mefem.own_labels import LabelModel, predict_labels
 
 KWARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)
 FAST = ("--epochs", "4", "--folds", "3", "--lr", "1e-3", "--framing", "as-is", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a network is faster with one thread; and a killed run and a whole one have as many."""
+    with torch_threads(1):
+        yield
 
 
 def mefem(*arguments, code=0):
@@ -183,7 +191,10 @@ def test_killed_it_goes_on_to_the_same_result(drawn, tmp_path):
     mefem(*arguments)
     arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mefem", *arguments], start_new_session=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "mefem", *arguments],
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob(".work-*/fold-1.pt")):  # in the middle of the second fold
