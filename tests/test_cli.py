@@ -45,6 +45,7 @@ def test_help_of_every_command():
         ["embed"],
         ["probe"],
         ["predict"],
+        ["finetune"],
         ["info"],
         ["info", "data"],
     ):
