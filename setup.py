@@ -15,6 +15,7 @@ extras = {part: settings[f"{part}_requirements"].split() for part in parts}
 extras["dev"] = settings["dev_requirements"].split()
 for part in parts[:-1]:  # a checkout has all of them but onnx, whose tests say that they are skipped
     extras["dev"] += extras[part]
+extras["docs"] = settings["docs_requirements"].split()
 
 setup(
     name=settings["lib_name"],

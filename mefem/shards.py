@@ -36,7 +36,7 @@ SUCCESS = "success"  # img2dataset's status of a picture that is in the tar
 
 
 class ShardError(ValueError):
-    """A shard or manifest that is not what it says it is; the text names the file and what was expected."""
+    """A shard or manifest with another content than its name promises; the text names file and fault."""
 
 # %% ../nbs/11_shards.ipynb #96d84dd4
 def shard_paths(folder, index: int) -> tuple[Path, Path, Path]:
@@ -47,7 +47,7 @@ def shard_paths(folder, index: int) -> tuple[Path, Path, Path]:
 # %% ../nbs/11_shards.ipynb #9e48ad7f
 _KEY = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\x00-\x1f\\][^\x00-\x1f\\]*")
 
-
+# %% ../nbs/11_shards.ipynb #4179d4a6
 def check_key(key: str) -> str:
     """`key` itself if it can name files in a shard; `ShardError` otherwise."""
     if not isinstance(key, str) or not _KEY.fullmatch(key) or "." in key.rpartition("/")[2]:
@@ -222,7 +222,7 @@ def read_manifest(folder) -> dict:
             f"{path} is missing: expected a folder of finished crops (run the crop stage first)"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is no manifest of crops: {error!r}") from None
+        raise ShardError(f"{path} is not a manifest of crops: {error!r}") from None
 
 # %% ../nbs/11_shards.ipynb #caf43758
 class DataAbsent(FileNotFoundError):
@@ -250,9 +250,9 @@ def crops_hash(*folders, leaks=None) -> str:
 _SHARD = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 _LEFT = re.compile(rf"\.({_SHARD.pattern}|manifest\.json)\.[^.]+")
 
-
+# %% ../nbs/11_shards.ipynb #e0198d4d
 def remove_shards_from(folder, index: int) -> None:
-    """Remove shards `index` and higher, and what killed processes left half written."""
+    """Remove shards `index` and higher, and the half-written files of killed processes."""
     for path in Path(folder).glob("*"):
         shard = _SHARD.fullmatch(path.name)
         if _LEFT.fullmatch(path.name) or (shard and int(shard[1]) >= index):
@@ -298,7 +298,7 @@ def _add_entry(index: TarIndex, entry: tarfile.TarInfo) -> None:
 # %% ../nbs/11_shards.ipynb #c7e90e21
 _BLOCK = tarfile.BLOCKSIZE
 
-
+# %% ../nbs/11_shards.ipynb #20b363e2
 def _scan(path, file, index: TarIndex) -> str | None:
     """Fill `index` from an opened tar; returns what is wrong with it, None if it is whole."""
     end, size = 0, os.fstat(file.fileno()).st_size
@@ -322,9 +322,9 @@ def _scan(path, file, index: TarIndex) -> str | None:
 
 # %% ../nbs/11_shards.ipynb #bbe58ddc
 def tar_index(path, damaged: bool = False) -> TarIndex:
-    """Where the files of a tar lie. `ShardError` where it is missing, cut off or no tar.
+    """The places of a tar's files. `ShardError` where it is missing, cut off or not a tar.
 
-    `damaged=True`: of such a tar, what lies before the damage; `.damage` then says what is wrong.
+    `damaged=True`: of such a tar, the files before the damage; `.damage` then names the fault.
     """
     index = TarIndex()
     try:
@@ -395,7 +395,7 @@ def _read_meta(read, path, name: str) -> dict:
         return json.loads(_read_member(read, path, name))
     except ValueError as error:
         raise (
-            error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is no JSON: {error}")
+            error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is not JSON: {error}")
         ) from None
 
 # %% ../nbs/11_shards.ipynb #3fd02433
@@ -496,7 +496,7 @@ def on_cluster(address: str | None = None, timeout: float = 30):
 # %% ../nbs/11_shards.ipynb #47f96b54
 LEAKS = "leaks.json"
 
-
+# %% ../nbs/11_shards.ipynb #e2c82803
 def leaked_keys(faces, name: str) -> set[str]:
     """Keys of data set `name` that `faces`/leaks.json lists: near-duplicates of evaluation photographs."""
     path = Path(faces) / LEAKS
@@ -507,4 +507,4 @@ def leaked_keys(faces, name: str) -> set[str]:
             f"{path} is missing: run the datasheets stage before leaving out what it found"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ShardError(f"{path} is no list of leaked photographs: {error!r}") from None
+        raise ShardError(f"{path} is not a list of leaked photographs: {error!r}") from None

@@ -351,7 +351,7 @@ def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
         (["--set", "width=5"], "did you mean 'masking.width'?\n"),
         (["--set", "width"], "expected KEY=VALUE"),
         (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
-        (["--settings", tmp_path / "s.json", "--name", "../x"], "names no folder"),
+        (["--settings", tmp_path / "s.json", "--name", "../x"], "does not name a folder"),
     ):
         assert said in mefem("pretrain", *arguments, code=1).stderr
     assert len(called) == 2

@@ -47,6 +47,7 @@ ORDER = [
     "pictures",
     "datasheets",
     "readme",
+    "page",
     "cli",
     "__main__",
 ]
