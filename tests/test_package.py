@@ -106,7 +106,7 @@ def test_core_imports_without_mediapipe_anny_and_webdataset():
 
 def test_a_missing_part_is_named_with_its_command():
     """Without the optional packages the core imports, embeds and pretrains; the rest says what to install."""
-    packages = ("anny", "warp", "matplotlib", "jinja2", "mapie", "av", "onnxruntime", "dvc", "papermill")
+    packages = ("anny", "warp", "matplotlib", "jinja2", "markdown_it", "mapie", "av", "onnxruntime", "dvc")
     blocked = f"import sys\nfor name in {packages}: sys.modules[name] = None\n"
     run(
         blocked + "from mefem import cli, own_pictures, own_labels, export, hub, embedding, training, probing"
@@ -175,7 +175,7 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
         word in line for line in required for word in ("nbdev", "dvc", "anny", "matplotlib", "onnx")
     )
     parts = {line.split("extra ==")[1].strip(" \"'") for line in metadata.splitlines() if "extra ==" in line}
-    assert parts == {"simulate", "paper", "video", "buffalo", "onnx", "dev"}
+    assert parts == {"simulate", "paper", "video", "buffalo", "onnx", "docs", "dev"}
     for package in (
         "anny",
         "matplotlib",
