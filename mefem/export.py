@@ -499,4 +499,4 @@ def export_encoder(
             (out / name).unlink(missing_ok=True)
         for path in Path(work).iterdir():
             shutil.move(path, out / path.name)
-    return line.replace(work, str(out))
+    return line.replace(str(Path(work)), str(out))  # where `out` is relative, `work` begins with ./

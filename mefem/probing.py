@@ -773,7 +773,7 @@ def train_heads(
     """Train all copies of `head` on split.train; leave each at its best epoch on split.validation.
 
     `generator` orders the pictures, after it has initialised the head. Returns {"best_epoch" [C],
-    "validation" [C] (losses), "curves": {"train", "validation"} [epochs][C]}."""
+    "validation" [C] (losses), "curves": {"train", "validation"}, [C] per epoch}."""
 
     def targets_of(rows):
         return targets[torch.as_tensor(rows, device=targets.device)]
