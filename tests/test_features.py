@@ -90,6 +90,21 @@ def test_select_tokens():
             select_tokens(data, feature_set, has_cls)
 
 
+def test_one_mean_patch_token_for_features_probes_and_pictures():
+    from mefem.models import mean_patch_token
+    from mefem.pictures import mean_embedding
+    from mefem.probing import mean_token
+
+    tokens = np.random.default_rng(0).standard_normal((6, 10, 4)).astype(np.float32)
+    tokens[:, 0] = 100  # CLS, which is not a patch
+    mean = mean_patch_token(tokens, has_cls=True)
+    np.testing.assert_allclose(mean, tokens[:, 1:].astype(float).mean(1), atol=1e-6)
+    assert np.array_equal(module.pool_tokens(tokens, "mean", True), mean)
+    assert np.array_equal(mean_patch_token(tokens[:, :1], has_cls=True), tokens[:, 0]), "one vector is itself"
+    np.testing.assert_array_equal(mean_embedding(tokens[:, 1:]), mean - mean.mean(0))
+    assert np.allclose(mean_token(torch.from_numpy(tokens[:, 1:])), mean, atol=1e-6)
+
+
 def test_embed_takes_what_is_at_hand(encoder, tmp_path):
     Image.fromarray(CROPS[0]).save(tmp_path / "a.png")
     whole = embed(CROPS, encoder, "patches+cls", batch=3)
