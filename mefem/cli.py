@@ -94,6 +94,8 @@ _FRAMING = (
 )
 _MIN_SIDE = "least pixels of the square's side in the picture; default: 224 with --framing paper, else 1"
 _SCALE = "side of the square / longer side of the face's box; default: 2"
+_MIN_SCORE = "of the detector, 0 to 1; a face with less has the status 'low score'. Default: 0.5"
+_SMALL_FACES = "where no face is found, look at overlapping tiles of the photograph too"
 
 
 @app.command()
@@ -109,7 +111,7 @@ def crop(
         str | None,
         typer.Option(
             help=f"{_FRAMING}; with --dataset: paper, or dataset (the "
-            "publisher's). Default: paper, or what the set needs"
+            "publisher's). Default: auto, or what the set needs"
         ),
     ] = None,
     min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
@@ -117,6 +119,8 @@ def crop(
     face: Annotated[
         str | None, typer.Option(help="surest (the default) or largest; the next where that does not fit")
     ] = None,
+    min_score: Annotated[float | None, typer.Option(min=0, max=1, help=_MIN_SCORE)] = None,
+    small_faces: Annotated[bool, typer.Option("--small-faces", help=_SMALL_FACES)] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
     cluster: Annotated[
         str | None, typer.Option(envvar="MEFEM_CLUSTER", help="with --dataset: address of a Dask scheduler")
@@ -127,10 +131,17 @@ def crop(
     Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what
     helps.
 
-    Example: mefem crop photos/ -o crops/ --framing auto"""
+    Example: mefem crop photos/ -o crops/ --small-faces"""
     with _Plainly():
-        framing = _check_framing(framing, scale, face, dataset)
+        framing = _check_framing(
+            framing, dataset, scale=scale, face=face, min_score=min_score, small_faces=small_faces
+        )
         how = {"size": size, "scale": 2.0 if scale is None else scale, "framing": framing, "jobs": jobs}
+        if dataset and cluster and jobs:
+            raise ValueError(
+                "--jobs does nothing on a cluster (--cluster or $MEFEM_CLUSTER), where all workers work: "
+                "leave one of the two out"
+            )
         if dataset is None:
             if (
                 context.get_parameter_source("cluster").name == "COMMANDLINE"
@@ -143,6 +154,7 @@ def crop(
             from mefem.faces import CROP_LIST
             from mefem.crop import crop_photographs, nothing_usable
 
+            how |= {"min_score": 0.5 if min_score is None else min_score, "small_faces": small_faces}
             account = crop_photographs(source, out, min_side=min_side, face=face or "surest", **how)
             message = nothing_usable(source, framing, pd.read_csv(out / CROP_LIST, dtype=str))
         else:
@@ -153,28 +165,30 @@ def crop(
             raise ValueError(message)
 
 
-def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None):
-    """`framing`, or the default; `ValueError` for an option that would do nothing, or is for something
-    else."""
-    from mefem.faces import check_framing
+def _check_framing(framing: str | None, dataset: str | None = None, **box):
+    """`framing`, or the default; `ValueError` for an option that does nothing, or is for something else.
 
+    `box`: the options that need a face's box."""
+    from mefem.faces import FRAMINGS
+
+    known = ("paper", "dataset") if dataset else FRAMINGS
     if dataset is None and framing == "dataset":
         raise ValueError(
             "--framing dataset is a publisher's framing: name the data set by --dataset, or use as-is"
         )
-    if dataset and framing not in (None, "paper", "dataset"):
+    if dataset and framing in FRAMINGS and framing not in known:
         raise ValueError(
             f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset"
         )
-    if dataset and face:
-        raise ValueError("--face is for a folder of photographs; a data set's reader knows its faces")
-    if not dataset:
-        check_framing(framing or "paper", face or "surest")
-    if scale is not None and framing in ("as-is", "dataset"):
-        raise ValueError(
-            f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out"
-        )
-    return framing or (None if dataset else "paper")
+    if framing not in (None, *known):
+        raise ValueError(f"framing {framing!r} is unknown, expected one of {', '.join(known)}")
+    options = {f"--{name.replace('_', '-')}": value for name, value in box.items()}
+    if dataset:
+        own = {name: value for name, value in options.items() if name != "--scale"}
+        _refuse(own, "a data set's reader knows its faces; for a folder of photographs there is")
+    if framing in ("as-is", "dataset"):
+        _refuse(options, f"--framing {framing} looks for no face, so that nothing is done by")
+    return framing or (None if dataset else "auto")
 
 
 def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
@@ -299,8 +313,8 @@ def embed(
     ] = "mean",
     framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}. Default: auto")] = None,
     detect: Annotated[
-        bool, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")
-    ] = True,
+        bool | None, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")
+    ] = None,
     min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
     scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
     face: Annotated[
@@ -310,6 +324,8 @@ def embed(
             "does not fit) or all, a row each"
         ),
     ] = None,
+    min_score: Annotated[float | None, typer.Option(min=0, max=1, help=_MIN_SCORE)] = None,
+    small_faces: Annotated[bool, typer.Option("--small-faces", help=_SMALL_FACES)] = False,
     batch: Annotated[int, typer.Option(min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ):
@@ -325,11 +341,18 @@ def embed(
     from mefem.embedding import embed_photographs
 
     with _Plainly():
-        if not detect and framing not in (None, "as-is"):
+        if detect is not None and framing and detect == (framing == "as-is"):
             raise ValueError(
-                f"--no-detect is --framing as-is, and --framing is {framing}: leave one of the two out"
+                f"--no-detect is --framing as-is, and --detect any other; --framing is {framing}: leave one "
+                "of the two out"
             )
-        framing = _check_framing("as-is" if not detect else framing or "auto", scale, face)
+        framing = _check_framing(
+            "as-is" if detect is False else framing,
+            scale=scale,
+            face=face,
+            min_score=min_score,
+            small_faces=small_faces,
+        )
         table = embed_photographs(
             photographs,
             encoder,
@@ -339,6 +362,8 @@ def embed(
             face=face or "surest",
             scale=2.0 if scale is None else scale,
             min_side=min_side,
+            min_score=0.5 if min_score is None else min_score,
+            small_faces=small_faces,
             batch=batch,
             device=device,
         )
