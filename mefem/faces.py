@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
            'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'TILES', 'CLOSER',
-           'MIN_SCORE', 'UNSURE', 'FRAMINGS', 'PAPER_SIDE', 'FILLS', 'REMEDIES', 'FACES', 'Unusable', 'ImageError',
-           'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image', 'is_photograph',
-           'listed_crops', 'visible_files', 'flat_names', 'ModelAbsent', 'detector_model', 'check_rgb', 'Face',
-           'FaceDetector', 'face_square', 'center_square', 'lies_inside', 'check_square', 'check_framed',
+           'MIN_SCORE', 'DOUBTFUL', 'UNSURE', 'FRAMINGS', 'PAPER_SIDE', 'FILLS', 'REMEDIES', 'FACES', 'Unusable',
+           'ImageError', 'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image',
+           'is_photograph', 'listed_crops', 'visible_files', 'flat_names', 'ModelAbsent', 'detector_model', 'check_rgb',
+           'Face', 'FaceDetector', 'face_square', 'center_square', 'lies_inside', 'check_square', 'check_framed',
            'jitter_square', 'resample', 'shared_detector', 'crop_image', 'crop_face', 'encode_crop', 'tiles',
            'without_duplicates', 'faces_within', 'look_closer', 'faces_in_tiles', 'find_faces', 'least_side',
            'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
@@ -717,7 +717,8 @@ def _is_part(small: Face, large: Face) -> bool:
 
 # %% ../nbs/10_faces.ipynb #db6d8125
 MIN_SCORE = 0.5  # MediaPipe's own threshold
-UNSURE = 0.25  # what scores less is not mentioned
+DOUBTFUL = 0.4  # what scores less is no face; noise and leaves reach 0.38
+UNSURE = 0.25  # threshold of the second look
 
 
 def find_faces(
@@ -912,23 +913,23 @@ def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
 
 # %% ../nbs/10_faces.ipynb #3d11a621
 def _without_face(
-    rgb: Image.Image, unsure: list[Face], min_score: float, small_faces: bool, framing: str, scale, min_side
+    rgb: Image.Image, doubtful: list[Face], min_score: float, small_faces: bool, framing: str, scale, min_side
 ) -> Framed:
     """A photograph without a face that scores enough: which option would use it."""
     others = _others([], rgb.size, framing, scale, min_side)
-    if not unsure:
+    if not doubtful:
         hint = "none in its tiles either" if small_faces else "--small-faces looks for smaller ones"
         return Framed(faces=0, problem=CropError("no face", detail=hint), others=others)
-    score = unsure[0].score
+    score = doubtful[0].score
     lower = f"--min-score {math.floor(100 * score) / 100}"
     hint = f"{lower} would use it"
     closer = "" if small_faces else ", --small-faces looks closer"
     try:
-        frame_square(unsure[0].box, *rgb.size, framing, scale, min_side)
+        frame_square(doubtful[0].box, *rgb.size, framing, scale, min_side)
     except CropError as error:
         hint = f"{lower} would find it, and then: {error}"
     detail = f"score {score:.3f}, at least {min_score} is asked for; {hint}{closer}"
-    return Framed(face=unsure[0], faces=0, problem=CropError("low score", detail=detail), others=others)
+    return Framed(face=doubtful[0], faces=0, problem=CropError("low score", detail=detail), others=others)
 
 # %% ../nbs/10_faces.ipynb #c2def44c
 def frame_faces(
@@ -959,7 +960,8 @@ def frame_faces(
     found = find_faces(np.asarray(rgb), min_score, small_faces, detector)
     faces = [one for one in found if one.score >= min_score]
     if not faces:
-        return [_without_face(rgb, found, min_score, small_faces, framing, scale, min_side)]
+        doubtful = [one for one in found if one.score >= DOUBTFUL]
+        return [_without_face(rgb, doubtful, min_score, small_faces, framing, scale, min_side)]
     if face == "largest":
         faces = sorted(faces, key=lambda one: -_area(one.box))
     framed = []

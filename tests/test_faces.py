@@ -629,6 +629,11 @@ def test_a_face_below_the_threshold_has_a_status_of_its_own(detector):
     assert doubtful.status == "low score" and "would find it, and then: leaves the picture" in doubtful.advice
     small = frame_one(scene(*HEADS), "auto", min_score=0.999, small_faces=True)
     assert small.status == "low score" and small.face.box[2] - small.face.box[0] < 120
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert (
+        0.25 < faces.find_faces(noise)[0].score < 0.4
+        and frame_one(Image.fromarray(noise)).status == "no face"
+    )
     with pytest.raises(ValueError, match="min_score 50: expected a number from 0 to 1"):
         frame_one(drawn, min_score=50)
 
