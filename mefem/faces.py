@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
            'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'TILES', 'CLOSER',
-           'MIN_SCORE', 'DOUBTFUL', 'UNSURE', 'FRAMINGS', 'PAPER_SIDE', 'FILLS', 'REMEDIES', 'FACES', 'Unusable',
-           'ImageError', 'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image',
+           'MIN_SCORE', 'SMALL', 'DOUBTFUL', 'UNSURE', 'FRAMINGS', 'PAPER_SIDE', 'FILLS', 'REMEDIES', 'FACES',
+           'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image',
            'is_photograph', 'listed_crops', 'visible_files', 'flat_names', 'ModelAbsent', 'detector_model', 'check_rgb',
            'Face', 'FaceDetector', 'face_square', 'center_square', 'lies_inside', 'check_square', 'check_framed',
            'jitter_square', 'resample', 'shared_detector', 'crop_image', 'crop_face', 'encode_crop', 'tiles',
@@ -717,6 +717,7 @@ def _is_part(small: Face, large: Face) -> bool:
 
 # %% ../nbs/10_faces.ipynb #db6d8125
 MIN_SCORE = 0.5  # MediaPipe's own threshold
+SMALL = 0.2  # width of a small face / longer side of its picture; from there on, the first look sees well
 DOUBTFUL = 0.4  # what scores less is no face; noise and leaves reach 0.38
 UNSURE = 0.25  # threshold of the second look
 
@@ -920,16 +921,17 @@ def _without_face(
     if not doubtful:
         hint = "none in its tiles either" if small_faces else "--small-faces looks for smaller ones"
         return Framed(faces=0, problem=CropError("no face", detail=hint), others=others)
-    score = doubtful[0].score
-    lower = f"--min-score {math.floor(100 * score) / 100}"
-    hint = f"{lower} would use it"
-    closer = "" if small_faces else ", --small-faces looks closer"
+    surest = doubtful[0]
+    hint = f"--min-score {math.floor(100 * surest.score) / 100}"
     try:
-        frame_square(doubtful[0].box, *rgb.size, framing, scale, min_side)
+        frame_square(surest.box, *rgb.size, framing, scale, min_side)
+        hint += " would use it"
     except CropError as error:
-        hint = f"{lower} would find it, and then: {error}"
-    detail = f"score {score:.3f}, at least {min_score} is asked for; {hint}{closer}"
-    return Framed(face=doubtful[0], faces=0, problem=CropError("low score", detail=detail), others=others)
+        hint += f" would find it, and then: {error}"
+    if not small_faces and surest.box[2] - surest.box[0] < SMALL * max(rgb.size):
+        hint += ", --small-faces looks closer"
+    detail = f"score {surest.score:.3f}, at least {min_score} is asked for; {hint}"
+    return Framed(face=surest, faces=0, problem=CropError("low score", detail=detail), others=others)
 
 # %% ../nbs/10_faces.ipynb #c2def44c
 def frame_faces(

@@ -8,6 +8,7 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -624,6 +625,12 @@ def test_a_face_below_the_threshold_has_a_status_of_its_own(detector):
         f"at least {asked} is asked for; --min-score (0.[0-9]+) would use it", doubtful.advice
     )
     assert frame_one(drawn, min_score=float(lower)).status == "success"
+    assert "--small-faces" not in doubtful.advice, "it is large enough to be seen well"
+    far = faces.Face((100.0, 100, 140, 140), 0.45, None)
+    unsure = SimpleNamespace(detect=lambda rgb: [far])
+    for small, named in ((False, True), (True, False)):
+        refused = frame_one(drawn, "auto", small_faces=small, detector=unsure)
+        assert refused.status == "low score" and ("--small-faces looks closer" in refused.advice) == named
     tight = drawn.crop((150, 130, 362, 380))
     doubtful = frame_one(tight, min_score=0.999)
     assert doubtful.status == "low score" and "would find it, and then: leaves the picture" in doubtful.advice
