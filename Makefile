@@ -11,13 +11,14 @@ export OMP_WAIT_POLICY := PASSIVE
 # A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env reproduce test readme lab bench bench-crop libraries lint notebooks unit smoke
+.PHONY: help env reproduce test readme docs lab bench bench-crop libraries lint notebooks unit notebooks-and-unit smoke
 
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
 	@echo "make test        all checks, as CI runs them"
 	@echo "make lab         JupyterLab on nbs/index.ipynb"
-	@echo "make readme      README.md from its template and figures/ (make reproduce does it too)"
+	@echo "make readme      README.md and figures/report.html from their templates and figures/ (make reproduce does it too)"
+	@echo "make docs        the documentation as a site, in site/, from an environment of its own"
 	@echo "make bench       pictures per second of a training step, beside I-JEPA's (minutes; nobody's CI runs it)"
 	@echo "make bench-crop  photographs a second of the crop stage, beside the plain way; needs a quiet machine"
 
@@ -41,7 +42,9 @@ reproduce: env
 	python tools/whole_lock.py dvc repro
 	@mefem info reproduction
 
-test: env lint notebooks unit smoke
+# The graph of `smoke` is half starting up: it runs beside the notebooks and the tests, which use what it leaves.
+test: env lint
+	@$(MAKE) --no-print-directory -j 2 smoke notebooks-and-unit
 	@echo "== all checks passed"
 
 lint:
@@ -61,13 +64,31 @@ unit:
 	@echo "== pytest"
 	python -m pytest -q -n 2
 
-smoke:
-	@echo "== the whole graph at profile smoke, in a scratch clone, twice"
-	bash tools/smoke.sh
+notebooks-and-unit:
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory unit
 
-# README.md from nbs/README.md.jinja and figures/; the graph's last stage does the same.
+smoke:
+	@echo "== the whole graph at profile smoke, in a scratch clone, twice (all of its output: data/smoke.log)"
+	@set -o pipefail; bash tools/smoke.sh 2>&1 | tee data/smoke.log | grep --line-buffered -E "^(== |Running stage)" \
+		|| { tail -n 80 data/smoke.log; exit 1; }
+
+# Both from their templates in nbs/ and figures/; the graph's last stages do the same.
 readme: env
 	python -c "from mefem.readme import write_readme; write_readme('.')"
+	python -c "from mefem.page import write_report; write_report('.')"
+
+# The site needs neither torch nor the package's other requirements: a small environment, which cannot disturb the other.
+DOCS := .venv-docs
+$(DOCS)/.installed: constraints-docs.txt settings.ini
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-docs.txt \
+	    $$(sed -n 's/^docs_requirements = //p' settings.ini)
+	@touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 # Jupyter refuses to run as root, which in a container is the only user, unless told that it may.
 lab: env

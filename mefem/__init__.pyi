@@ -28,6 +28,7 @@ from . import (
     models as models,
     monitoring as monitoring,
     own_labels as own_labels,
+    own_pictures as own_pictures,
     pictures as pictures,
     probing as probing,
     provenance as provenance,
@@ -45,11 +46,15 @@ from .embedding import FaceEmbedder as FaceEmbedder
 from .embedding import embed as embed
 from .encoders import WeightsAbsent as WeightsAbsent
 from .encoders import load_encoder as load_encoder
+from .export import export_encoder as export_encoder
 from .faces import CropError as CropError
 from .faces import Face as Face
 from .faces import FaceDetector as FaceDetector
 from .faces import ImageError as ImageError
 from .faces import crop_face as crop_face
 from .faces import read_image as read_image
+from .own_labels import predict_labels as predict_labels
+from .own_labels import probe_labels as probe_labels
+from .own_pictures import pretrain_photographs as pretrain_photographs
 
 __version__: str

@@ -187,7 +187,7 @@ _KEPT = ("task", "dataset", "feature_set", "encoder", "state", "head", "recipe",
 
 
 def _collect_row(settings: Settings, root, row: Row, out: Path) -> None:
-    """One results file for a row, from those of its seeds; what is said of the run is the first seed's."""
+    """One results file for a row, from those of its seeds; the run's description is the first seed's."""
     stem = f"bmi.{row.feature_set}"
     folders = {seed: run_folder(root, row.source, seed) for seed in settings.seeds}
     results = {seed: folder / "results" / stem for seed, folder in folders.items()}

@@ -223,7 +223,7 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
 _TYPES = {
     **dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
     **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
-    **dict.fromkeys(("framing", "other_framings", "encoder", "features"), "string"),
+    **dict.fromkeys(("framing", "other_framings", "encoder", "encoder_hash", "features"), "string"),
     "dim": "int64",
 }
 _TABLE = [*_TYPES]
@@ -338,14 +338,13 @@ def _detected(framed: Framed) -> dict:
 def _embedded(
     part: list[Path], home: Path, frozen: FrozenEncoder, features: str, batch: int, how: Framing
 ) -> list[dict]:
-    """Rows of the table for some photographs, a row per face."""
+    """Rows of the table for some photographs, a row per face, but for the columns on the encoder."""
     framed = [(path, one) for path in part for one in how.of(path)]
     crops = [one.crop for _, one in framed if not one.problem]
     vectors = iter(embed(np.stack(crops), frozen, features, batch) if crops else ())
-    about = {"encoder": frozen.name, "features": features, "dim": frozen.dim}
     rows = []
     for path, one in framed:
-        row = {"file": path_text(path.relative_to(home)), **framing_columns(one), **_detected(one), **about}
+        row = {"file": path_text(path.relative_to(home)), **framing_columns(one), **_detected(one)}
         rows.append(row | {"embedding": None if one.problem else next(vectors).ravel()})
     return rows
 
@@ -409,6 +408,12 @@ def embed_photographs(
     how = Framing(size=frozen.image_size, **framing)
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
+    about = {
+        "encoder": frozen.name,
+        "encoder_hash": frozen.weights_hash(),
+        "features": features,
+        "dim": frozen.dim,
+    }
     key = _parts_key(files, home, frozen, features=features, batch=batch, **vars(how))
     folder = out.parent / f".{out.name}.{key}.parts"
     parts = {
@@ -422,7 +427,8 @@ def embed_photographs(
                 continue
             rows = []
             for start in range(0, len(part), batch):
-                rows += _embedded(part[start : start + batch], home, frozen, features, batch, how)
+                found = _embedded(part[start : start + batch], home, frozen, features, batch, how)
+                rows += [row | about for row in found]
                 bar.update(len(part[start : start + batch]))
             _write_part(path, rows)
     with replacing(folder / out.name) as temporary:

@@ -34,7 +34,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 # %% ../nbs/50_encoders.ipynb #832a045d
 def check_pictures(images) -> Tensor:
-    """Pictures as a tensor uint8 [B, H, W, 3]; ValueError says what was found instead."""
+    """Pictures as a tensor uint8 [B, H, W, 3]; ValueError names any other type or shape."""
     x = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
         raise ValueError(f"expected pictures as uint8 [B, H, W, 3], found {x.dtype} {tuple(x.shape)}")
@@ -55,6 +55,15 @@ def resize(x: Tensor, size: int) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 # %% ../nbs/50_encoders.ipynb #829aef04
+def _hash_of(tensors: dict, *others) -> str:
+    """12 hexadecimal digits of a SHA-256 over named tensors and other values."""
+    digest = hashlib.sha256(repr(others).encode())
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+# %% ../nbs/50_encoders.ipynb #1689e42a
 class FrozenEncoder(ABC):
     """A frozen encoder: `tokens_of(uint8 [B, H, W, 3])` -> float32 [B, K, D]."""
 
@@ -85,14 +94,10 @@ class FrozenEncoder(ABC):
 
     def weights_hash(self) -> str:
         """12 hexadecimal digits of a SHA-256 over weights, size, normalisation and precision."""
-        digest = hashlib.sha256(repr((self.image_size, self.mean, self.std, self.precision)).encode())
-        for name, tensor in self.parts().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return _hash_of(self.parts(), self.image_size, self.mean, self.std, self.precision)
 
     def about(self) -> dict:
-        """What a result must record of its encoder."""
+        """The description of an encoder that a result records."""
         names = ("dim", "tokens", "has_cls", "heads", "image_size", "precision")
         return {
             "encoder": self.name,
@@ -107,10 +112,47 @@ class FrozenEncoder(ABC):
             setattr(self, name, getattr(other, name))
 
 # %% ../nbs/50_encoders.ipynb #104ec216
-class TimmTokens(nn.Module):
-    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D].
+def _declared_tokens(model: nn.Module) -> tuple[bool, int | None]:
+    """Whether a network of timm declares a CLS, and the number of tokens before its patches, if known."""
+    token = getattr(model, "cls_token", None)
+    has_cls = bool(getattr(model, "has_class_token", token is not None))
+    return has_cls, getattr(model, "num_prefix_tokens", None if token is None else token.shape[1])
 
-    CLS or the pooled vector, then the patches.
+# %% ../nbs/50_encoders.ipynb #9b4796c7
+def _with_pooled(model: nn.Module, out: Tensor) -> Tensor:
+    """The pooled vector and the places of a network's output (a map or tokens), as tokens [B, 1 + K, D]."""
+    pooled = model.forward_head(out, pre_logits=True)
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    if out.ndim == 4:
+        out = out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
+    if pooled.ndim != 2 or pooled.shape[1] != out.shape[2]:
+        raise ValueError(
+            f"{type(model).__name__}: the pooled vector is {tuple(pooled.shape[1:])} and the places "
+            f"{tuple(out.shape[1:])}; such a model is not supported"
+        )
+    return torch.cat([pooled[:, None], out], 1)
+
+# %% ../nbs/50_encoders.ipynb #0abaedc1
+def _check_output(model: nn.Module, out) -> None:
+    """Refuse a network whose features are neither tokens [B, K, D] nor one map [B, D, H, W]."""
+    if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+        found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"{type(model).__name__} gives {found}, expected tokens or one map; such a model is not supported"
+        )
+
+# %% ../nbs/50_encoders.ipynb #b5b73937
+def _check_square(model: nn.Module, tokens: int, patches: int) -> None:
+    """Refuse a network whose patches are not a square."""
+    if round(patches**0.5) ** 2 != patches:
+        raise ValueError(
+            f"{type(model).__name__} gives {tokens} tokens, of which {patches} should be patches: these are "
+            f"not a square; such a model is not supported"
+        )
+
+# %% ../nbs/50_encoders.ipynb #3ea31579
+class TimmTokens(nn.Module):
+    """Any timm model as images [B, 3, H, W] -> tokens [B, K, D]: CLS or the pooled vector, then the patches.
 
     `image_size`: pixels per side, at which it is tried out. `ValueError` where there is no square of
     patches."""
@@ -122,29 +164,16 @@ class TimmTokens(nn.Module):
         self.has_cls = True  # until it is tried out
         blocks = getattr(model, "blocks", None)
         self.heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
-        token = getattr(model, "cls_token", None)
-        self.class_token = bool(getattr(model, "has_class_token", token is not None))
-        self.prefix = getattr(model, "num_prefix_tokens", None if token is None else token.shape[1])
+        self.class_token, self.prefix = _declared_tokens(model)
         self._try(image_size)
 
     @torch.no_grad()
     def _try(self, size: int) -> None:
         """Find out whether there is a CLS, and whether the other tokens are a square of patches."""
         out = self.model.forward_features(torch.zeros(1, 3, size, size))
-        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
-            found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-            raise ValueError(
-                f"{type(self.model).__name__} gives {found}, expected tokens or one map; such a model is "
-                f"not supported"
-            )
+        _check_output(self.model, out)
         self.has_cls = not self._has_tokens(out) or self.class_token
-        patches = self._tokens(out).shape[1] - self.has_cls
-        if round(patches**0.5) ** 2 != patches:
-            raise ValueError(
-                f"{type(self.model).__name__} gives {out.shape[1]} tokens, of which {patches} should be "
-                f"patches: these "
-                f"are no square; such a model is not supported"
-            )
+        _check_square(self.model, out.shape[1], self._tokens(out).shape[1] - self.has_cls)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._tokens(self.model.forward_features(x))
@@ -154,24 +183,10 @@ class TimmTokens(nn.Module):
 
     def _tokens(self, out: Tensor) -> Tensor:
         if not self._has_tokens(out):
-            return self._with_pooled(out)
-        return (
-            torch.cat([out[:, : int(self.has_cls)], out[:, self.prefix :]], 1)
-            if self.prefix > self.has_cls
-            else out
-        )
-
-    def _with_pooled(self, out: Tensor) -> Tensor:
-        pooled = self.model.forward_head(out, pre_logits=True)
-        channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        if out.ndim == 4:
-            out = out.flatten(1, 2) if channels_last else out.flatten(2).transpose(1, 2)
-        if pooled.ndim != 2 or pooled.shape[1] != out.shape[2]:
-            raise ValueError(
-                f"{type(self.model).__name__}: the pooled vector is {tuple(pooled.shape[1:])} and the places "
-                f"{tuple(out.shape[1:])}; such a model is not supported"
-            )
-        return torch.cat([pooled[:, None], out], 1)
+            return _with_pooled(self.model, out)
+        if self.prefix > self.has_cls:  # registers between CLS and the patches
+            return torch.cat([out[:, : int(self.has_cls)], out[:, self.prefix :]], 1)
+        return out
 
 # %% ../nbs/50_encoders.ipynb #748e315e
 class TimmEncoder(FrozenEncoder):
@@ -215,7 +230,7 @@ def freeze(name: str, model: nn.Module, mean, std, image_size: int | None = None
 
 # %% ../nbs/50_encoders.ipynb #00ee2417
 class WeightsAbsent(FileNotFoundError):
-    """A weight file that is not here; the text says what it is, its licence and how to get it."""
+    """A weight file that is not here; the text has its title, its licence and how to get it."""
 
 # %% ../nbs/50_encoders.ipynb #86f425e1
 class WeightsMismatch(ValueError):
@@ -231,92 +246,91 @@ class WeightsMismatch(ValueError):
 def read_checkpoint(path) -> dict:
     """A PyTorch file as it is, tensors only (nothing in it is executed); the error names the file."""
     try:
-        # torch's warnings on a file that is no checkpoint lead nowhere
+        # torch's warnings on a file that is not a checkpoint lead nowhere
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle end in whatever they happen to spell
+    except Exception as error:  # bytes that are not a pickle can end in any error
         raise WeightsMismatch(
-            f"{path} is no whole PyTorch file of plain tensors ({type(error).__name__}); anything else "
-            f"could run a "
-            f"program and is not loaded"
+            f"{path} is not a whole PyTorch file of plain tensors ({type(error).__name__}); anything else "
+            f"could run a program and is not loaded"
         ) from error
     if not isinstance(checkpoint, dict):
         raise WeightsMismatch(f"{path}: expected a dictionary of tensors, found {type(checkpoint).__name__}")
     return checkpoint
 
 # %% ../nbs/50_encoders.ipynb #0aab3c32
-def fit_state_dict(model: nn.Module, state: dict, source, may_drop: str = r"(head|fc)\.") -> list[str]:
-    """Load `state` (any float type) into `model`, every key.
-
-    Returns those that match `may_drop` and were left out.
-
-    Raises `WeightsMismatch` with each key that is missing, has no place, or has another shape."""
-    wanted = model.state_dict()
-    dropped = sorted(k for k in state if k not in wanted and re.match(may_drop, k))
-    faults = [f"missing: {k}" for k in wanted if k not in state]
-    faults += [f"without a place: {k}" for k in state if k not in wanted and k not in dropped]
-    faults += [
+def _faults(wanted: dict, state: dict, dropped) -> list[str]:
+    """Each key of `state` that is missing, has no place in `wanted`, or has another shape."""
+    missing = [f"missing: {k}" for k in wanted if k not in state]
+    stray = [f"without a place: {k}" for k in state if k not in wanted and k not in dropped]
+    shapes = [
         f"{k}: shape {tuple(state[k].shape)}, expected {tuple(v.shape)}"
         for k, v in wanted.items()
         if k in state and state[k].shape != v.shape
     ]
-    if faults:
+    return missing + stray + shapes
+
+# %% ../nbs/50_encoders.ipynb #48015429
+def fit_state_dict(model: nn.Module, state: dict, source, may_drop: str = r"(head|fc)\.") -> list[str]:
+    """Load `state` (any float type) into `model`, every key.
+
+    Returns those that match `may_drop` and were left out. Raises `WeightsMismatch` with each fault."""
+    wanted = model.state_dict()
+    dropped = sorted(k for k in state if k not in wanted and re.match(may_drop, k))
+    if faults := _faults(wanted, state, dropped):
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise WeightsMismatch(
-            f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(faults[:20]) + more, faults
-        )
+        listed = "\n  ".join(faults[:20])
+        raise WeightsMismatch(f"{source} does not fit {type(model).__name__}:\n  {listed}{more}", faults)
     model.load_state_dict({k: state[k].to(v.dtype) for k, v in wanted.items()}, strict=True)
     return dropped
 
 # %% ../nbs/50_encoders.ipynb #c778f0c0
 @dataclass(frozen=True)
 class WeightFile:
-    """A publisher's weight file: what it is, its name, its licence and how to get it into data/weights."""
+    """A publisher's weight file: its title, its name, its licence and how to get it into data/weights."""
 
     title: str
     file: str
     licence: str
     command: str
 
+# %% ../nbs/50_encoders.ipynb #912229b9
+def _on_hub(title: str, file: str) -> WeightFile:
+    """A file of the authors on the Hugging Face Hub."""
+    command = f"hf download boretsyury/MeFEm {file} --local-dir data/weights"
+    return WeightFile(title, file, "see the model card of boretsyury/MeFEm", command)
+
+# %% ../nbs/50_encoders.ipynb #2f3ee39a
+def _curl(file: str, url: str) -> str:
+    """The command that gets `url`/`file` into data/weights."""
+    return f"curl -L -o data/weights/{file} {url}/{file}"
+
 # %% ../nbs/50_encoders.ipynb #d0a8e001
-_FETCH = "curl -L -o data/weights/{0} {1}/{0}"
+_FARL = "FaRL-Base-Patch16-LAIONFace20M-ep16.pth"
+_FRANCA = "franca_vitl14_Laion600M.pth"
+_RELEASES = "https://github.com/{}/releases/download/{}"
 WEIGHTS = {
-    "mefem-s": WeightFile(
-        "MeFEm, ViT-S/16, as released",
-        "MeFEm-S.pth.tar",
-        "see the model card of boretsyury/MeFEm",
-        "hf download boretsyury/MeFEm MeFEm-S.pth.tar --local-dir data/weights",
-    ),
-    "mefem-b": WeightFile(
-        "MeFEm, ViT-B/16, as released",
-        "MeFEm-B.pth.tar",
-        "see the model card of boretsyury/MeFEm",
-        "hf download boretsyury/MeFEm MeFEm-B.pth.tar --local-dir data/weights",
-    ),
+    "mefem-s": _on_hub("MeFEm, ViT-S/16, as released", "MeFEm-S.pth.tar"),
+    "mefem-b": _on_hub("MeFEm, ViT-B/16, as released", "MeFEm-B.pth.tar"),
     "farl": WeightFile(
         "FaRL, ViT-B/16, 16 epochs",
-        "FaRL-Base-Patch16-LAIONFace20M-ep16.pth",
+        _FARL,
         "MIT",
-        _FETCH.format(
-            "FaRL-Base-Patch16-LAIONFace20M-ep16.pth",
-            "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights",
-        ),
+        _curl(_FARL, _RELEASES.format("FacePerceiver/FaRL", "pretrained_weights")),
     ),
     "franca": WeightFile(
         "Franca, ViT-L/14",
-        "franca_vitl14_Laion600M.pth",
+        _FRANCA,
         "research only (RAIL)",
-        _FETCH.format(
-            "franca_vitl14_Laion600M.pth", "https://github.com/valeoai/Franca/releases/download/v1.0.0"
-        ),
+        _curl(_FRANCA, _RELEASES.format("valeoai/Franca", "v1.0.0")),
     ),
     "buffalo": WeightFile(
         "Buffalo-L's recogniser, ArcFace ResNet50",
         "w600k_r50.onnx",
         "research only, not commercial",
-        _FETCH.format("buffalo_l.zip", "https://github.com/deepinsight/insightface/releases/download/v0.7")
+        _curl("buffalo_l.zip", _RELEASES.format("deepinsight/insightface", "v0.7"))
         + " && unzip -j data/weights/buffalo_l.zip '*w600k_r50.onnx' -d data/weights",
     ),
 }
@@ -357,6 +371,7 @@ def weights_at_hand(folder=None) -> dict[str, dict]:
 
 # %% ../nbs/50_encoders.ipynb #1d1c5249
 def _depth(keys, pattern: str) -> int:
+    """The number of blocks, from keys whose number `pattern` finds."""
     return 1 + max((int(m[1]) for k in keys if (m := re.match(pattern, k))), default=-1)
 
 # %% ../nbs/50_encoders.ipynb #bf3d37d8
@@ -407,6 +422,7 @@ def load_mefem(name: str, path, **options) -> FrozenEncoder:
 # %% ../nbs/50_encoders.ipynb #2fdcfcf7
 @contextlib.contextmanager
 def _seeded(seed: int):
+    """PyTorch's random numbers from `seed`, and afterwards where they were before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -425,6 +441,7 @@ def _redraw(model: nn.Module, seed: int) -> nn.Module:
 
 # %% ../nbs/50_encoders.ipynb #bcf0893d
 def _known_to_timm(timm_name: str) -> None:
+    """Refuse a name that timm does not have."""
     import timm
 
     if not timm.is_model(timm_name):
@@ -456,35 +473,37 @@ def load_random(name: str, rest: str, seed: int = 0, **options) -> FrozenEncoder
         return _timm_encoder(name, rest, **options)
 
 # %% ../nbs/50_encoders.ipynb #044e4a8f
-def timm_weights(timm_name: str) -> Path:
-    """The file of timm's published weights, where it was fetched before.
-
-    `WeightsAbsent` where it was not; nothing is fetched."""
+def _timm_places(timm_name: str) -> list[Path]:
+    """Where timm's published weights of a model may be, in order; nothing is fetched."""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(timm_name)
-    places = [
-        folder / f"{timm_name}{end}"
-        for folder in weight_folders()
-        for end in (".safetensors", ".pth", ".bin")
-    ]
+    endings = (".safetensors", ".pth", ".bin")
+    places = [folder / f"{timm_name}{end}" for folder in weight_folders() for end in endings]
     if config and config.url:
         places.append(Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2])
     if config and config.hf_hub_id:
         for file in filter(None, (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")):
             cached = try_to_load_from_cache(config.hf_hub_id, file)
-            if isinstance(cached, str):  # neither never asked for nor known to be absent
+            if isinstance(cached, str):  # neither "never asked for" nor "known to be absent"
                 places.append(Path(cached))
-    if file := next((place for place in places if place.is_file()), None):
+    return places
+
+# %% ../nbs/50_encoders.ipynb #534b62e8
+def timm_weights(timm_name: str) -> Path:
+    """The file of timm's published weights, where it was fetched before; else `WeightsAbsent`."""
+    import timm
+
+    if file := next((place for place in _timm_places(timm_name) if place.is_file()), None):
         return file
+    config = timm.get_pretrained_cfg(timm_name)
+    licence = getattr(config, "license", None) or "see its model card"
     raise WeightsAbsent(
-        f"weights absent: timm's {timm_name} is neither in data/weights nor in the caches of timm; they "
-        f"are never "
-        f"fetched unasked\n  licence: {getattr(config, 'license', None) or 'see its model card'}\n"
+        f"weights absent: timm's {timm_name} is neither in data/weights nor in the caches of timm; they are "
+        f"never fetched unasked\n  licence: {licence}\n"
         f"  to get it: once, with a network, python -c \"import timm; timm.create_model('{timm_name}', "
-        f'pretrained=True)"\n  for the same network '
-        f"with random weights: random:{timm_name}"
+        f'pretrained=True)"\n  for the same network with random weights: random:{timm_name}'
     )
 
 # %% ../nbs/50_encoders.ipynb #403c887b
@@ -539,6 +558,7 @@ def franca_names(teacher: dict) -> tuple[dict, list[str]]:
 
 # %% ../nbs/50_encoders.ipynb #88026f43
 def _franca_model(shapes: dict, image_size: int) -> nn.Module:
+    """Franca's network, sized by the shapes of its parameters."""
     from timm.layers import SwiGLUPacked
     from timm.models.vision_transformer import VisionTransformer
 
@@ -612,6 +632,16 @@ def align_face(rgb: np.ndarray, points) -> np.ndarray:
     )
 
 # %% ../nbs/50_encoders.ipynb #868f95a6
+def _session(path, device=None):
+    """An ONNX file in onnxruntime, on a GPU where both it and `device` have one."""
+    import onnxruntime
+
+    on_gpu = choose_device(str(device or "auto")).type == "cuda"
+    on_gpu = on_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(str(path), providers=providers)
+
+# %% ../nbs/50_encoders.ipynb #be757fb8
 class BuffaloEncoder(FrozenEncoder):
     """InsightFace's w600k_r50.onnx through onnxruntime: one vector of 512 per face.
 
@@ -624,16 +654,12 @@ class BuffaloEncoder(FrozenEncoder):
     device = torch.device("cpu")  # of the tokens; onnxruntime has its own devices
 
     def __init__(self, name: str, path, device=None):
-        import onnxruntime
         from mefem.faces import FaceDetector
 
         self.name = name
         self.file = Path(path)
         self.asked = device
-        on_gpu = choose_device(str(device or "auto")).type == "cuda"
-        on_gpu = on_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(str(path), providers=providers)
+        self.session = _session(path, device)
         self.input = self.session.get_inputs()[0].name
         self.detector = FaceDetector(min_score=0.3)
         self.unaligned = 0
@@ -671,6 +697,20 @@ def load_buffalo(name: str, file: str = "", device=None, precision: str = "fp32"
     return BuffaloEncoder(name, find_weights("buffalo", file), device)
 
 # %% ../nbs/50_encoders.ipynb #4a06a499
+def _principal_components(x: np.ndarray, components: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The mean [P] and the first principal components [components, P] of vectors [N, P], float32.
+
+    There are at most N - 1 of them."""
+    from sklearn.decomposition import PCA
+
+    if len(x) < 2:
+        raise ValueError(f"principal components need at least two pictures, got {len(x)}")
+    pca = PCA(min(components, len(x) - 1), svd_solver="randomized", random_state=seed).fit(x)
+    return torch.from_numpy(pca.mean_).float(), torch.from_numpy(
+        np.ascontiguousarray(pca.components_)
+    ).float()
+
+# %% ../nbs/50_encoders.ipynb #3389e4d9
 class PixelEncoder(FrozenEncoder):
     """PCA of pixels at `image_size`: `fit(uint8 [N, H, W, 3])`, then `tokens_of` -> [B, 1, components]."""
 
@@ -702,14 +742,9 @@ class PixelEncoder(FrozenEncoder):
 
     def fit(self, images, seed: int = 0) -> "PixelEncoder":
         """Find the principal components of pictures uint8 [N, H, W, 3]; at most N - 1 of them."""
-        from sklearn.decomposition import PCA
-
         x = torch.cat([self.flat(images[i : i + 256]).cpu() for i in range(0, len(images), 256)]).numpy()
-        if len(x) < 2:
-            raise ValueError(f"principal components need at least two pictures, got {len(x)}")
-        pca = PCA(min(self.components, len(x) - 1), svd_solver="randomized", random_state=seed).fit(x)
-        self.average = torch.from_numpy(pca.mean_).float().to(self.device)
-        self.axes = torch.from_numpy(np.ascontiguousarray(pca.components_)).float().to(self.device)
+        average, axes = _principal_components(x, self.components, seed)
+        self.average, self.axes = average.to(self.device), axes.to(self.device)
         return self
 
     @torch.no_grad()
@@ -745,7 +780,7 @@ def load_pixels(name: str, file: str = "", device=None, precision: str = "fp32")
             size = int(f.metadata()["image_size"])
             average, axes = f.get_tensor("average"), f.get_tensor("axes")
     except (SafetensorError, TypeError, KeyError):
-        raise WeightsMismatch(f"{file} is no PCA of pixels: expected a file of save_pixels") from None
+        raise WeightsMismatch(f"{file} is not a PCA of pixels: expected a file of save_pixels") from None
     encoder = PixelEncoder(name, len(axes), size, device)
     encoder.average, encoder.axes = average.to(encoder.device), axes.to(encoder.device)
     return encoder

@@ -54,7 +54,7 @@ class PlainViT:
 
 # %% ../nbs/56_export.ipynb #9b5c112c
 def plain_vit(source) -> PlainViT:
-    """The network of a run's folder, a file or a name; `ValueError` where it is no plain ViT."""
+    """The network of a run's folder, a file or a name; `ValueError` where it is not a plain ViT."""
     from timm.models import get_model_args
 
     frozen = load_encoder(source, device="cpu")
@@ -294,7 +294,7 @@ def _check_onnx(vit: PlainViT, path: Path) -> None:
 
 # %% ../nbs/56_export.ipynb #295f74c0
 def run_record(source) -> dict:
-    """run.json beside an encoder, as a dictionary; empty where there is none."""
+    """run.json of an encoder's folder, as a dictionary; empty where there is none."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -318,14 +318,14 @@ def crop_framing(source, record: dict) -> str:
 _FRAMING = """A picture is a square face crop. The paper's framing is a square of twice the longer side of
 the detected face box, centred on the box. `mefem crop photos/ -o crops/` writes such crops. Other framings
 give other embeddings."""
-_LIMITS = """This is no medical device. It has not been tested on any group of people beyond those named here.
-Measure it first on your own people:
+_LIMITS = """This is not a medical device. It has not been tested on any group of people beyond those named
+here. Measure it first on your own people:
 `mefem probe embeddings.parquet labels.csv --target COLUMN --group COLUMN`.
 An embedding of a face is personal data."""
 
 # %% ../nbs/56_export.ipynb #d8d39b48
 def card_facts(vit: PlainViT, source, record: dict) -> dict[str, str]:
-    """Rows of the card's table: what the encoder is, what it was trained on, and what it follows from."""
+    """Rows of the card's table: the encoder, its training data, and its origin."""
     model = vit.model
     settings = record.get("settings", {})
     heads = model.blocks[0].attn.num_heads
@@ -499,4 +499,4 @@ def export_encoder(
             (out / name).unlink(missing_ok=True)
         for path in Path(work).iterdir():
             shutil.move(path, out / path.name)
-    return line.replace(work, str(out))
+    return line.replace(str(Path(work)), str(out))  # where `out` is relative, `work` begins with ./

@@ -58,7 +58,7 @@ def headline(audits: list[Audit]) -> str:
     if not named:
         aside = " Regression to the mean, of age by age band, is listed below." if gaps else ""
         return (
-            "**No gap between groups is beyond noise.** That is no proof of fairness: with this number of "
+            "**No gap between groups is beyond noise.** That does not prove fairness: with this number of "
             f"people, small gaps go undetected.{aside}"
         )
     # The surest first; among equally sure ones the largest, as a share of the mean error.

@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quo
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`: synced and renamed to it when the block ends well, else removed."""
+    """A temporary path next to `path`: synced and renamed to it when the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -15,7 +15,7 @@ from .encoders import WEIGHTS, weight_folders
 
 # %% ../nbs/56b_hub.ipynb #57743029
 class HubError(RuntimeError):
-    """The Hub cannot be reached, or refuses; the text names the repository and what helps."""
+    """The Hub cannot be reached, or refuses; the text names the repository and a remedy."""
 
 
 @contextlib.contextmanager

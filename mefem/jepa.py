@@ -17,7 +17,7 @@ from .weighting import token_weights
 
 # %% ../nbs/43_jepa.ipynb #9b3e8a2b
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Half precisions become float32; float64 stays, so that a test can follow the equations to rounding."""
+    """Half precisions become float32; float64 stays: a test can follow the equations to rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 # %% ../nbs/43_jepa.ipynb #eefc7172
@@ -66,7 +66,7 @@ class JEPA(nn.Module):
     `update_teacher`."""
 
     has_teacher = True  # False for a method in which the student makes its own targets
-    extra_operations = 0  # multiply-adds per picture that a method needs beside the networks
+    extra_operations = 0  # multiply-adds per picture that a method needs besides the networks
 
     def __init__(self, encoder, predictor, masking, weights, teacher_input: str = "image"):
         super().__init__()

@@ -201,7 +201,7 @@ RANK_REMEDY = (
 
 # %% ../nbs/44_monitoring.ipynb #b244ba5e
 def worse_than_start(row: dict, start: dict) -> dict[str, str]:
-    """{measure: what is wrong} for those of a log's `row` that are worse than at the run's `start`.
+    """{measure: fault} for those of a log's `row` that are worse than at the run's `start`.
 
     Both may have `token_rank`, `position_share` and `probe`; what one lacks, or is NaN, is not compared."""
     pairs = {

@@ -15,6 +15,7 @@ import torch
 
 from .compute import choose_device, torch_threads
 from .features import Features, load_features
+from .models import mean_patch_token
 from mefem.probing import (
     SCALINGS,
     AttentivePooler,
@@ -104,7 +105,7 @@ def attention_maps(pooler: AttentivePooler, patches: np.ndarray, batch: int = 25
 # %% ../nbs/64_pictures.ipynb #840ec3fd
 def mean_embedding(patches: np.ndarray) -> np.ndarray:
     """Mean patch token float32 [N, D] of [N, K, D], centred over the N pictures."""
-    mean = np.stack([np.asarray(p, np.float32).mean(0) for p in patches])
+    mean = np.concatenate([mean_patch_token(np.asarray(p, np.float32)[None]) for p in patches])
     return mean - mean.mean(0)
 
 # %% ../nbs/64_pictures.ipynb #a1ee93d2
@@ -238,7 +239,7 @@ LOOKS = {"bmi": "body mass index", "bmi-age": "age", "bmi-sex": "sex"}
 
 
 def _has(labels: pd.DataFrame, task: str) -> bool:
-    """Whether the labels have different values of what a task predicts."""
+    """Whether the labels have different values of a task's target."""
     target = get_task(task).target
     return target in labels and labels[target].nunique() > 1
 

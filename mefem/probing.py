@@ -6,7 +6,7 @@
 __all__ = ['SCALINGS', 'BMI_SETS', 'TASKS', 'LOSSES', 'SEEN', 'StackedLinear', 'bare_norm', 'StackedNorm', 'feature_scalings',
            'Head', 'AttentivePooler', 'mean_token', 'MLPProbe', 'LinearProbe', 'make_head', 'PersonLeak',
            'TooFewLabels', 'Split', 'check_split', 'person_folds', 'Task', 'get_task', 'JoinedRows', 'join_features',
-           'task_features', 'task_targets', 'task_groups', 'make_splits', 'TokenStore', 'squared_error',
+           'task_features', 'task_targets', 'task_groups', 'make_splits', 'read_ahead', 'TokenStore', 'squared_error',
            'cross_entropy', 'binary_cross_entropy', 'Candidate', 'stacked_adamw', 'Recipe', 'train_heads',
            'class_shares', 'answers_of', 'fit_head', 'probe_split', 'ProbeResult', 'ProbeOptions', 'probe']
 
@@ -14,7 +14,7 @@ __all__ = ['SCALINGS', 'BMI_SETS', 'TASKS', 'LOSSES', 'SEEN', 'StackedLinear', '
 import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .compute import choose_device
 from .features import Features, load_features
+from .models import mean_patch_token
 
 # %% ../nbs/52_probing.ipynb #c807fe11
 class StackedLinear(nn.Module):
@@ -60,6 +61,29 @@ class StackedNorm(nn.Module):
         return torch.addcmul(self.shift, bare_norm(x), self.scale)
 
 # %% ../nbs/52_probing.ipynb #00f1a333
+def _token_sums(batches: Iterable[Tensor], products: bool) -> tuple:
+    """Of tokens [B, K, D] or vectors [B, D] their number, and sums in float64 in one pass.
+
+    The sums: per place [K, D], of squares [D] and, with `products`, of products [D, D]."""
+    count, places, squares, product = 0, 0.0, 0.0, 0.0
+    for x in batches:
+        x = (x if x.ndim == 3 else x[:, None]).double()  # [B, K, D]
+        count = count + len(x)
+        places = places + x.sum(0)  # [K, D]
+        squares = squares + x.square().sum((0, 1))  # [D]
+        if products:
+            product = product + x.flatten(0, 1).T @ x.flatten(0, 1)  # [D, D]
+    return count, places, squares, product
+
+# %% ../nbs/52_probing.ipynb #bb25b633
+def _whitener(standardise: Tensor, covariance: Tensor, floor: float) -> Tensor:
+    """S V diag(w + floor mean(w))^(-1/2) [D, D], V and w the eigenvectors and eigenvalues of S C S."""
+    values, vectors = torch.linalg.eigh(standardise @ covariance @ standardise)
+    values = values.clamp_min(0)
+    values = values + floor * values.mean() if values.sum() > 0 else torch.ones_like(values)
+    return standardise @ vectors / values.sqrt()
+
+# %% ../nbs/52_probing.ipynb #c8ea9647
 SCALINGS = ("standardise", "whiten")
 
 
@@ -72,15 +96,8 @@ def feature_scalings(
     `batches`: tokens [B, K, D] or vectors [B, D]. "standardise": S = diag(1 / s), s the features' deviations,
     1 for a feature that never changes. "whiten": S V diag(w + floor mean(w))^(-1/2), V and w the eigenvectors
     and eigenvalues of S C S, C the covariance of x[b, k] - mean over b of x[b, k]: the directions in which
-    pictures differ at the same place count alike, and weak ones less. Sums in float64, in one pass."""
-    count, places, squares, products = 0, 0.0, 0.0, 0.0
-    for x in batches:
-        x = (x if x.ndim == 3 else x[:, None]).double()  # [B, K, D]
-        count = count + len(x)
-        places = places + x.sum(0)  # [K, D]
-        squares = squares + x.square().sum((0, 1))  # [D]
-        if "whiten" in scalings:
-            products = products + x.flatten(0, 1).T @ x.flatten(0, 1)  # [D, D]
+    pictures differ at the same place count alike, and weak ones less."""
+    count, places, squares, products = _token_sums(batches, "whiten" in scalings)
     places = places / count  # [K, D]
     tokens = count * len(places)
     mean = places.mean(0)
@@ -91,14 +108,6 @@ def feature_scalings(
         covariance = products / tokens - places.T @ places / len(places)
         matrices["whiten"] = _whitener(standardise, covariance, floor)
     return mean.float(), {name: matrices[name].float() for name in scalings}
-
-
-def _whitener(standardise: Tensor, covariance: Tensor, floor: float) -> Tensor:
-    """S V diag(w + floor mean(w))^(-1/2) [D, D], V and w the eigenvectors and eigenvalues of S C S."""
-    values, vectors = torch.linalg.eigh(standardise @ covariance @ standardise)
-    values = values.clamp_min(0)
-    values = values + floor * values.mean() if values.sum() > 0 else torch.ones_like(values)
-    return standardise @ vectors / values.sqrt()
 
 # %% ../nbs/52_probing.ipynb #0379996b
 class Head(nn.Module):
@@ -126,6 +135,19 @@ class Head(nn.Module):
         return self.predict(self.prepare(features))
 
 # %% ../nbs/52_probing.ipynb #060e0f35
+def _folded_queries(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """W_k^h' q^h of each copy and head, [C, H, D], from queries [C, 1, D] and the keys' weights [C, D, D]."""
+    c, _, dim = query.shape
+    d = dim // heads
+    return torch.einsum("cihd,chd->chi", key.view(c, dim, heads, d), query.view(c, heads, d))
+
+# %% ../nbs/52_probing.ipynb #b74ea304
+def _head_values(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Each head's pooled tokens [C, H, B, D] times its own columns of `weight` [C, D, D]: [C, B, D]."""
+    columns = weight.unflatten(-1, (pooled.shape[1], -1)).transpose(1, 2)  # [C, H, D, D / H]
+    return (pooled @ columns).transpose(1, 2).flatten(2)
+
+# %% ../nbs/52_probing.ipynb #984eb9cd
 class AttentivePooler(Head):
     """Tokens [B, K, dim] -> [B, outputs] by one learned query, as in V-JEPA.
 
@@ -161,10 +183,8 @@ class AttentivePooler(Head):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Attention [B, C * heads, K] of the folded queries over normed tokens."""
-        c, d = len(self.query), self.dim // self.heads
-        query = self.to_query(self.query).view(c, self.heads, d)
-        key = self.to_key.weight.view(c, self.dim, self.heads, d)
-        folded = torch.einsum("cihd,chd->chi", key, query) * self.norm_tokens.scale * d**-0.5  # [C, H, D]
+        folded = _folded_queries(self.to_query(self.query), self.to_key.weight, self.heads)  # [C, H, D]
+        folded = folded * self.norm_tokens.scale * (self.dim // self.heads) ** -0.5
         folded = folded @ self.basis.transpose(1, 2)  # of tokens as they are
         # a batched product: broadcasting with @ would make autograd sum the queries' gradient over a copy per
         # picture
@@ -172,12 +192,12 @@ class AttentivePooler(Head):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Normed tokens [B, K, D] -> attended values [C, B, D]."""
-        b, c, h = len(tokens), len(self.query), self.heads
-        pooled = (self.attend(tokens) @ tokens).view(b, c, h, self.dim).permute(1, 2, 0, 3)  # [C, H, B, D]
+        pooled = (
+            (self.attend(tokens) @ tokens).unflatten(1, (-1, self.heads)).permute(1, 2, 0, 3)
+        )  # [C, H, B, D]
         weight, norm = self.to_value.weight, self.norm_tokens
         scaled = self.basis @ (norm.scale.transpose(1, 2) * weight)  # [C, D, D]
-        per_head = scaled.unflatten(-1, (h, -1)).transpose(1, 2)  # [C, H, D, D / H]
-        value = (pooled @ per_head).transpose(1, 2).flatten(2)  # [C, B, D]
+        value = _head_values(pooled, scaled)  # [C, B, D]
         return value + torch.baddbmm(self.to_value.bias, norm.shift, weight) - (self.centre @ scaled)[:, None]
 
     def predict(self, tokens: Tensor) -> Tensor:
@@ -198,7 +218,7 @@ class AttentivePooler(Head):
 # %% ../nbs/52_probing.ipynb #25b6db3a
 def mean_token(features: Tensor) -> Tensor:
     """Vectors [B, D] as they are, tokens [B, K, D] averaged: the input of a head on one vector."""
-    return features.mean(1) if features.ndim == 3 else features
+    return mean_patch_token(features) if features.ndim == 3 else features
 
 # %% ../nbs/52_probing.ipynb #1e32a952
 class _VectorHead(Head):
@@ -262,7 +282,7 @@ def make_head(
 class PersonLeak(ValueError):
     """A person who is in more than one part of a split."""
 
-
+# %% ../nbs/52_probing.ipynb #b7cde8bd
 class TooFewLabels(ValueError):
     """Labels from which nothing can be learned, or on which nothing can be tested; the text says why."""
 
@@ -314,7 +334,7 @@ def person_folds(persons, targets, folds: int = 5, seed: int = 0) -> np.ndarray:
 # %% ../nbs/52_probing.ipynb #05ee1b95
 @dataclass(frozen=True)
 class Task:
-    """What is predicted: the `target` column of `dataset` (several joined: "bmi+mcd-rppg").
+    """A prediction: the `target` column of `dataset` (several joined: "bmi+mcd-rppg").
 
     `classes` are the values of a classification's column, or the columns (yes or no each) of a multilabel
     task. `group` = (column, value) splits people."""
@@ -349,7 +369,14 @@ from .labels import CELEBA_ATTRIBUTES
 
 # %% ../nbs/52_probing.ipynb #8490b5c2
 def _measured(name: str, column: str, unit: str) -> Task:
+    """The regression of one of MCD-rPPG's measurements."""
     return Task(name, "mcd-rppg", column, "regression", unit=unit)
+
+# %% ../nbs/52_probing.ipynb #fb272d82
+def _fairface(target: str, classes: int, group=None) -> Task:
+    """A classification on FairFace's official split; its labels are numbers from 0."""
+    name, numbers = f"fairface-{target}", tuple(range(classes))
+    return Task(name, "fairface", target, "classification", classes=numbers, split="official", group=group)
 
 # %% ../nbs/52_probing.ipynb #42cf72b8
 BMI_SETS = "bmi+mcd-rppg"  # the three sources of the paper: two in the data set bmi, and MCD-rPPG
@@ -360,19 +387,9 @@ TASKS = {
         Task("bmi-age", BMI_SETS, "age", "regression", unit="years"),
         Task("bmi-sex", BMI_SETS, "sex", "classification", classes=("female", "male")),
         Task("celeba", "celeba", "attributes", "multilabel", classes=CELEBA_ATTRIBUTES, split="official"),
-        Task(
-            "fairface-age",
-            "fairface",
-            "age",
-            "classification",
-            classes=tuple(range(9)),
-            split="official",
-            group=("race_name", "White"),
-        ),
-        Task("fairface-gender", "fairface", "gender", "classification", classes=(0, 1), split="official"),
-        Task(
-            "fairface-race", "fairface", "race", "classification", classes=tuple(range(7)), split="official"
-        ),
+        _fairface("age", 9, group=("race_name", "White")),
+        _fairface("gender", 2),
+        _fairface("race", 7),
         _measured("haemoglobin", "hemoglobin", "mmol/l"),
         _measured("glycated-haemoglobin", "glycated_hemoglobin", "%"),
         _measured("cholesterol", "cholesterol", "mmol/l"),
@@ -440,6 +457,20 @@ def _check_disjoint(labels: pd.DataFrame, homes: pd.Series) -> None:
             raise error(f"{column} {one!r} is in several {kinds}: {places}")
 
 # %% ../nbs/52_probing.ipynb #c422bb99
+def _none_there(parts: dict[str, Features], about: dict) -> Features:
+    """The features of sets of which none is present: the first one's state, and the reasons of all."""
+    first = next(iter(parts.values()))
+    reason = "; ".join(f"{name}: {part.meta.get('reason') or part.state}" for name, part in parts.items())
+    return Features(first.state, None, None, first.meta | about | {"reason": reason})
+
+# %% ../nbs/52_probing.ipynb #5b7c3827
+def _agreed(metas: Sequence[dict]) -> dict:
+    """The keys and values on which all accounts agree; "simulated" where one of them is."""
+    first, *others = metas
+    agreed = {k: v for k, v in first.items() if all(k in meta and meta[k] == v for meta in others)}
+    return agreed | {"simulated": any(meta.get("simulated") for meta in metas)}
+
+# %% ../nbs/52_probing.ipynb #4f388fa2
 def join_features(parts: dict[str, Features]) -> Features:
     """Features of several data sets {name: features} as one, without copying.
 
@@ -449,20 +480,16 @@ def join_features(parts: dict[str, Features]) -> Features:
     there = {name: part for name, part in parts.items() if part.state == "present"}
     about = {"dataset": "+".join(parts), "parts": {name: part.meta for name, part in parts.items()}}
     if not there:
-        first = next(iter(parts.values()))
-        reason = "; ".join(f"{name}: {part.meta.get('reason') or part.state}" for name, part in parts.items())
-        return Features(first.state, None, None, first.meta | about | {"reason": reason})
+        return _none_there(parts, about)
     if len({(part.meta.get("encoder_hash"), part.tokens.shape[1:]) for part in there.values()}) > 1:
         raise ValueError(
             f"the features of {' and '.join(there)} are of different encoders: run the features stage again"
         )
     labels = pd.concat([_labels_of(name, part) for name, part in there.items()], ignore_index=True)
     _check_disjoint(labels, pd.Series(np.repeat(list(there), [len(part.labels) for part in there.values()])))
-    first, *others = (part.meta for part in there.values())
-    agreed = {k: v for k, v in first.items() if all(k in meta and meta[k] == v for meta in others)}
-    agreed["simulated"] = any(part.meta.get("simulated") for part in there.values())
     tokens = [part.tokens for part in there.values()]
     joined = tokens[0] if len(tokens) == 1 else JoinedRows(tokens)
+    agreed = _agreed([part.meta for part in there.values()])
     return Features("present", joined, labels, agreed | about | {"n": len(labels)})
 
 # %% ../nbs/52_probing.ipynb #b00cd39f
@@ -482,20 +509,20 @@ def task_features(folder: str | Path, task: str | Task) -> Features:
     return join_features(parts)
 
 # %% ../nbs/52_probing.ipynb #915dcd28
+def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
+    """Each label's number, NaN for a missing one; a label without a number is refused."""
+    codes, labels = pd.factorize(column)  # a missing label has the code -1, the last number below
+    if unknown := [value for value in labels if value not in number_of]:
+        raise ValueError(
+            f"task {task.name}: label {unknown[0]!r} of column {column.name!r} is none of {tuple(number_of)}"
+        )
+    return np.array([number_of[value] for value in labels] + [np.nan], float)[codes]
+
+# %% ../nbs/52_probing.ipynb #29bca289
 def _yes_or_no(column: pd.Series, task: Task) -> np.ndarray:
     """An attribute as 0 and 1, from bool, 0/1 or CelebA's own -1/1."""
     has_minus = bool((column == -1).any())  # in -1/1 there is no 0, in 0/1 (and bool) no -1
     return _numbers(column, {-1: 0, 1: 1} if has_minus else {0: 0, 1: 1}, task)
-
-# %% ../nbs/52_probing.ipynb #29bca289
-def _numbers(column: pd.Series, number_of: dict, task: Task) -> np.ndarray:
-    """Each label's number, NaN for a missing one; a label without a number is refused."""
-    codes, found = pd.factorize(column)  # a missing label has the code -1, the last number below
-    if unknown := [value for value in found if value not in number_of]:
-        raise ValueError(
-            f"task {task.name}: label {unknown[0]!r} of column {column.name!r} is none of {tuple(number_of)}"
-        )
-    return np.array([number_of[value] for value in found] + [np.nan], float)[codes]
 
 # %% ../nbs/52_probing.ipynb #39666272
 def task_targets(labels: pd.DataFrame, task: Task) -> np.ndarray:
@@ -532,7 +559,7 @@ def _complete(targets: np.ndarray) -> np.ndarray:
 def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
     """The publisher's split.
 
-    Without a "test" part, "validation" is tested on and nobody is left for validation."""
+    Without a "test" part, "validation" is the test, and the validation part is empty."""
     names = labels.split.to_numpy()[rows]
     if unknown := sorted(set(names) - {"train", "validation", "test"}, key=str):
         raise ValueError(
@@ -543,8 +570,9 @@ def _official(labels: pd.DataFrame, rows: np.ndarray) -> Split:
 
 # %% ../nbs/52_probing.ipynb #1ea4506f
 def _cut_validation(name, rest, test, persons, targets, share, seed) -> Split:
+    """A split whose validation people, a `share`, are cut from the training rows `rest`."""
     if not 0 < share <= 0.5:
-        raise ValueError(f"the validation share must lie in (0, 0.5], not {share}")
+        raise ValueError(f"the validation share must be in (0, 0.5], not {share}")
     held = person_folds(persons[rest], targets[rest], round(1 / share), seed + 1) == 0
     split = Split(name, rest[~held], rest[held], test)
     check_split(persons, split)
@@ -554,12 +582,11 @@ def _cut_validation(name, rest, test, persons, targets, share, seed) -> Split:
 def make_splits(
     labels: pd.DataFrame, targets, task: Task, folds: int = 5, validation: float = 0.15, seed: int = 0
 ) -> list[Split]:
-    """The task's splits over the rows with all targets.
-
-    Each checked: folds by person, or the publisher's own.
+    """The task's splits over the rows with all targets: folds by person, or the publisher's own.
 
     Where the publisher has only "train" and "validation" (FairFace), "validation" is the test, as in the
-    paper, and the probe's validation people are cut from the training people; likewise with folds."""
+    paper, and the probe's validation people are cut from the training people; likewise with folds.
+    Every split is checked."""
     rows = np.flatnonzero(_complete(targets))
     persons = labels.person.to_numpy(str)
     strata = targets if targets.ndim == 1 else targets.sum(1)
@@ -575,6 +602,19 @@ def make_splits(
     return [_cut_validation(*part, persons, strata, validation, seed) for part in parts]
 
 # %% ../nbs/52_probing.ipynb #800d81e7
+def read_ahead(read: Callable, parts: Sequence) -> Iterator[tuple]:
+    """Yield (part, read(part)) in order; the next part is read in a thread while this one is in use."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, parts[0])
+        for part, after in zip(parts, [*parts[1:], None], strict=True):
+            ready = ahead.result()
+            if after is not None:
+                ahead = reader.submit(read, after)
+            yield part, ready
+
+# %% ../nbs/52_probing.ipynb #5b2a5fed
 class TokenStore:
     """Batches of prepared features: `store[rows]` -> float32 tensor; streamed beyond `memory` bytes."""
 
@@ -582,13 +622,11 @@ class TokenStore:
         self.features = features
         self.prepare = prepare
         self.device = torch.device(device)
+        self.kept = None
         one = self._read(slice(0, 1))  # prepared features may be smaller than those on disk
-        in_memory = 4 * one.numel() * len(features) <= memory
-        self.kept = (
-            torch.cat([self._read(slice(i, i + 256)) for i in range(0, len(features), 256)])
-            if in_memory
-            else None
-        )
+        if 4 * one.numel() * len(features) <= memory:
+            pieces = [self._read(slice(i, i + 256)) for i in range(0, len(features), 256)]
+            self.kept = torch.cat(pieces)
 
     def _read(self, rows) -> Tensor:
         chunk = torch.from_numpy(np.array(self.features[rows])).to(self.device)
@@ -600,21 +638,11 @@ class TokenStore:
         return self.kept[torch.as_tensor(rows, device=self.device)]
 
     def batches(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (row numbers, prepared features) for `rows` in order.
-
-        Reading one batch ahead when streaming."""
+        """Yield (row numbers, prepared features) for `rows` in order, streamed ones one batch ahead."""
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        if self.kept is not None:
-            yield from ((part, self[part]) for part in parts)
-            return
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self.__getitem__, parts[0])
-            for part, after in zip(parts, [*parts[1:], None], strict=True):
-                ready = ahead.result()
-                ahead = reader.submit(self.__getitem__, after) if after is not None else None
-                yield part, ready
+        if self.kept is None:
+            return read_ahead(self.__getitem__, parts)
+        return ((part, self[part]) for part in parts)
 
 # %% ../nbs/52_probing.ipynb #14577b69
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -625,9 +653,8 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy per copy [C] of logits [C, B, classes] against class indices [B]."""
     c, b, _ = outputs.shape
-    return (
-        F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(c), reduction="none").view(c, b).mean(1)
-    )
+    each = F.cross_entropy(outputs.flatten(0, 1), targets.long().repeat(c), reduction="none")
+    return each.view(c, b).mean(1)
 
 # %% ../nbs/52_probing.ipynb #21e743a7
 def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -641,33 +668,32 @@ LOSSES = {"regression": squared_error, "classification": cross_entropy, "multila
 # %% ../nbs/52_probing.ipynb #0e82808a
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the grid: learning rate.
-
-    Weight decay, and scaling of the features (see `feature_scalings`)."""
+    """One point of the grid: learning rate, weight decay, and scaling of the features."""
 
     lr: float
     weight_decay: float
     scaling: str = "standardise"
 
 # %% ../nbs/52_probing.ipynb #a996ebfd
-def stacked_adamw(head: nn.Module, grid: list[Candidate]) -> torch.optim.AdamW:
-    """AdamW over a head with `copies=len(grid)`: copy i is trained with grid[i], all in one step."""
-    groups = []
+def _slices(head: nn.Module, grid: Sequence[Candidate]) -> dict:
+    """The head's parameters by (learning rate, weight decay): copy i's slices under grid[i]'s.
+
+    Each slice shares its memory, and its gradient's, with the stacked parameter."""
+    groups: dict = {}  # few groups, few calls of the fused kernel
     for name, parameter in head.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
         for i, candidate in enumerate(grid):
             part = parameter.detach()[i].requires_grad_()
             part.grad = parameter.grad[i]
             decay = candidate.weight_decay if name.endswith("weight") else 0.0
-            groups.append({"params": [part], "lr": candidate.lr, "weight_decay": decay})
-    merged = {}
-    for group in groups:  # fewer groups, fewer calls of the fused kernel
-        merged.setdefault((group["lr"], group["weight_decay"]), []).extend(group["params"])
-    device = next(head.parameters()).device.type
-    return torch.optim.AdamW(
-        [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in merged.items()],
-        fused=device in ("cpu", "cuda"),
-    )
+            groups.setdefault((candidate.lr, decay), []).append(part)
+    return groups
+
+# %% ../nbs/52_probing.ipynb #0f48cde2
+def stacked_adamw(head: nn.Module, grid: Sequence[Candidate]) -> torch.optim.AdamW:
+    """AdamW over a head with `copies=len(grid)`: copy i is trained with grid[i], all in one step."""
+    groups = [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in _slices(head, grid).items()]
+    return torch.optim.AdamW(groups, fused=next(head.parameters()).device.type in ("cpu", "cuda"))
 
 # %% ../nbs/52_probing.ipynb #0cf2248b
 @dataclass(frozen=True)
@@ -747,12 +773,12 @@ def train_heads(
     """Train all copies of `head` on split.train; leave each at its best epoch on split.validation.
 
     `generator` orders the pictures, after it has initialised the head. Returns {"best_epoch" [C],
-    "validation" [C] (losses), "curves": {"train", "validation"} [epochs][C]}."""
+    "validation" [C] (losses), "curves": {"train", "validation"}, [C] per epoch}."""
 
     def targets_of(rows):
         return targets[torch.as_tensor(rows, device=targets.device)]
 
-    loss_of, optimiser, best = LOSSES[kind], stacked_adamw(head, list(recipe.grid)), _BestWeights(head)
+    loss_of, optimiser, best = LOSSES[kind], stacked_adamw(head, recipe.grid), _BestWeights(head)
     steps = recipe.epochs * -(-len(split.train) // recipe.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _schedule(step, steps))
     curves = {"train": [], "validation": []}
@@ -779,7 +805,7 @@ def class_shares(targets: np.ndarray, outputs: int) -> np.ndarray:
 
     Never 0 or 1."""
     if targets.ndim == 2:
-        return (targets.sum(0) + 1) / (len(targets) + 2)  # one more of each, so that no logarithm is infinite
+        return (targets.sum(0) + 1) / (len(targets) + 2)  # one more of each: no logarithm is infinite
     return (np.bincount(targets.astype(int), minlength=outputs) + 1) / (len(targets) + outputs)
 
 # %% ../nbs/52_probing.ipynb #816025eb
@@ -803,9 +829,7 @@ def _scale(targets, rows, kind) -> tuple[float, float]:
     return mean, spread
 
 # %% ../nbs/52_probing.ipynb #c722f54c
-SEEN = (
-    4096  # photographs that a scaling is computed from: more pictures do not change the covariance noticeably
-)
+SEEN = 4096  # photographs that a scaling is computed from: more do not change the covariance noticeably
 
 
 def fit_head(
@@ -815,15 +839,9 @@ def fit_head(
 
     "chosen" in the account is the best copy."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    head = make_head(
-        recipe.head,
-        store[split.train[:1]].shape[-1],
-        recipe.heads,
-        task.outputs,
-        recipe.hidden,
-        len(recipe.grid),
-        generator,
-    ).to(store.device)
+    dim = store[split.train[:1]].shape[-1]
+    sizes = (dim, recipe.heads, task.outputs, recipe.hidden, len(recipe.grid))
+    head = make_head(recipe.head, *sizes, generator).to(store.device)
     rows = split.train[:: -(-len(split.train) // SEEN)]
     scalings = [candidate.scaling for candidate in recipe.grid]
     head.scale_features((x for _, x in store.batches(rows, 256)), scalings)
@@ -836,9 +854,7 @@ def fit_head(
 def probe_split(
     targets: np.ndarray, task: Task, split: Split, recipe: Recipe, store: TokenStore, tick=lambda: None
 ) -> tuple[dict, dict]:
-    """Train the grid on one split: answers for split.test (see `answers_of`).
-
-    Account of candidates and curves."""
+    """Train the grid on one split: answers for split.test (see `answers_of`), and the candidates' account."""
     head, info = fit_head(targets, task, split, recipe, store, tick)
     outputs = _outputs(head, store, split.test, 4 * recipe.batch)[info["chosen"]]  # [N_test, outputs]
     shares = None if task.kind == "regression" else class_shares(targets[split.train], task.outputs)
@@ -862,7 +878,7 @@ class ProbeResult:
 
     @property
     def state(self) -> str:
-        """ "present", or what is absent."""
+        """ "present", or the kind of absence."""
         return self.info["state"]
 
 # %% ../nbs/52_probing.ipynb #9f946e9c
@@ -920,6 +936,24 @@ def _run_plan(plan, store: TokenStore, targets, task: Task, recipe: Recipe, labe
     return parts, splits
 
 # %% ../nbs/52_probing.ipynb #f6f19e4e
+def _about(features: Features, task: Task, feature_set: str, head: str | None) -> dict:
+    """The description of a probe; the head is chosen by the feature set, unless given."""
+    return {
+        "task": task.name,
+        "dataset": task.dataset,
+        "feature_set": feature_set,
+        "head": head or ("mlp" if feature_set == "cls" else "attentive"),
+        "encoder": features.meta.get("encoder"),
+    }
+
+# %% ../nbs/52_probing.ipynb #15a63c23
+def _recorded(how: ProbeOptions, recipe: Recipe) -> dict:
+    """The options of a probe, as its account keeps them."""
+    names = ("hidden", "epochs", "batch", "patience", "folds", "validation")
+    options = {name: getattr(how, name) for name in names}
+    return {"heads": recipe.heads, **options, "seeds": list(how.seeds)}
+
+# %% ../nbs/52_probing.ipynb #30488da2
 def probe(
     features: str | Path | Features,
     task: str | Task,
@@ -939,13 +973,7 @@ def probe(
     task, how = get_task(task), ProbeOptions(**options)
     device = choose_device(str(how.device))
     features = features if isinstance(features, Features) else task_features(features, task)
-    about = {
-        "task": task.name,
-        "dataset": task.dataset,
-        "feature_set": feature_set,
-        "head": head or ("mlp" if feature_set == "cls" else "attentive"),
-        "encoder": features.meta.get("encoder"),
-    }
+    about = _about(features, task, feature_set, head)
     if features.state != "present":
         absent = {"state": features.state, "reason": features.meta.get("reason", "")}
         return ProbeResult(pd.DataFrame(), about | absent)
@@ -958,17 +986,12 @@ def probe(
     ]
     store = TokenStore(tokens, bare_norm if recipe.head == "attentive" else mean_token, device, memory)
     parts, splits = _run_plan(plan, store, targets, task, recipe, features.labels, progress)
-    recorded = ("hidden", "epochs", "batch", "patience", "folds", "validation")
     info = {
         **about,
         "state": "present",
         "grid": [vars(candidate) for candidate in recipe.grid],
         "splits": splits,
-        "recipe": {
-            "heads": recipe.heads,
-            **{name: getattr(how, name) for name in recorded},
-            "seeds": list(how.seeds),
-        },
+        "recipe": _recorded(how, recipe),
         "n": len(targets),
         "without_label": int((~_complete(targets)).sum()),
         "features": features.meta,

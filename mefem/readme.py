@@ -83,7 +83,7 @@ def cell_text(cell: dict) -> str:
 
 # %% ../nbs/65_readme.ipynb #64a842cf
 def small_table(rows: dict) -> str:
-    """MeFEm's patches beside the untrained encoder's and the pixels, in Markdown.
+    """MeFEm's patches, the untrained encoder's and the pixels, in Markdown.
 
     `rows` as in learned_cells.json."""
     lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]

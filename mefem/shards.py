@@ -36,7 +36,7 @@ SUCCESS = "success"  # img2dataset's status of a picture that is in the tar
 
 
 class ShardError(ValueError):
-    """A shard or manifest that is not what it says it is; the text names the file and what was expected."""
+    """A shard or manifest with another content than its name promises; the text names file and fault."""
 
 # %% ../nbs/11_shards.ipynb #96d84dd4
 def shard_paths(folder, index: int) -> tuple[Path, Path, Path]:
@@ -222,7 +222,7 @@ def read_manifest(folder) -> dict:
             f"{path} is missing: expected a folder of finished crops (run the crop stage first)"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is no manifest of crops: {error!r}") from None
+        raise ShardError(f"{path} is not a manifest of crops: {error!r}") from None
 
 # %% ../nbs/11_shards.ipynb #caf43758
 class DataAbsent(FileNotFoundError):
@@ -252,7 +252,7 @@ _LEFT = re.compile(rf"\.({_SHARD.pattern}|manifest\.json)\.[^.]+")
 
 
 def remove_shards_from(folder, index: int) -> None:
-    """Remove shards `index` and higher, and what killed processes left half written."""
+    """Remove shards `index` and higher, and the half-written files of killed processes."""
     for path in Path(folder).glob("*"):
         shard = _SHARD.fullmatch(path.name)
         if _LEFT.fullmatch(path.name) or (shard and int(shard[1]) >= index):
@@ -324,7 +324,7 @@ def _scan(path, file, index: TarIndex) -> str | None:
 def tar_index(path, damaged: bool = False) -> TarIndex:
     """Where the files of a tar lie. `ShardError` where it is missing, cut off or no tar.
 
-    `damaged=True`: of such a tar, what lies before the damage; `.damage` then says what is wrong.
+    `damaged=True`: of such a tar, the files before the damage; `.damage` then names the fault.
     """
     index = TarIndex()
     try:
@@ -395,7 +395,7 @@ def _read_meta(read, path, name: str) -> dict:
         return json.loads(_read_member(read, path, name))
     except ValueError as error:
         raise (
-            error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is no JSON: {error}")
+            error if isinstance(error, ShardError) else ShardError(f"{path}: {name} is not JSON: {error}")
         ) from None
 
 # %% ../nbs/11_shards.ipynb #3fd02433
@@ -507,4 +507,4 @@ def leaked_keys(faces, name: str) -> set[str]:
             f"{path} is missing: run the datasheets stage before leaving out what it found"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ShardError(f"{path} is no list of leaked photographs: {error!r}") from None
+        raise ShardError(f"{path} is not a list of leaked photographs: {error!r}") from None

@@ -80,7 +80,7 @@ def load_result(results, encoder: str, task: str, feature_set: str) -> dict | No
 
 # %% ../nbs/59_tables.ipynb #20a7a50f
 def _counts(stored: dict, value: dict) -> dict:
-    """What a results file says of a value beside the value itself."""
+    """The details of a value in a results file."""
     settings = stored.get("run", {}).get("settings")
     return {
         "simulated": stored["features"].get("simulated"),
@@ -188,7 +188,7 @@ def has_paper(cells: pd.DataFrame) -> bool:
 
 
 def notes_of(cells: pd.DataFrame, table: Table) -> list[str]:
-    """How to read the table: intervals, marks, and what the numbers may be compared with."""
+    """How to read the table: intervals, marks, and the comparisons that are meaningful."""
     shown = {
         "beats_random": "beats_random" in cells,
         "beats_pixels": "beats_pixels" in cells,

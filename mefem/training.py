@@ -7,10 +7,11 @@ __all__ = ['ALONE', 'LOG_FIELDS', 'Run', 'train', 'cosine', 'schedule', 'EpochOr
            'shard_lengths', 'locate_pictures', 'shard_index', 'ShardPictures', 'World', 'join_world', 'batches',
            'encoder_kwargs', 'build', 'optimiser_of', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
            'newest_of_others', 'report_others', 'adopt_checkpoint', 'cut_log', 'append_log', 'dvclive_sink', 'Stop',
-           'made_from', 'start_run', 'restore_run', 'resume_order', 'arithmetic_of', 'random_state', 'restore_random',
-           'sample_step', 'train_step', 'teacher_tokens', 'mean_tokens', 'Monitor', 'log_row', 'save_run', 'keep_best',
-           'timed_batches', 'progress_bar', 'open_log', 'present_sets', 'load_pictures', 'open_pictures',
-           'probe_pictures', 'crops_of', 'pretrain', 'write_run', 'processes_of', 'launch']
+           'made_from', 'new_run', 'start_run', 'restore_run', 'resume_order', 'arithmetic_of', 'random_state',
+           'restore_random', 'sample_step', 'train_step', 'teacher_tokens', 'mean_tokens', 'Monitor', 'log_row',
+           'state_of', 'save_run', 'keep_best', 'workers_of', 'timed_batches', 'progress_bar', 'open_log',
+           'present_sets', 'load_pictures', 'open_pictures', 'probe_pictures', 'crops_of', 'settle_checkpoints',
+           'pretrain', 'write_run', 'processes_of', 'torchrun_command', 'run_loudly', 'launch']
 
 # %% ../nbs/45_training.ipynb #bfe402fe
 import csv
@@ -40,7 +41,8 @@ from .made_from import MadeFrom, code_hash, files_hash, settings_hash
 from .beyond import create_jepa, run_code
 from .jepa import JEPA
 from .masking import TokenSplit
-from .models import Predictor, create_encoder, encode_tokens, fuse_attention, normalise, save_encoder
+from .models import Predictor, create_encoder, encode_tokens, fuse_attention, mean_patch_token
+from .models import normalise, save_encoder
 from .shards import crops_hash
 from mefem.monitoring import (
     SinceStart,
@@ -220,7 +222,7 @@ class MemoryPictures:
         return hashlib.sha256(repr(content.shape).encode() + memoryview(content).cast("B")).hexdigest()[:16]
 
     def to_device(self, device, share: float = 0.3) -> None:
-        """Move the whole set to a GPU, if it takes less than `share` of what is free there.
+        """Move the whole set to a GPU, if it takes less than `share` of the free memory there.
 
         Then no step copies anything."""
         if device.type == "cuda" and self.images.numel() < share * torch.cuda.mem_get_info(device)[0]:
@@ -230,8 +232,8 @@ class MemoryPictures:
 def train_rows(folder, exclude_leaked: bool = False) -> np.ndarray:
     """Rows of the crops in `folder` that may be trained on, bool [N].
 
-    These are all but those of an official split other than train. `exclude_leaked`: nor those that
-    leaks.json, beside the folder, lists as copies of evaluation photographs."""
+    These are all but those of an official split other than train. `exclude_leaked`: nor
+    those that leaks.json, next to the folder, lists as copies of evaluation photographs."""
     from mefem.shards import read_labels
 
     labels, folder = read_labels(folder), Path(folder)
@@ -366,7 +368,7 @@ class World(NamedTuple):
         return values
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers; through the processors, so that no GPU is waited for."""
+        """The largest of the processes' numbers; through the processors, without waiting for a GPU."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -476,7 +478,7 @@ def optimiser_of(jepa: JEPA, config: PretrainSettings) -> torch.optim.AdamW:
 
 # %% ../nbs/45_training.ipynb #2d71eefb
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used; the text names the file and what was expected."""
+    """A checkpoint that cannot be written or used; the text names the file and the expected content."""
 
 # %% ../nbs/45_training.ipynb #75037b64
 def save_checkpoint(folder: Path, state: dict, keep: int = 2) -> Path:
@@ -550,7 +552,7 @@ def _accept(state: dict, path: Path, made: MadeFrom, anyway: bool, say) -> dict:
 
 # %% ../nbs/45_training.ipynb #36b65423
 def newest_of_others(folder: Path, settings: str | None = None) -> tuple[Path, dict] | None:
-    """The newest checkpoint in the folders beside `folder` and what it was made from.
+    """The newest checkpoint in the folders next to `folder`, and its origin.
 
     `settings`: only of those."""
     found = []
@@ -563,7 +565,7 @@ def newest_of_others(folder: Path, settings: str | None = None) -> tuple[Path, d
 
 # %% ../nbs/45_training.ipynb #07d9faaa
 def report_others(folder: Path, made: MadeFrom, run: str) -> None:
-    """Print one line where this run starts at step 0 although checkpoints of others are beside it."""
+    """Print one line where this run starts at step 0 although there are checkpoints of others."""
     if any(folder.glob("step_*.pt")) or not (others := newest_of_others(folder)):
         return
     path, before = others
@@ -657,8 +659,8 @@ def dvclive_sink(folder: Path, rows: list[dict]):
 class Stop:
     """While this context is open, SIGTERM and SIGINT (Ctrl-C) are noted in `number` and end nothing.
 
-    A repeat after three seconds or more acts at once (torchrun passes on, within moments, what its processes
-    got already)."""
+    A repeat after three seconds or more acts at once. (torchrun passes on, within moments, a signal that its
+    processes got already.)"""
 
     def __init__(self):
         self.number, self._before, self._first = 0, {}, math.inf
@@ -705,31 +707,14 @@ def _wrap(jepa: JEPA, config: PretrainSettings, world: World) -> torch.nn.Module
     return torch.compile(forward) if config.compile else forward
 
 # %% ../nbs/45_training.ipynb #24274275
-def start_run(
-    config: PretrainSettings,
-    pictures,
-    folder: Path,
-    made: MadeFrom | None = None,
-    resume: bool = True,
-    resume_anyway: bool = False,
-) -> Run:
-    """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them.
-
-    `pictures`: `MemoryPictures` or `ShardPictures`; `made`: what the run is made from, by default worked out
-    here. Without `resume`, a folder that holds a checkpoint is refused. A checkpoint made from other
-    settings, pictures or code is refused too; `resume_anyway` takes one of other pictures or code."""
-    folder = Path(folder)
-    made = made or made_from(config, pictures.content_hash())
-    if not resume and any(folder.glob("step_*.pt")):
-        raise CheckpointError(
-            f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
-        )
+def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) -> Run:
+    """A run at its first step: networks and optimiser as initialised, in this process's place."""
     world, device = join_world(config)
     # A pinned number: otherwise MKL may use fewer threads for some products, which changes the rounding.
     torch.set_num_threads(torch.get_num_threads())
     jepa = build(config).to(device).train()
     window = None if isinstance(pictures, MemoryPictures) else config.runtime.window
-    run = Run(
+    return Run(
         config,
         folder,
         made,
@@ -742,6 +727,28 @@ def start_run(
         EpochOrder(pictures.lengths, config.seed, window),
         torch.Generator(device=device),
     )
+
+# %% ../nbs/45_training.ipynb #ca9a50ac
+def start_run(
+    config: PretrainSettings,
+    pictures,
+    folder: Path,
+    made: MadeFrom | None = None,
+    resume: bool = True,
+    resume_anyway: bool = False,
+) -> Run:
+    """Networks and optimiser as initialised, or as the newest checkpoint in `folder` has them.
+
+    `pictures`: `MemoryPictures` or `ShardPictures`; `made`: the run's origin, by default worked out
+    here. Without `resume`, a folder that holds a checkpoint is refused. A checkpoint made from other
+    settings, pictures or code is refused too; `resume_anyway` takes one of other pictures or code."""
+    folder = Path(folder)
+    made = made or made_from(config, pictures.content_hash())
+    if not resume and any(folder.glob("step_*.pt")):
+        raise CheckpointError(
+            f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
+        )
+    run = new_run(config, pictures, folder, made)
     if state := load_checkpoint(folder, made, resume_anyway, print if run.is_main else _silent):
         restore_run(run, state)
     if run.is_main:
@@ -854,9 +861,8 @@ def teacher_tokens(jepa: JEPA, images: torch.Tensor, device) -> torch.Tensor:
 # %% ../nbs/45_training.ipynb #5bfe3845
 def mean_tokens(jepa: JEPA, images: torch.Tensor, device) -> torch.Tensor:
     """The teacher's mean patch token, float32 [N, D] on the CPU."""
-    return torch.cat(
-        [teacher_tokens(jepa, piece, device).mean(1).cpu() for piece in torch.as_tensor(images).split(64)]
-    )
+    pieces = torch.as_tensor(images).split(64)
+    return torch.cat([mean_patch_token(teacher_tokens(jepa, piece, device)).cpu() for piece in pieces])
 
 # %% ../nbs/45_training.ipynb #9e93140d
 class Monitor:
@@ -904,7 +910,7 @@ class Monitor:
 
 # %% ../nbs/45_training.ipynb #3d14aa52
 def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: bool) -> dict:
-    """The row of the log after `done` steps, in the main process with what `monitor` shows.
+    """The row of the log after `done` steps, in the main process with `monitor`'s numbers.
 
     Raises `FloatingPointError` at the third loss in a row that is not finite."""
     names = ("loss", "target_spread", "prediction_spread")
@@ -932,6 +938,21 @@ def log_row(run: Run, done: int, out: dict, monitor: Monitor | None, thorough: b
     return row
 
 # %% ../nbs/45_training.ipynb #50735a0b
+def state_of(run: Run, step: int) -> dict:
+    """All that a checkpoint holds of a run after `step` steps."""
+    order = run.order
+    return {
+        "step": step,
+        "made_from": dataclasses.asdict(run.made),
+        "adopted": run.adopted,
+        "sampler": {"lengths": list(map(int, order.lengths)), "window": order.window, "seed": order.seed},
+        "arithmetic": arithmetic_of(run.world, run.device, run.precision),
+        "random": random_state(),
+        "jepa": run.jepa.state_dict(),
+        "optimiser": run.optimiser.state_dict(),
+    }
+
+# %% ../nbs/45_training.ipynb #1c0ad7eb
 def save_run(run: Run, step: int) -> None:
     """Checkpoint by the main process; all processes wait for it.
 
@@ -943,22 +964,7 @@ def save_run(run: Run, step: int) -> None:
             "from before; lower optimiser.lr or set optimiser.clip"
         )
     if run.is_main:
-        sampler = {
-            "lengths": list(map(int, run.order.lengths)),
-            "window": run.order.window,
-            "seed": run.order.seed,
-        }
-        state = {
-            "step": step,
-            "made_from": dataclasses.asdict(run.made),
-            "adopted": run.adopted,
-            "sampler": sampler,
-            "arithmetic": arithmetic_of(run.world, run.device, run.precision),
-            "random": random_state(),
-            "jepa": run.jepa.state_dict(),
-            "optimiser": run.optimiser.state_dict(),
-        }
-        save_checkpoint(run.folder, state, run.config.runtime.keep)
+        save_checkpoint(run.folder, state_of(run, step), run.config.runtime.keep)
     run.world.wait()
 
 # %% ../nbs/45_training.ipynb #f0adec75
@@ -973,24 +979,23 @@ def keep_best(run: Run, step: int, probe: float | None) -> None:
     write_json(about, {"step": step, "probe": probe})
 
 # %% ../nbs/45_training.ipynb #badb44ab
+def workers_of(run: Run) -> int:
+    """Decoders of this process: a GPU leaves the cores idle, a CPU run needs them itself."""
+    if run.config.runtime.workers is not None:
+        return run.config.runtime.workers
+    if run.device.type != "cuda":
+        return 1
+    return max(1, min(16, usable_cores() // run.world.local_size))
+
+# %% ../nbs/45_training.ipynb #0ba43497
 def timed_batches(run: Run):
     """The batches of a run; the time that the loop waits for them is added up in `run.waited`."""
     if isinstance(run.pictures, MemoryPictures):
         run.pictures.to_device(run.device)
-    workers = run.config.runtime.workers
-    if workers is None:  # a GPU leaves the cores idle, a CPU run needs them itself
-        workers = max(1, min(16, usable_cores() // run.world.local_size)) if run.device.type == "cuda" else 1
-    source = iter(
-        batches(
-            run.pictures,
-            run.order,
-            run.config.batch,
-            range(run.start, run.config.steps),
-            run.world,
-            workers,
-            pin=run.device.type == "cuda",
-        )
-    )
+    steps = range(run.start, run.config.steps)
+    pin = run.device.type == "cuda"
+    parts = (run.pictures, run.order, run.config.batch, steps, run.world, workers_of(run))
+    source = iter(batches(*parts, pin=pin))
     run.clock = time.perf_counter()
     while True:
         begun = time.perf_counter()
@@ -1126,6 +1131,14 @@ def crops_of(config: PretrainSettings, faces: Path, index_folder: Path, world: W
     return open_pictures(folders, config, world, index), data_hash
 
 # %% ../nbs/45_training.ipynb #375603ca
+def settle_checkpoints(folder: Path, made: MadeFrom, run: str, resume_anyway: bool) -> None:
+    """Take over the newest checkpoint of the same settings, if wanted; else report checkpoints of others."""
+    if resume_anyway:
+        adopt_checkpoint(folder, made)
+    else:
+        report_others(folder, made, run)
+
+# %% ../nbs/45_training.ipynb #793b4672
 def pretrain(
     config: PretrainSettings,
     resume: bool = True,
@@ -1155,13 +1168,10 @@ def pretrain(
         data_hash = pictures.content_hash()
     made = made_from(config, data_hash)
     folder = out / "checkpoints" / made.key
-    if world.rank == 0:
-        if resume_anyway:
-            adopt_checkpoint(folder, made)
-        else:
-            report_others(folder, made, run)
-    world.wait()
     labelled = None
+    if world.rank == 0:
+        settle_checkpoints(folder, made, run, resume_anyway)
+    world.wait()
     if config.runtime.probe and world.rank == 0:
         labelled = probe_pictures(home / "faces", config.runtime.probe, config.encoder.image_size)
     started = start_run(config, pictures, folder, made, resume, resume_anyway)
@@ -1212,6 +1222,29 @@ def processes_of(config: PretrainSettings) -> int:
     return count
 
 # %% ../nbs/45_training.ipynb #f21e9ead
+def torchrun_command(count: int, run: str, settings: Path, resume: bool, resume_anyway: bool) -> list[str]:
+    """The command that pretrains in `count` processes with the settings in a JSON file."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it is.
+    ours = ["-m", "mefem", "pretrain", "--name", run, "--settings", str(settings)]
+    ours += ["--resume" if resume else "--no-resume"] + ["--resume-anyway"] * resume_anyway
+    return [sys.executable, *torchrun, *ours]
+
+# %% ../nbs/45_training.ipynb #716e907f
+def run_loudly(command: list[str], cwd: Path, environment: dict) -> int:
+    """Run a command and print its output as it comes; the exit code."""
+    with subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        except BaseException:
+            process.terminate()  # torchrun passes it on, and each process writes its checkpoint
+            raise
+    return process.returncode
+
+# %% ../nbs/45_training.ipynb #3bfffcba
 def launch(
     config: PretrainSettings, run: str = "main", root=None, resume: bool = True, resume_anyway: bool = False
 ) -> Path:
@@ -1225,35 +1258,9 @@ def launch(
     settings = write_json(
         out / "checkpoints" / f"settings-{settings_hash(config)}.json", config.model_dump(mode="json")
     )
-    # --name and not --run: torchrun takes the latter for the beginning of its own --run-path, wherever it is.
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        "-m",
-        "mefem",
-        "pretrain",
-        "--name",
-        run,
-        "--settings",
-        str(settings),
-        "--resume" if resume else "--no-resume",
-    ]
-    command += ["--resume-anyway"] * resume_anyway
+    command = torchrun_command(count, run, settings, resume, resume_anyway)
     # torchrun would give each process one thread, however many cores there are.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))} | os.environ
-    with subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-        except BaseException:
-            process.terminate()  # torchrun passes it on, and each process writes its checkpoint
-            raise
-    if process.returncode:
-        raise ChildProcessError(f"pretraining ended with exit code {process.returncode}: {' '.join(command)}")
+    if code := run_loudly(command, root, environment):
+        raise ChildProcessError(f"pretraining ended with exit code {code}: {' '.join(command)}")
     return out / "encoder.safetensors"

@@ -440,7 +440,7 @@ def test_a_tar_cut_or_damaged_in_the_middle_loses_only_what_lies_behind(tmp_path
         ("link", "a.jpg is refused: link"),
         ("twice", "a.jpg is refused: duplicate key"),
         ("json", "has no a.json"),
-        ("text", "a.json is no JSON"),
+        ("text", "a.json is not JSON"),
         ("header", "is damaged"),
     ],
 )

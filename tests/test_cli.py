@@ -176,14 +176,19 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
         (
             "crop",
             ["--dataset", "bmi", "--cluster", "tcp://x:1", "--jobs", "2"],
-            "--jobs does nothing on a cluster",
+            "workers of the cluster work, so that nothing is done by --jobs",
         ),
         ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
         ("embed", ["--framing", "as-is", "--scale", "2"], "nothing is done by --scale"),
         ("embed", ["--no-detect", "--min-score", "0.3", "--face", "surest"], "done by --face, --min-score"),
         ("embed", ["--detect", "--framing", "as-is"], "leave one of the two out"),
         ("embed", ["--no-detect", "--framing", "pad"], "leave one of the two out"),
-        ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
+        (
+            "crop",
+            ["--face", "largest", "--dataset", "bmi"],
+            "the reader of bmi knows its faces; a folder has --face",
+        ),
+        ("crop", ["--dataset", "sfhq", "--scale", "2"], "--framing dataset looks for no face"),
         ("crop", ["--face", "all"], "crops are one per photograph"),
         ("embed", ["--face", "all", "--framing", "as-is"], "nothing is done by --face"),
         (
@@ -385,7 +390,7 @@ def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
         (["--set", "width=5"], "did you mean 'masking.width'?\n"),
         (["--set", "width"], "expected KEY=VALUE"),
         (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
-        (["--settings", tmp_path / "s.json", "--name", "../x"], "names no folder"),
+        (["--settings", tmp_path / "s.json", "--name", "../x"], "does not name a folder"),
     ):
         assert said in mefem("pretrain", *arguments, code=1).stderr
     assert len(called) == 2

@@ -81,7 +81,7 @@ def test_every_profile_is_valid(root, profile):
             lambda p: p.update(runs=[2026]),
             "runs.0: expected text, found 2026; text that looks like something else goes into quotes: '2026'",
         ),
-        (lambda p: p.update(runs=["main", "../x"]), "run '../x' names no folder"),
+        (lambda p: p.update(runs=["main", "../x"]), "run '../x' does not name a folder"),
         (
             lambda p: (
                 p["profiles"]["demo"]["crop"].update(framing={"celebs": "paper"})
@@ -163,7 +163,7 @@ def test_a_run_whose_name_became_a_number_is_refused(root, run):
 def test_run_names_are_folders_below_data_runs():
     assert run_name("2026") == "2026" and run_name("ablations/stripes2-0") == "ablations/stripes2-0"
     for run in ("", ".", "..", "a/../../b", "/tmp"):
-        with pytest.raises(SettingsError, match="names no folder below data/runs"):
+        with pytest.raises(SettingsError, match="does not name a folder below data/runs"):
             run_name(run)
 
 
@@ -223,7 +223,13 @@ def test_a_settings_file_of_a_run_says_what_is_wrong(tmp_path):
     ):
         read_pretrain(path)
     path.write_text("{")
-    with pytest.raises(SettingsError, match="is no JSON of settings"):
+    with pytest.raises(SettingsError, match="is not a JSON file of settings"):
+        read_pretrain(path)
+    path.write_text("[3]")  # not a section at all
+    with pytest.raises(SettingsError, match="settings.json: expected a mapping of keys"):
+        read_pretrain(path)
+    path.write_text('{"optimiser": {"lr": 0.1, "final_lr": 0.2}}')
+    with pytest.raises(SettingsError, match="optimiser: final_lr 0.2 exceeds lr 0.1"):
         read_pretrain(path)
 
 

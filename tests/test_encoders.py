@@ -122,7 +122,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
         load_encoder(tmp_path / "evil.pth")
     for content in (b"hello", b"a,b\n1,2\n", b"", b"PK\3\4junk", b"\x80\x04}q."):
         (tmp_path / "embeddings.csv").write_bytes(content)
-        with pytest.raises(WeightsMismatch, match="embeddings.csv is no whole PyTorch file") as error:
+        with pytest.raises(WeightsMismatch, match="embeddings.csv is not a whole PyTorch file") as error:
             load_encoder(tmp_path / "embeddings.csv")
         assert "weights_only" not in str(error.value), "torch's advice to execute the file is not passed on"
     for name in ("evil.pth", "embeddings.csv"):
@@ -545,7 +545,7 @@ def test_networks_without_a_count_of_their_prefix():
     "name, words",
     [
         ("crossvit_tiny_240", "gives a list"),
-        ("coat_lite_tiny", "no square"),
+        ("coat_lite_tiny", "not a square"),
         ("efficientvim_m1", "gives a list"),
         ("lcnet_035", "pooled vector"),
     ],

@@ -53,6 +53,11 @@ def crops(tmp_path):
     return pixels
 
 
+def test_the_line_names_a_relative_folder(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export_encoder(runs["toy"], "out") == 'timm.create_model("local-dir:out", pretrained=True)'
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_timm_gives_the_tokens_of_load_encoder(runs, tmp_path, shape):
     export_encoder(runs[shape], tmp_path / "out")

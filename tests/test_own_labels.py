@@ -510,7 +510,7 @@ def test_what_is_written_and_read_again(tables, tmp_path):
         "y: r2 0." in said
         and "119 photographs of 60 people, 5 folds)" in said
         and "sex f: MAE" in said
-        and "random:FILE" in said
+        and "better than an untrained encoder? --against random --photographs FOLDER" in said
     )
     written = pd.read_csv(out / "predictions.csv", dtype={"person": str})
     assert (
@@ -572,6 +572,37 @@ def test_a_model_is_not_given_another_encoders_embeddings(tables, tmp_path):
             LabelModel.load(model)
 
 
+def test_the_hash_of_the_weights_decides_not_the_name(tables, tmp_path, capsys):
+    """A retrained encoder in a file of the same name is another; a renamed file is the same."""
+    table = pd.read_parquet(tables[0]).assign(encoder_hash="aaaa")
+    table.to_parquet(tables[0])
+    out = own.write_probe(probe_labels(*tables, "y"), tmp_path / "probe")
+    assert LabelModel.load(out).about["encoder_hash"] == "aaaa"
+    one = dict(features="cls", encoder="toy")
+    retrained = Embeddings(("a.jpg",), np.zeros((1, 6)), **one, encoder_hash="bbbb")
+    with pytest.raises(
+        ValueError, match="encoder hash is 'bbbb', the model was fitted to 'aaaa'.*encoder, toy"
+    ):
+        predict_labels(out, retrained)
+    renamed = Embeddings(("a.jpg",), np.zeros((1, 6)), features="cls", encoder="moved", encoder_hash="aaaa")
+    assert len(predict_labels(out, renamed)) == 1
+    assert capsys.readouterr().out == ""
+    assert len(predict_labels(out, Embeddings(("a.jpg",), np.zeros((1, 6)), **one))) == 1
+    assert (
+        "embeddings has no hash of its encoder's weights: compared by its name only"
+        in capsys.readouterr().out
+    )
+
+
+def test_an_encoder_compared_with_itself_is_said(tables, tmp_path):
+    table = pd.read_parquet(tables[0])
+    table.assign(encoder_hash="aaaa").to_parquet(tables[0])
+    for name, digest, said in (("same", "aaaa", True), ("other", "bbbb", False), ("old", "", False)):
+        table.assign(encoder_hash=digest).to_parquet(tmp_path / f"{name}.parquet")
+        (line,) = map(str, probe_labels(*tables, "y", [tmp_path / f"{name}.parquet"]).against)
+        assert ("both tables hold the same encoder's embeddings" in line) is said
+
+
 def test_the_command_refuses_what_does_nothing(tables, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
@@ -588,7 +619,10 @@ def test_the_command_refuses_what_does_nothing(tables, tmp_path):
         ([features, "--task", "bmi"], "no features of"),
         ([*tables, "--target", "y", "-o", tmp_path / "full"], "holds other things, such as mine.txt"),
         ([*tables, "--target", "y", "-o", tables[1]], "is a file: expected a folder"),
-        ([*tables, "--target", "y", "--against", "random"], "--against random: no such file"),
+        (
+            [*tables, "--target", "y", "--against", "random"],
+            "--against random computes the baseline by itself: give --photographs FOLDER",
+        ),
     ):
         result = mefem("probe", *arguments, code=1)
         assert words in result.stderr and result.stderr.count("\n") == 1 and not result.stdout, result.stderr
@@ -604,3 +638,90 @@ def test_help_has_an_example():
         in mefem("probe", "--help").output
     )
     assert "mefem predict probe/ new.parquet -o predictions.csv\n" in mefem("predict", "--help").output
+
+
+def test_baselines_are_computed_from_the_photographs(tmp_path):
+    """`--against random` and `pixels` give what embedding by hand gives, of crops as the table has them."""
+    from PIL import Image
+
+    from mefem.embedding import embed, embed_photographs
+    from mefem.encoders import PixelEncoder, load_encoder
+    from mefem.models import create_encoder, save_encoder
+
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=1)
+    file = save_encoder(tmp_path / "e.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs)
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    pixels = rng.integers(0, 256, (40, 32, 32, 3), np.uint8)
+    pixels[:, 0] = np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None]
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(photos / f"{number:02}.png")
+    table = tmp_path / "e.parquet"
+    embed_photographs(photos, file, table, framing="as-is", progress=False)
+    random = own.baseline("random", table, photos, str(file))
+    expected = embed(pixels, load_encoder(f"random:{file}"), "mean")
+    np.testing.assert_allclose(random.vectors, expected, atol=1e-4)
+    pca = PixelEncoder().fit(embed_size(pixels))
+    np.testing.assert_allclose(
+        own.baseline("pixels", table, photos).vectors, embed(embed_size(pixels), pca, "mean"), atol=1e-3
+    )
+    labels = tmp_path / "labels.csv"
+    pd.DataFrame({"file": [f"{n:02}.png" for n in range(40)], "y": np.arange(40) + 0.5}).to_csv(
+        labels, index=False
+    )
+    asked = ["probe", table, labels, "--target", "y", "--against", "random", "--against", "pixels"]
+    said = mefem(*asked, "--photographs", photos, "-e", file).stdout
+    assert "against random (r2" in said and "against pixels (r2" in said
+    for more, words in (
+        ([], "give --photographs FOLDER"),
+        (["--photographs", photos], "give --encoder FILE"),
+        (["--photographs", tmp_path, "-e", file], "missing file"),
+    ):
+        assert words in mefem(*asked, *more, code=1).stderr
+    # the labels are read first: nothing is embedded for nothing
+    wrong = ["probe", table, labels, "--target", "z", "--against", "random"]
+    assert "no column 'z'" in mefem(*wrong, code=1).stderr
+    other = save_encoder(
+        tmp_path / "other.safetensors", create_encoder(**kwargs), "vit_small_patch16_224", kwargs
+    )
+    said = mefem(*asked, "--photographs", photos, "-e", other, code=1).stderr
+    assert "are not those that --encoder gives" in said
+    said = mefem("probe", table, labels, "--target", "y", "--photographs", photos, code=1).stderr
+    assert "does nothing without --against" in said
+
+
+def test_a_face_is_framed_again_as_it_was(tmp_path, shared):
+    """Boxes of the table give the crops that detection gave, bit for bit."""
+    from mefem.embedding import embed_photographs
+    from mefem.encoders import PixelEncoder
+    from mefem.faces import frame_faces
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted((shared / "frll").rglob("*.jpg"))[:3]:
+        (photos / path.name).symlink_to(path)
+    pixels = PixelEncoder(components=2).fit(
+        np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    )
+    embed_photographs(photos, pixels, tmp_path / "e.csv", framing="auto", progress=False)
+    frames = own._frames(tmp_path / "e.csv")
+    assert len(frames) == 3 and set(frames.status) == {"success"}
+    for row in frames.itertuples():
+        (framed,) = frame_faces(photos / row.file, "auto", size=64)
+        np.testing.assert_array_equal(own.crop_again(row, photos, 64), framed.crop)
+
+
+def embed_size(pixels):
+    """Crops as `crop_again` gives them at the size of the pixels' encoder."""
+    import io
+
+    from PIL import Image
+
+    from mefem.faces import frame_faces
+
+    found = []
+    for picture in pixels:
+        Image.fromarray(picture).save(data := io.BytesIO(), "PNG")
+        data.seek(0)
+        found.append(frame_faces(Image.open(data), "as-is", size=64)[0].crop)
+    return np.stack(found)

@@ -1,6 +1,7 @@
 """The package as people install it, and the order of its modules."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -36,9 +37,9 @@ ORDER = [
     "metrics",
     "evaluation",
     "own_labels",
-    "own_pictures",
     "export",
     "hub",
+    "own_pictures",
     "report",
     "ablations",
     "fairness",
@@ -46,6 +47,7 @@ ORDER = [
     "pictures",
     "datasheets",
     "readme",
+    "page",
     "cli",
     "__main__",
 ]
@@ -102,6 +104,36 @@ def test_core_imports_without_mediapipe_anny_and_webdataset():
     )
 
 
+def test_a_missing_part_is_named_with_its_command():
+    """Without the optional packages the core imports, embeds and pretrains; the rest says what to install."""
+    packages = ("anny", "warp", "matplotlib", "jinja2", "mapie", "av", "onnxruntime", "dvc", "papermill")
+    blocked = f"import sys\nfor name in {packages}: sys.modules[name] = None\n"
+    run(
+        blocked + "from mefem import cli, own_pictures, own_labels, export, hub, embedding, training, probing"
+    )
+    said = run(
+        blocked + "import mefem\nfrom typer.testing import CliRunner\nfrom mefem.cli import app\n"
+        "result = CliRunner().invoke(app, ['simulate', 'bmi', '/tmp/no/where', '-n', '1', '--jobs', '1'])\n"
+        "print(result.exit_code, result.stderr)\n"
+        "try: mefem.readme\nexcept ModuleNotFoundError as error: print(error)"
+    )
+    assert said.startswith("1 ")
+    assert re.search(r"mefem: the package (anny|warp) is missing: pip install 'mefem\[simulate\]'\n", said)
+    assert "mefem.readme: the package jinja2 is missing: pip install 'mefem[paper]'" in said
+
+
+def test_names_are_listed_and_the_example_runs():
+    import doctest
+
+    import mefem
+
+    for name in mefem._PUBLIC:
+        assert f"`{name}" in mefem.__doc__, name
+        assert getattr(mefem, name)
+    found = doctest.testmod(mefem)
+    assert found.attempted >= 4 and not found.failed
+
+
 def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     # Built from a copy, so that no build folder is left in the checkout.
     import shutil
@@ -140,8 +172,18 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
     ]
     assert required and not any(
-        word in line for line in required for word in ("nbdev", "jupyter", "dvc", "papermill")
+        word in line for line in required for word in ("nbdev", "dvc", "anny", "matplotlib", "onnx")
     )
+    parts = {line.split("extra ==")[1].strip(" \"'") for line in metadata.splitlines() if "extra ==" in line}
+    assert parts == {"simulate", "paper", "video", "buffalo", "onnx", "dev"}
+    for package in (
+        "anny",
+        "matplotlib",
+        "av",
+        "onnxruntime",
+        "mypy",
+    ):  # all that the graph and the tests need
+        assert re.search(rf'^Requires-Dist: {package}; extra == "dev"$', metadata, re.MULTILINE), package
 
 
 def test_constraints_pin_every_requirement(root):
@@ -154,7 +196,11 @@ def test_constraints_pin_every_requirement(root):
         for line in (root / "constraints.txt").read_text().splitlines()
         if line
     }
-    for key in ("requirements", "dev_requirements"):
+    for key in config["DEFAULT"]:
+        if (
+            not key.endswith("requirements") or key == "onnx_requirements"
+        ):  # onnx is in no environment of ours
+            continue
         for requirement in config["DEFAULT"][key].split():
             assert requirement.split("<")[0].lower().replace("_", "-") in pinned, requirement
 

@@ -35,9 +35,12 @@ dvc stage list > /dev/null
 dvc dag > /dev/null
 test -s figures/tables/table2.md && test -s figures/maskings/figure2_maskings.png && test -s figures/ablations/table4.md
 grep -q "wiring only" README.md
-cp README.md "$scratch/README.md"
+grep -q "wiring only" figures/report.html
+cp README.md figures/report.html "$scratch"
 python -c "from mefem.readme import write_readme; write_readme('.')"
+python -c "from mefem.page import write_report; write_report('.')"
 cmp README.md "$scratch/README.md"
+cmp figures/report.html "$scratch/report.html"
 if [ -n "${MEFEM_SMOKE_OUT:-}" ]; then  # where CI is to keep what this made
     mkdir -p "$MEFEM_SMOKE_OUT"
     cp -r figures README.md "$MEFEM_SMOKE_OUT"
@@ -53,7 +56,7 @@ import json, sys
 
 changed = set(json.load(open(sys.argv[1])))
 # the first stage looks whether the rows name files with ideas
-expected = {"code", "ablation@stripes2-0", "ablation@stripes2-1", "table4"}
+expected = {"code", "ablation@stripes2-0", "ablation@stripes2-1", "table4", "page"}
 sys.exit(f"a changed row of Table 4 makes {sorted(changed)} out of date, expected {sorted(expected)}" if changed != expected else 0)
 EOF
 sed -i 's/stripes2: {masking: {width: 5,/stripes2: {masking: {width: 2,/' params.yaml

@@ -31,16 +31,21 @@ LIMITS = {
     "age": (0, 123),
 }  # cm, kg, kg/m^2, years: records
 
+# %% ../../nbs/37_bmi.ipynb #1273dea7
+def _parsed(text: str, name: str, where: str) -> float:
+    """A cell as a number; `DatasetError` names the cell and, for a decimal comma, the remedy."""
+    try:
+        return float(text.replace("_", "?"))  # to Python 1_80 is a number
+    except ValueError:
+        hint = "; a decimal comma? it has to be a point" if re.fullmatch(r"\s*\d+,\d+\s*", text) else ""
+        raise DatasetError(f"{where}: {name} is {text!r}, expected a number{hint}") from None
 
+# %% ../../nbs/37_bmi.ipynb #bf0042f5
 def _number(text: str, name: str, where: str) -> float | None:
     """A cell as a number within the limits of its column; None where it is empty."""
     if not text.strip():
         return None
-    try:
-        value = float(text.replace("_", "?"))  # to Python 1_80 is a number
-    except ValueError:
-        hint = "; a decimal comma? it has to be a point" if re.fullmatch(r"\s*\d+,\d+\s*", text) else ""
-        raise DatasetError(f"{where}: {name} is {text!r}, expected a number{hint}") from None
+    value = _parsed(text, name, where)
     low, high = LIMITS.get(name, (-math.inf, math.inf))
     if not low <= value <= high or not math.isfinite(value):
         hint = "; in metres? it has to be in cm" if name == "height" and 0.5 <= value <= 2.72 else ""
@@ -52,11 +57,11 @@ def _number(text: str, name: str, where: str) -> float | None:
 # %% ../../nbs/37_bmi.ipynb #95ca47e2
 BMI_SLACK = 0.02  # relative; published values are rounded, and so are the heights they were computed from
 
-
+# %% ../../nbs/37_bmi.ipynb #4bc6fd85
 def body_labels(row: dict, where: str) -> dict:
     """`height_cm`, `weight_kg`, `bmi` (kg/m^2, computed where it is empty) of a CSV row.
 
-    None for what is not given.
+    None for a value that is not given.
     """
     height, weight, bmi = (_number(row[name], name, where) for name in ("height", "weight", "bmi"))
     if height and weight:
@@ -72,7 +77,7 @@ def body_labels(row: dict, where: str) -> dict:
 REQUIRED = ("image", "height", "weight", "bmi", "sex", "person")
 LINE = "line of the file"  # the key under which a row keeps where it begins; no header has this name
 
-
+# %% ../../nbs/37_bmi.ipynb #efe6ed48
 def row_labels(row: dict, source: str, where: str) -> dict:
     """All labels of a row: the body's, `sex`, `age`, `person`, `source`, and further columns as numbers."""
     sex, person = row["sex"].strip().lower(), row["person"].strip()
@@ -93,20 +98,21 @@ def row_labels(row: dict, source: str, where: str) -> dict:
 # %% ../../nbs/37_bmi.ipynb #5f3e4282
 VIP_TABLE = "annotation.csv"  # of a source that is laid out as the VIP attribute set
 
+# %% ../../nbs/37_bmi.ipynb #9353094c
+def _vip_row(row: dict, files: dict[str, str]) -> dict:
+    """A row of the VIP table as one of ours; `files`: the pictures' names by their stems."""
+    name, metres = row["image"].strip(), as_number(row["height"])
+    height = row["height"] if metres is None else f"{100 * metres:g}"
+    ours = {"image": files.get(name, f"{name}.jpg"), "height": height, "weight": row["weight"]}
+    return ours | {"bmi": row["BMI"], "sex": name[:1], "person": name}
 
+# %% ../../nbs/37_bmi.ipynb #464e3b75
 def read_vip(path) -> list[dict]:
     """Rows of the VIP attribute set as `read_csv` gives them: centimetres, file with ending, sex, person."""
     table = core.read_csv(path, ("image", "height", "weight", "BMI"), "Expected image,height,weight,BMI")
     files = {file.stem: file.name for file in sorted((Path(path).parent / "images").glob("*.*"))}
     rows = zip(table.index.tolist(), table.to_dict("records"), strict=True)
     return [_vip_row(row, files) | {LINE: line} for line, row in rows]
-
-
-def _vip_row(row: dict, files: dict[str, str]) -> dict:
-    name, metres = row["image"].strip(), as_number(row["height"])
-    height = row["height"] if metres is None else f"{100 * metres:g}"
-    found = {"image": files.get(name, f"{name}.jpg"), "height": height, "weight": row["weight"]}
-    return found | {"bmi": row["BMI"], "sex": name[:1], "person": name}
 
 # %% ../../nbs/37_bmi.ipynb #223b80cf
 def read_csv(path) -> list[dict]:
@@ -118,12 +124,12 @@ def read_csv(path) -> list[dict]:
     rows = zip(table.index.tolist(), table.to_dict("records"), strict=True)
     return [{**row, LINE: line} for line, row in rows]
 
-
+# %% ../../nbs/37_bmi.ipynb #f9b7e959
 @lru_cache(maxsize=8)
 def _rows(path: str, size: int, changed: int) -> list[dict]:
     return read_vip(path) if Path(path).name == VIP_TABLE else read_csv(path)
 
-
+# %% ../../nbs/37_bmi.ipynb #fd58b39f
 def csv_rows(path: Path) -> list[dict]:
     """The CSV's rows; read once while it does not change."""
     return _rows(*file_version(path))
@@ -138,7 +144,7 @@ def image_path(folder: Path, image: str, where: str) -> Path:
 # %% ../../nbs/37_bmi.ipynb #54c0f434
 UNIT_ROWS = 1000
 
-
+# %% ../../nbs/37_bmi.ipynb #9ec16830
 class Reader(core.Reader):
     """Sources of photographs with height and weight. Labels: see `row_labels`."""
 

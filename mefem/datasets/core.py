@@ -35,7 +35,7 @@ from ..files import file_version
 class DatasetError(ValueError):
     """A publisher's file that is not as expected.
 
-    The text names file, row or column, and what was expected.
+    The text names file, row or column, and the expected content.
     """
 
 
@@ -68,7 +68,7 @@ class Reader(ABC):
     hub: tuple[str, list[str]] | None = (
         None  # Hugging Face: the data set's name there, and the files that are read
     )
-    has_boxes = False  # whether the publisher gives boxes, so that no detector is needed
+    has_boxes = False  # whether the publisher gives boxes: no detector is needed then
     framing = "paper"  # "dataset" for pictures that come framed and are only made smaller
 
     @abstractmethod
@@ -306,7 +306,7 @@ def fetch_dataset(name: str, root) -> Path:
         )
     if is_simulated(root):
         raise DatasetError(
-            f"{root} holds simulated people; remove that folder first, so that the two are never mixed"
+            f"{root} holds simulated people; remove that folder first: the two are never mixed"
         )
     from huggingface_hub import snapshot_download
 

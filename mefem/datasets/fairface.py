@@ -33,12 +33,12 @@ from ..labels import FAIRFACE_CLASSES
 HOW_TO_OBTAIN = """FairFace: CC BY 4.0; 86,744 + 10,954 photographs, release with padding 1.25.
   mefem info data --fetch fairface
   or, from https://github.com/joojs/fairface, fairface-img-margin125-trainval.zip unpacked into
-  data/raw/fairface/1.25 and the two lists fairface_label_train.csv and fairface_label_val.csv beside it"""
+  data/raw/fairface/1.25 and the two lists fairface_label_train.csv and fairface_label_val.csv next to it"""
 
 # %% ../../nbs/35_fairface.ipynb #1c0cecb2
 COLUMNS = ("image", *FAIRFACE_CLASSES)
 
-
+# %% ../../nbs/35_fairface.ipynb #a1dd10bf
 def check_schema(path) -> pa.Schema:
     """The schema of one of the release's files; `DatasetError` where it is another."""
     require_columns(path, COLUMNS, HOW_TO_OBTAIN)
@@ -93,20 +93,28 @@ _DATES = {
     "10-19": ({"10", "19", "2019"}, {"oct", "okt", "out", "ott"}),
 }
 
-
-def what_happened(name: str, value: str) -> str:
-    """A sentence on a spreadsheet that made a date of an age class, and the remedy; else empty."""
+# %% ../../nbs/35_fairface.ipynb #65874e9a
+def _date_of(value: str) -> str:
+    """The age class that a spreadsheet has read as the date `value`; empty where it is not such a date."""
     numbers = [text.lstrip("0") for text in re.findall(r"\d+", value)]
     words = {word[:3] for word in re.findall(r"[^\W\d_]+", value.lower())}
     for age, (parts, months) in _DATES.items():
         date = words <= months if len(numbers) == 1 else not words and len(numbers) == 3
-        if name == "age" and date and len(parts.intersection(numbers)) + len(words) >= 2:
-            return (
-                f". A spreadsheet read the age class {age} as a date and saved that: take the authors' own "
-                f"list, or put {age} in place of {value} (look for the other of 3-9 and 10-19 too) and open "
-                f"it as text only"
-            )
+        if date and len(parts.intersection(numbers)) + len(words) >= 2:
+            return age
     return ""
+
+# %% ../../nbs/35_fairface.ipynb #2c7ceee3
+def what_happened(name: str, value: str) -> str:
+    """A sentence on a spreadsheet that made a date of an age class, and the remedy; else empty."""
+    age = _date_of(value) if name == "age" else ""
+    if not age:
+        return ""
+    return (
+        f". A spreadsheet read the age class {age} as a date and saved that: take the authors' own "
+        f"list, or put {age} in place of {value} (look for the other of 3-9 and 10-19 too) and open "
+        f"it as text only"
+    )
 
 # %% ../../nbs/35_fairface.ipynb #8cb04fdc
 @lru_cache(maxsize=4)

@@ -50,7 +50,7 @@ def _bad_line(path, table, column, wrong, expected) -> DatasetError:
     value = table[column].iat[row]
     return DatasetError(f"{path}, line {table.index[row]}: {column} is {value!r}, expected {expected}")
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #0f9edf61
 def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
     """The measured columns as numbers; `DatasetError` names row and value where that is impossible."""
     out = {}
@@ -62,11 +62,11 @@ def _numbers(table: pd.DataFrame, path) -> pd.DataFrame:
         out[name] = values
     return table.assign(**out)
 
-# %% ../../nbs/36_mcd_rppg.ipynb #b1916566
+# %% ../../nbs/36_mcd_rppg.ipynb #7b28e8a4
 COLUMNS = ("patient_id", "sex", *LIMITS, "step", "camera", "video")
 G_DL = 0.6206  # mmol/l of haemoglobin (per iron atom) in 1 g/dl, O12
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #008b6337
 def read_table(path) -> pd.DataFrame:
     """db.csv, one row per video; haemoglobin in mmol/l."""
     table = _numbers(read_csv(path, COLUMNS, HOW_TO_OBTAIN), path)
@@ -81,12 +81,12 @@ def read_table(path) -> pd.DataFrame:
         raise DatasetError(f"{path}, line {table.index[int(empty.to_numpy().argmax())]}: patient_id is empty")
     return table.assign(hemoglobin=table.hemoglobin * G_DL)
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #51deede5
 @lru_cache(maxsize=1)
 def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
     return read_table(path)
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #df4509b1
 def patient_rows(root) -> pd.DataFrame:
     """`read_table` of db.csv below `root`; read once while the file does not change."""
     return _rows(*file_version(Path(root) / "db.csv"))
@@ -114,7 +114,7 @@ def row_labels(row) -> dict:
 # %% ../../nbs/36_mcd_rppg.ipynb #adaad2b9
 FRAME_AT = 1.0  # s
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #a7eba5ae
 def frame_of(path: Path) -> tuple[bytes | None, str | None]:
     """(the video's frame, None) or (None, the reason why it has none)."""
     if not path.is_file():
@@ -128,7 +128,7 @@ def frame_of(path: Path) -> tuple[bytes | None, str | None]:
 UNIT_ROWS = 250  # videos; a frame takes longer than a photograph
 CAMERA = "FullHDwebcam"
 
-
+# %% ../../nbs/36_mcd_rppg.ipynb #01a9d9fd
 class Reader(core.Reader):
     """MCD-rPPG's frontal videos. Labels: see `row_labels`.
 

@@ -17,7 +17,7 @@ from ..faces import flat_names
 HOW_TO_OBTAIN = """SFHQ: MIT licence; four parts, 425,258 synthetic portraits of 1024 x 1024, at Kaggle.
   kaggle datasets download --unzip -p data/raw/sfhq/SFHQ_part1 \\
     selfishgene/synthetic-faces-high-quality-sfhq-part-1
-  and likewise parts 2, 3 and 4, so that the photographs lie in data/raw/sfhq/SFHQ_part<n>/images/*.jpg"""
+  and likewise parts 2, 3 and 4: the photographs are then in data/raw/sfhq/SFHQ_part<n>/images/*.jpg"""
 
 # %% ../../nbs/33_sfhq.ipynb #bb38b09e
 PARTS = {

@@ -1,0 +1,349 @@
+"""Recipes that might learn early, on real faces: probes against pictures and core-minutes.
+
+python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 10           # every candidate, seed 0
+python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 15 --seeds 0,1,2 --only paper,NAME
+python benchmarks/recipe.py collect --bmi DIR                                  # writes benchmarks/recipe.json
+
+The pack of FairFace is that of tools/gpu_faces.py (benchmarks/README.md); DIR has annotation.csv and images/
+of the VIP set. Each run takes one core. A stopped run continues, a finished one is left alone."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+OUT = ROOT / "benchmarks" / "recipe.json"
+EARLY = "ideas/early.py:EarlyJEPA"
+TASKS = ("gender", "race", "age")
+
+
+def early(**options) -> dict:
+    """The changes of a candidate with `EarlyJEPA`."""
+    return {"method": EARLY, "method_options": options}
+
+
+# What each changes in the profile `faces`, and what was expected of it before the first run.
+CANDIDATES = {
+    "paper": ({}, "the recipe of the profile faces: near the untrained encoder after 10 core-minutes"),
+    "splits4": (early(splits=4), "the teacher's pass is shared: a little better per core-minute"),
+    "ema99": (
+        {"optimiser": {"ema": [0.98, 1.0]}},
+        "a younger teacher moves on from its first, random features sooner: higher rank, a little better",
+    ),
+    "lr3": ({"optimiser": {"lr": 3e-3}}, "faster at first, no better at the end"),
+    "blocks3": (early(blocks=3), "targets with more of the picture in them: better race and gender"),
+    "flip": ({"flip": True}, "no difference in so few epochs"),
+    "predictor1": (
+        {"predictor": {"dim": 64, "depth": 1, "heads": 2}},
+        "cheaper steps, more work left to the encoder: a little better per core-minute",
+    ),
+    "sigreg": (
+        {"method": "sigreg", "method_options": {"weight": 0.05}, "batch": 64},
+        "no teacher: high rank, better than the paper's recipe, dear because of the whole picture's gradient",
+    ),
+    "penalty05": (
+        {**early(penalty=0.05), "batch": 64},
+        "the picture's mean token must vary in all directions: the largest gain, on all labels",
+    ),
+    "penalty05-splits4": (
+        {**early(penalty=0.05, splits=4), "batch": 64},
+        "as penalty05, and better per core-minute",
+    ),
+    "penalty05-young": (
+        {**early(penalty=0.05), "batch": 64, "optimiser": {"ema": [0.98, 1.0], "lr": 2e-3}},
+        "as penalty05, sooner",
+    ),
+}
+
+
+def config_of(name: str, seed: int, **more):
+    """The settings of a candidate's run: one process, one core."""
+    from mefem.config import load_settings, pretrain_settings
+
+    runtime = {"cpu_processes": 1, "keep": 100, "probe": None}
+    changes = {"runtime": runtime, "seed": seed, "log_every": 100} | CANDIDATES[name][0] | more
+    return pretrain_settings(load_settings(profile="faces"), "main", **changes)
+
+
+def photographs(pack: Path, bmi: Path, work: Path) -> dict:
+    """FairFace's pack with `images`, and the VIP set's `bmi_images` and `bmi`; decoded once into `work`."""
+    import pandas as pd
+    from gpu_faces import read_pack
+    from PIL import Image
+
+    decoded = work / "faces.npy"
+    with np.load(pack / "faces.npz") as file:
+        found = {name: file[name] for name in file.files if name not in ("bytes", "ends")}
+    if not decoded.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        part = work / f"part-{time.time_ns()}.npy"
+        np.save(part, read_pack(pack / "faces.npz")["images"])
+        part.replace(decoded)
+    found["images"] = np.load(decoded, mmap_mode="r+")  # torch wants memory that it may write to
+    side = found["images"].shape[1]
+    table = pd.read_csv(bmi / "annotation.csv")
+    files = {path.stem: path for path in (bmi / "images").iterdir()}
+    pictures = [
+        Image.open(files[name]).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        for name in table.image
+    ]
+    found |= {"bmi_images": np.stack(pictures), "bmi": table.BMI.to_numpy(float)}
+    train, other = np.flatnonzero(found["train"]), np.flatnonzero(~found["train"])
+    found["panel"] = np.concatenate([train[:6000], other[:3000]])
+    return found
+
+
+def mean_tokens(encoder, images) -> tuple:
+    """(mean patch tokens [N, D], rank and position share of the first 256 pictures' tokens)."""
+    import torch
+
+    from mefem.compute import choose_precision
+    from mefem.models import encode_tokens, normalise
+    from mefem.monitoring import position_share, token_rank
+
+    means, patches = [], int(encoder.has_class_token)
+    half = torch.autocast(
+        "cpu", torch.bfloat16, enabled=choose_precision("auto", torch.device("cpu")) == "bf16"
+    )
+    with torch.inference_mode(), half:
+        for start in range(0, len(images), 128):
+            batch = normalise(torch.from_numpy(np.ascontiguousarray(images[start : start + 128])))
+            tokens = encode_tokens(encoder, batch)[:, patches:].float()
+            if not start:
+                health = {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
+            means.append(tokens.mean(1))
+    return torch.cat(means).numpy(), health
+
+
+def pixels(images, parts: int = 128) -> np.ndarray:
+    """Principal components of the pictures, every fourth pixel."""
+    from sklearn.decomposition import PCA
+
+    flat = np.ascontiguousarray(images[:, ::4, ::4]).reshape(len(images), -1) / 255.0
+    return PCA(min(parts, len(images)), random_state=0).fit_transform(flat)
+
+
+def scores(features, bmi_features, faces: dict) -> tuple[dict, dict]:
+    """Scores of ridge probes, and each person's result: hit or not, for BMI the squared error."""
+    from sklearn.linear_model import RidgeClassifierCV, RidgeCV
+    from sklearn.metrics import r2_score
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    panel, alphas, found, people = faces["panel"], 10.0 ** np.arange(-1, 6), {}, {}
+    train = faces["train"][panel]
+    for name in TASKS:
+        codes = faces[name][panel]
+        model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
+        hits = model.fit(features[train], codes[train]).predict(features[~train]) == codes[~train]
+        found[name], people[name] = round(float(hits.mean()), 4), hits
+    model = make_pipeline(StandardScaler(), RidgeCV(alphas=alphas))
+    folds = KFold(5, shuffle=True, random_state=0)
+    predicted = cross_val_predict(model, bmi_features, faces["bmi"], cv=folds)
+    found["bmi"] = round(r2_score(faces["bmi"], predicted), 4)
+    people["bmi"] = np.square(predicted - faces["bmi"]).astype(np.float32)
+    return found, people
+
+
+def look(encoder, faces: dict, path: Path) -> dict:
+    """The row of an encoder (None: pixels), and each person's result in `path`."""
+    if encoder is None:
+        features, bmi_features, health = (
+            pixels(faces["images"][faces["panel"]]),
+            pixels(faces["bmi_images"]),
+            {},
+        )
+    else:
+        features, health = mean_tokens(encoder, faces["images"][faces["panel"]])
+        bmi_features, _ = mean_tokens(encoder, faces["bmi_images"])
+    found, people = scores(features, bmi_features, faces)
+    np.savez_compressed(path, **people)
+    return found | {name: round(value, 4) for name, value in health.items()}
+
+
+def untrained(config, faces: dict, work: Path) -> dict:
+    """The row of the network that a run begins with, looked at once for each seed."""
+    from mefem.training import build
+
+    path = work / f"untrained-seed{config.seed}.json"
+    if not path.is_file():
+        row = look(build(config).teacher.eval(), faces, path.with_suffix(".npz"))
+        path.write_text(json.dumps(row))
+    return json.loads(path.read_text())
+
+
+def rate_of(config, pictures, folder: Path, steps: int = 30) -> float:
+    """Seconds of processor for a step."""
+    from mefem.training import start_run, train
+
+    config = config.model_copy(update={"steps": 2 * steps, "checkpoint_every": 10**6, "log_every": 10**6})
+    run = start_run(config, pictures, folder)
+    begun = time.process_time()
+    train(run, progress=False)
+    return (time.process_time() - begun) / (2 * steps)
+
+
+def one(name: str, seed: int, minutes: float, faces: dict, work: Path, points: int = 4) -> dict:
+    """Train a candidate for `minutes` of one core; probe it untrained and at `points` checkpoints."""
+    import torch
+    from gpu_faces import teacher_of
+
+    from mefem.training import MemoryPictures, start_run, train
+
+    folder = work / f"{name}-seed{seed}-{minutes:g}min"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    pictures, plan = MemoryPictures(faces["images"][: faces["train"].sum()]), folder / "plan.json"
+    if not plan.is_file():
+        seconds = rate_of(config_of(name, seed), pictures, folder / "pace")
+        every = max(1, int(minutes * 60 / seconds / points))
+        plan.write_text(json.dumps({"seconds": seconds, "every": every}))
+    every = json.loads(plan.read_text())["every"]
+    config = config_of(name, seed, steps=points * every, checkpoint_every=every)
+    rows = [{"step": 0} | untrained(config, faces, work)]
+    begun = time.process_time()
+    run = start_run(config, pictures, folder / "run")
+    first = run.start
+    train(run, progress=False)
+    done = config.steps - first
+    seconds = (time.process_time() - begun) / done if done else json.loads(plan.read_text())["seconds"]
+    for path in sorted((folder / "run").glob("step_*.pt")):
+        encoder, step = teacher_of(path, config)
+        rows.append({"step": step} | look(encoder, faces, folder / f"people-{step}.npz"))
+        print(name, seed, json.dumps(rows[-1]), flush=True)
+    for row in rows:
+        row |= {"pictures": row["step"] * config.batch, "core_minutes": round(row["step"] * seconds / 60, 2)}
+    result = {"candidate": name, "seed": seed, "minutes": minutes, "rows": rows}
+    (folder / "result.json").write_text(json.dumps(result | {"settings": config.model_dump(mode="json")}))
+    return result
+
+
+def run_all(arguments) -> None:
+    """Each candidate and seed in a process of its own, `--jobs` at a time."""
+    names = arguments.only.split(",") if arguments.only else list(CANDIDATES)
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    photographs(arguments.pack, arguments.bmi, arguments.work)
+    common = ["--pack", arguments.pack, "--bmi", arguments.bmi, "--work", arguments.work]
+    common = [str(part) for part in [*common, "--minutes", arguments.minutes]]
+    queue = deque(
+        (name, seed)
+        for seed in seeds
+        for name in names
+        if not (arguments.work / f"{name}-seed{seed}-{arguments.minutes:g}min" / "result.json").is_file()
+    )
+    running = []
+    while queue or running:
+        while queue and len(running) < arguments.jobs:
+            name, seed = queue.popleft()
+            command = [sys.executable, __file__, "one", "--only", name, "--seeds", str(seed), *common]
+            running.append((name, seed, subprocess.Popen(command)))
+        time.sleep(1)
+        for item in [item for item in running if item[2].poll() is not None]:
+            running.remove(item)
+            if item[2].returncode:
+                print(f"{item[0]}, seed {item[1]}: exit code {item[2].returncode}", flush=True)
+
+
+def outcomes(paths: dict[int, Path], task: str, bmi):
+    """Each person's result of each seed, as `mefem.metrics` takes predictions; `paths`: seed -> .npz file."""
+    import pandas as pd
+
+    frames = []
+    for seed, path in paths.items():
+        with np.load(path) as file:
+            values = file[task].astype(float)
+        # a hit is a prediction of 1 where 1 was wanted; a squared error is that of a prediction so far off
+        target = bmi if task == "bmi" else np.ones(len(values))
+        predicted = bmi - np.sqrt(values) if task == "bmi" else values
+        people = np.arange(len(values))
+        columns = {"key": people, "person": people, "target": target, "prediction": predicted}
+        frames.append(pd.DataFrame(columns).assign(seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def compared(runs: list[dict], work: Path, bmi) -> list[dict]:
+    """Each candidate's last checkpoint against the untrained encoder and pixels, over people and seeds."""
+    from mefem.metrics import paired_difference
+
+    found = []
+    for name, minutes in dict.fromkeys((run["candidate"], run["minutes"]) for run in runs):
+        mine = [run for run in runs if (run["candidate"], run["minutes"]) == (name, minutes)]
+        seeds = sorted(run["seed"] for run in mine)
+        last = {run["seed"]: run["rows"][-1]["step"] for run in mine}
+        folder = f"{name}-seed{{}}-{minutes:g}min"
+        ours = {seed: work / folder.format(seed) / f"people-{last[seed]}.npz" for seed in seeds}
+        others = {
+            "untrained": {seed: work / f"untrained-seed{seed}.npz" for seed in seeds},
+            "pixels": {seed: work / "people-pixels.npz" for seed in seeds},
+        }
+        for task in (*TASKS, "bmi"):
+            metric = "r2" if task == "bmi" else "accuracy"
+            for other, paths in others.items():
+                gap = paired_difference(outcomes(ours, task, bmi), outcomes(paths, task, bmi), metric)
+                row = {"candidate": name, "minutes": minutes, "seeds": seeds, "task": task, "against": other}
+                row |= {key: round(getattr(gap, key), 4) for key in ("value", "low", "high")}
+                found.append(row)
+    return found
+
+
+def collect(bmi: Path, work: Path, out: Path) -> None:
+    """All results, the pixels' row, the comparisons, and hardware and versions, in one file."""
+    import pandas as pd
+    import torch
+
+    from mefem.provenance import hardware
+
+    runs = [json.loads(path.read_text()) for path in sorted(work.glob("*/result.json"))]
+    expected = {name: text for name, (_, text) in CANDIDATES.items()}
+    found = {"hardware": hardware(), "torch": torch.__version__, "expected": expected}
+    found["pixels"] = json.loads((work / "pixels.json").read_text())
+    found["majority"] = json.loads((work / "majority.json").read_text())
+    values = pd.read_csv(bmi / "annotation.csv").BMI.to_numpy(float)
+    found |= {"compared": compared(runs, work, values), "runs": runs}
+    for run in found["runs"]:
+        run.pop("settings")
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{out}: {len(runs)} runs")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("run", "one", "collect"))
+    parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
+    parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
+    parser.add_argument("--work", type=Path, default=ROOT / "data" / "recipe")
+    parser.add_argument("--out", type=Path, default=OUT, help="of collect")
+    parser.add_argument("--only", help="candidates, with commas between them")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--minutes", type=float, default=10, help="of one core, for each run")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.part == "run":
+        run_all(arguments)
+        faces = photographs(arguments.pack, arguments.bmi, arguments.work)
+        row = look(None, faces, arguments.work / "people-pixels.npz")
+        (arguments.work / "pixels.json").write_text(json.dumps(row))
+        train, panel = faces["train"][faces["panel"]], faces["panel"]
+        codes = {task: (faces[task][panel][train], faces[task][panel][~train]) for task in TASKS}
+        majority = {task: float((b == np.bincount(a).argmax()).mean()) for task, (a, b) in codes.items()}
+        (arguments.work / "majority.json").write_text(json.dumps(majority))
+    elif arguments.part == "one":
+        faces = photographs(arguments.pack, arguments.bmi, arguments.work)
+        one(arguments.only, int(arguments.seeds), arguments.minutes, faces, arguments.work)
+    else:
+        collect(arguments.bmi, arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The recipe study: its method against JEPA and against formulas, and its runs on a few pictures of noise."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from mefem.beyond import load_idea, sigreg
+from mefem.jepa import JEPA, normalise_targets
+from mefem.masking import StripeMasking, TokenSplit
+from mefem.models import Predictor, create_encoder, encode_tokens
+from mefem.weighting import circular_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+KWARGS = dict(img_size=112, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+
+
+def tiny(method=JEPA, **options):
+    torch.manual_seed(0)
+    predictor = Predictor(32, 14, dim=16, depth=1, heads=2)
+    return method(create_encoder(**KWARGS), predictor, StripeMasking(), circular_weights(), **options)
+
+
+def early(**options):
+    return tiny(load_idea("ideas/early.py:EarlyJEPA"), **options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+
+
+def seeded():
+    return torch.Generator().manual_seed(1)
+
+
+def test_with_its_defaults_it_is_jepa(images):
+    ours, plain = early()(images, seeded()), tiny()(images, seeded())
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_several_splits_are_rows_of_one_batch_and_share_the_teacher(images):
+    jepa = early(splits=3)
+    split = jepa.masking.sample(12, seeded())
+    passes = []
+    jepa.teacher.norm.register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    loss = jepa(images, splits=[split])["loss"]
+    assert passes == [4]  # one pass of the four pictures
+    parts = [TokenSplit(*(index[i : i + 4] for index in split)) for i in (0, 4, 8)]
+    separate = torch.stack([tiny()(images, splits=[part])["loss"] for part in parts])
+    torch.testing.assert_close(loss, separate.mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_targets_are_averaged_over_the_last_blocks(images):
+    jepa = early(blocks=2)
+    encoder, x = jepa.teacher, None
+    with torch.no_grad():
+        x = encoder.patch_embed(images)
+        x = torch.cat([encoder.cls_token.expand(4, -1, -1), x], 1) + encoder.pos_embed
+        first = encoder.blocks[0](x)
+        second = encoder.blocks[1](first)
+        expected = (normalise_targets(first) + normalise_targets(second)) / 2
+    torch.testing.assert_close(jepa.encode_picture(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_penalty_is_sigreg_of_the_mean_source_tokens(images):
+    jepa, split = early(penalty=0.3), StripeMasking().sample(4, seeded())
+    found = jepa(images, seeded(), splits=[split])["loss"]
+    loss = tiny()(images, splits=[split])["loss"]
+    means = encode_tokens(jepa.student, images, split.source).mean(1)
+    expected = 0.7 * loss + 0.3 * sigreg(means[:, None], generator=seeded())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    found.backward()
+    assert all(parameter.grad is None for parameter in jepa.teacher.parameters())
+
+
+@pytest.mark.parametrize("options", [{"splits": 0}, {"blocks": 3}, {"penalty": 1.0}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match="expected splits >= 1, 1 <= blocks <= 2"):
+        early(**options)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A pack of 24 + 12 pictures of noise, and twelve people with a body mass index."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
+    spec = importlib.util.spec_from_file_location("gpu_faces", ROOT / "tools" / "gpu_faces.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    lists, rows = folder / "lists", []
+    (folder / "images").mkdir()
+    for split, count in (("train", 24), ("val", 12)):
+        (lists / split).mkdir(parents=True)
+        table = pd.DataFrame({"file": [f"{split}/{i}.jpg" for i in range(count)]})
+        for file in table.file:
+            Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(lists / file)
+        table["age"], table["gender"], table["race"] = "3-9", "Male", "White"
+        table.loc[::2, ["age", "gender", "race"]] = "20-29", "Female", "Black"
+        table.to_csv(lists / f"fairface_label_{split}.csv", index=False)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (90, 90, 3), dtype=np.uint8)).save(folder / f"images/f_{i}.jpg")
+        rows.append({"image": f"f_{i}", "BMI": 20.0 + i})
+    pd.DataFrame(rows).to_csv(folder / "annotation.csv", index=False)
+    tool.pack(lists, lists, folder / "pack")
+    return folder
+
+
+def test_a_run_is_probed_from_its_start_and_is_not_made_twice(inputs, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "recipe.py", "run", "--pack", inputs / "pack"]
+    command += ["--bmi", inputs, "--work", tmp_path / "work", "--only", "paper", "--minutes", "0.02"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run():
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    (folder,) = (tmp_path / "work").glob("paper-*")
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == [rows[1]["step"] * i for i in range(5)]
+    assert rows[0]["core_minutes"] == 0 < rows[-1]["core_minutes"]
+    assert rows[-1]["pictures"] == rows[-1]["step"] * 32
+    assert {"gender", "race", "age", "bmi", "token_rank", "position_share"} <= set(rows[-1])
+    with np.load(folder / f"people-{rows[-1]['step']}.npz") as people:
+        assert people["gender"].mean() == pytest.approx(rows[-1]["gender"], abs=1e-4)
+    when = (folder / "result.json").stat().st_mtime_ns
+    assert run().returncode == 0
+    assert (folder / "result.json").stat().st_mtime_ns == when
+    collect = [
+        *command[:2],
+        "collect",
+        "--bmi",
+        inputs,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "r.json",
+    ]
+    done = subprocess.run(list(map(str, collect)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    by = {(row["task"], row["against"]): row for row in found["compared"]}
+    untrained = json.loads((tmp_path / "work" / "untrained-seed0.json").read_text())
+    gap = by["race", "untrained"]
+    assert gap["value"] == pytest.approx(rows[-1]["race"] - untrained["race"], abs=2e-4)
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert by["bmi", "untrained"]["value"] == pytest.approx(rows[-1]["bmi"] - untrained["bmi"], abs=2e-4)
