@@ -626,7 +626,7 @@ def test_a_face_below_the_threshold_has_a_status_of_its_own(detector):
     )
     assert frame_one(drawn, min_score=float(lower)).status == "success"
     assert "--small-faces" not in doubtful.advice, "it is large enough to be seen well"
-    far = faces.Face((100.0, 100, 140, 140), 0.45, None)
+    far = faces.Face((100.0, 100, 140, 140), 0.45, np.zeros((6, 2), np.float32))
     unsure = SimpleNamespace(detect=lambda rgb: [far])
     for small, named in ((False, True), (True, False)):
         refused = frame_one(drawn, "auto", small_faces=small, detector=unsure)
