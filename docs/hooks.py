@@ -111,10 +111,16 @@ def with_formulas(html: str) -> str:
     return "".join(part for i, part in enumerate(parts) if i % 3 != 2)
 
 
+DIAGRAMS = re.compile(r"<script\b[^>]*>(?:(?!</script>).)*?mermaid.*?</script>", re.DOTALL)
+
+
 def on_page_content(html, page, config, files):
-    """Formulas of the notebooks, and links to their headings, whose anchors are in small letters here."""
+    """Formulas of the notebooks, and links to their headings, whose anchors are in small letters here.
+
+    nbconvert's script for diagrams, of which there are none, would be fetched: it is left out."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
+    html = DIAGRAMS.sub("", html)
     html = re.sub(r'href="#([^"]+)"', lambda found: found[0].lower(), html)
     return with_formulas(html)
 

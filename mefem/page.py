@@ -228,11 +228,17 @@ def _known(row) -> dict:
     """The measures of a line of a log that are there."""
     return {name: float(row[name]) for name in MEASURES if name in row and pd.notna(row[name])}
 
-
+# %% ../nbs/67_page.ipynb #9eee14dc
 def _start_of(folder: Path) -> dict:
     """What was measured before the first step; it lies beside the run's checkpoints."""
     made = MadeFrom(**_stored(folder / "run.json").get("made_from", {"settings": "", "data": "", "code": ""}))
     return _known(_stored(folder / "checkpoints" / made.key / "start.json"))
+
+
+def _faults(last: dict) -> list[str]:
+    spread, waiting = last.get("teacher_spread"), last.get("waiting")
+    rank = last.get("rankme")
+    return health(last["loss"], last["target_spread"], rank, teacher_spread=spread, waiting=waiting)
 
 
 def run_health(folder) -> dict:
@@ -244,13 +250,6 @@ def run_health(folder) -> dict:
         return {}
     rows = pd.read_csv(log)
     last, start = _known(rows.ffill().iloc[-1]), _start_of(Path(folder))
-    found = health(
-        last["loss"],
-        last["target_spread"],
-        last.get("rankme"),
-        teacher_spread=last.get("teacher_spread"),
-        waiting=last.get("waiting"),
-    )
     return {
         "run": Path(folder).name,
         "steps": int(rows.step.iloc[-1]),
@@ -258,7 +257,7 @@ def run_health(folder) -> dict:
         "start": start,
         "first": _known(rows.bfill().iloc[0]),
         "last": last,
-        "found": found + list(worse_than_start(last, start).values()),
+        "found": _faults(last) + list(worse_than_start(last, start).values()),
     }
 
 # %% ../nbs/67_page.ipynb #21d815f7
