@@ -672,6 +672,8 @@ def without_duplicates(faces: list[Face]) -> list[Face]:
 def faces_within(rgb: np.ndarray, window, detector) -> list[Face]:
     """Faces in the part (x0, y0, x1, y1) of a picture, in pixels of the picture."""
     x0, y0, x1, y1 = window
+    if x1 <= x0 or y1 <= y0:  # beside the picture, as a box may be
+        return []
     offset = np.array([x0, y0], np.float32)
     return [
         Face(tuple(np.add(face.box, (x0, y0, x0, y0)).tolist()), face.score, face.keypoints + offset)

@@ -614,6 +614,51 @@ def test_of_a_face_seen_twice_the_surest_is_kept():
     assert faces.without_duplicates([]) == []
 
 
+class ByWidth:
+    """A detector of a face in the middle, of a side and score that depend on the width of what it is shown.
+
+    `answers`: (least width, side or None, score), the first that applies."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def detect(self, rgb):
+        height, width = rgb.shape[:2]
+        side, score = next((side, score) for least, side, score in self.answers if width >= least)
+        if side is None:
+            return []
+        box = (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+        return [faces.Face(box, score, np.zeros((6, 2), np.float32))]
+
+
+@pytest.mark.parametrize(
+    "near, expected", [((1, 50, 0.3), {0.3}), ((1, 50, 0.95), {0.9}), ((1, None, 0), set())]
+)
+def test_the_lowest_score_from_near_counts(near, expected):
+    rgb = np.zeros((800, 1600, 3), np.uint8)
+    found = faces.faces_in_tiles(rgb, ByWidth((1600, None, 0), (400, 50, 0.99), (120, 50, 0.9), near))
+    assert {face.score for face in found} == expected
+
+
+def test_an_eye_in_a_doubtful_face_is_no_small_face():
+    rgb, eye = np.zeros((512, 512, 3), np.uint8), (1, 40, 0.9)
+    assert faces.faces_in_tiles(rgb, ByWidth(eye))[0].score == 0.9
+    (face,) = faces.find_faces(rgb, small_faces=True, detector=ByWidth((512, 490, 0.45), eye))
+    assert (face.score, face.box) == (0.45, (11.0, 11.0, 501.0, 501.0))
+
+
+def test_real_portraits_that_are_missed_are_not_cut_into_eyes(shared):
+    for name in ("f_040", "f_265", "f_377", "f_421", "f_499"):
+        for small in (False, True):
+            framed = frame_one(shared / f"bmi/vip/images/{name}.jpg", "auto", small_faces=small)
+            assert framed.status == "low score" and framed.face.box[2] - framed.face.box[0] > 400, name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 2), (130, 128)])
+def test_pictures_of_odd_shapes_are_looked_at_twice(size):
+    assert frame_one(Image.new("RGB", size), "auto", small_faces=True).status == "no face"
+
+
 def test_a_face_below_the_threshold_has_a_status_of_its_own(detector):
     drawn = Image.fromarray(cartoon())
     (sure,) = detector.detect(np.asarray(drawn))
