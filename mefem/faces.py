@@ -672,12 +672,13 @@ def without_duplicates(faces: list[Face]) -> list[Face]:
 def faces_within(rgb: np.ndarray, window, detector) -> list[Face]:
     """Faces in the part (x0, y0, x1, y1) of a picture, in pixels of the picture."""
     x0, y0, x1, y1 = window
-    if x1 <= x0 or y1 <= y0:  # beside the picture, as a box may be
+    part = rgb[y0:y1, x0:x1]
+    if not part.size:  # the window is beside the picture, as a box may be
         return []
     offset = np.array([x0, y0], np.float32)
     return [
         Face(tuple(np.add(face.box, (x0, y0, x0, y0)).tolist()), face.score, face.keypoints + offset)
-        for face in detector.detect(rgb[y0:y1, x0:x1])
+        for face in detector.detect(part)
     ]
 
 # %% ../nbs/10_faces.ipynb #e49c9db6
