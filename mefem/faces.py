@@ -449,9 +449,7 @@ def _close(task) -> None:
 
 # %% ../nbs/10_faces.ipynb #adba76db
 class FaceDetector:
-    """BlazeFace of MediaPipe. Use one for many pictures: building it costs as much as 100 detections.
-
-    Threads may share it; they detect one after another."""
+    """BlazeFace of MediaPipe. Use one for many pictures and threads: building it costs 100 detections."""
 
     def __init__(self, range: str = "short", min_score: float = 0.5):
         if range != "short":
@@ -468,8 +466,7 @@ class FaceDetector:
                 FaceDetectorOptions(base_options=model, min_detection_confidence=min_score)
             )
             self.detect(np.zeros((128, 128, 3), np.uint8))
-        # Left to the interpreter's shutdown, MediaPipe prints a traceback.
-        weakref.finalize(self, _close, self._task)
+        weakref.finalize(self, _close, self._task)  # left to the shutdown, MediaPipe prints a traceback
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """Faces in a uint8 [H, W, 3] picture, the surest first."""
