@@ -48,7 +48,7 @@ from mefem.tables import (
 # %% ../nbs/62_ablations.ipynb #e789e17e
 LABELS = {"patches": "Patches", "cls": "CLS", "patches+cls": "Patches + CLS"}
 
-
+# %% ../nbs/62_ablations.ipynb #588fc68d
 def ablation_row(run: str, feature_set: str, masking: str, p: str, weights: str, paper=()) -> Row:
     """A row of Table 4: a run, a feature set, the labels of the paper's columns, and its (r2, MAE) there."""
     features = LABELS[feature_set]
@@ -61,7 +61,7 @@ def _three(run, p, weights, patches, cls, both):
     papers = {"patches": patches, "cls": cls, "patches+cls": both}
     return [ablation_row(run, s, "Stripes 3/14", p, weights, paper) for s, paper in papers.items()]
 
-
+# %% ../nbs/62_ablations.ipynb #96fc15b5
 TABLE4_ROWS = (  # numbers: arXiv 2602.14672, Table 4
     ablation_row("stripes2", "patches", "Stripes 2/14", "—", "Circular", (0.291, 4.206)),
     ablation_row("stripes3", "patches", "Stripes 3/14", "—", "Circular", (0.447, 3.666)),
@@ -134,7 +134,7 @@ def run_folder(root, run: str, seed: int) -> Path:
     """The folder of a run of Table 4: encoder, log, checkpoints, and `results` with the probes."""
     return Path(root) / "data" / "runs" / "ablations" / f"{run}-{seed}"
 
-
+# %% ../nbs/62_ablations.ipynb #3bcbc863
 def _bmi_sets() -> list[str]:
     """The data sets that the task `bmi` joins."""
     return get_task("bmi").dataset.split("+")
@@ -175,7 +175,7 @@ def probe_run(settings: Settings, root, run: str, seed: int, progress: bool = Tr
         shutil.rmtree(features, ignore_errors=True)
     return results
 
-
+# %% ../nbs/62_ablations.ipynb #a17bae0d
 def _write_absent(out, feature_sets, reason: str) -> None:
     """Results files that say why a run was not made."""
     for feature_set in feature_sets:
@@ -185,7 +185,7 @@ def _write_absent(out, feature_sets, reason: str) -> None:
 # %% ../nbs/62_ablations.ipynb #6b69b0f3
 _KEPT = ("task", "dataset", "feature_set", "encoder", "state", "head", "recipe", "features")
 
-
+# %% ../nbs/62_ablations.ipynb #faf6c5f5
 def _collect_row(settings: Settings, root, row: Row, out: Path) -> None:
     """One results file for a row, from those of its seeds; the run's description is the first seed's."""
     stem = f"bmi.{row.feature_set}"
@@ -226,7 +226,7 @@ TABLE4 = Table(
 # %% ../nbs/62_ablations.ipynb #7b2010aa
 VERDICTS = ("supported", "contradicted", "inconclusive")
 
-
+# %% ../nbs/62_ablations.ipynb #4414beab
 def verdict(low: float, high: float, seeds: int) -> str:
     """What the interval of (claimed better) - (claimed worse) says of a claim.
 
@@ -254,7 +254,7 @@ def orderings(results, claims=ORDERINGS, rows=TABLE4_ROWS, replicates: int = 200
         columns=["claim", "better", "worse", "paper", "gap", "low", "high", "seeds", "verdict"],
     )
 
-
+# %% ../nbs/62_ablations.ipynb #8caebcbf
 def _ordering(results, claim: str, better: Row, worse: Row, replicates: int) -> dict:
     """One claim: that the row `better` has the higher r2."""
     line = {"claim": claim, "verdict": "not run"}
@@ -294,7 +294,7 @@ def _row_labels(cells: pd.DataFrame) -> list[str]:
     p = np.where(cells.p == "—", "", ", P = " + cells.p)
     return list(cells.masking + p + ", " + cells.weights.str.lower() + ": " + cells.features)
 
-
+# %% ../nbs/62_ablations.ipynb #5aabf539
 def figure_table4(cells: pd.DataFrame, path) -> Path:
     """BMI r2 of each row with its interval, and the paper's as a cross."""
     import matplotlib.pyplot as plt
@@ -354,7 +354,7 @@ def _plot_costs(ax, spent: pd.DataFrame) -> None:
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}")
 
-
+# %% ../nbs/62_ablations.ipynb #1c3a6c0b
 def figure_costs(spent: pd.DataFrame, path) -> Path:
     """BMI r2 of `costs` against the multiply-adds of each run."""
     import matplotlib.pyplot as plt
@@ -389,7 +389,7 @@ def table4_markdown(cells: pd.DataFrame, claims: pd.DataFrame, scale: str) -> st
     verdicts = f"**The paper's orderings.** {summary_of(claims)} {intro}"
     return f"{table_markdown(cells, scale, TABLE4)}\n{verdicts}\n\n{markdown_table(*claims_table(claims))}\n"
 
-
+# %% ../nbs/62_ablations.ipynb #b0aebdcc
 def table4_tex(cells: pd.DataFrame, claims: pd.DataFrame, scale: str) -> str:
     """Table 4 and its verdicts in LaTeX with booktabs (packages: booktabs, graphicx)."""
     header, *body = (tex_line(map(tex, line)) for line in (claims_table(claims)[0], *claims_table(claims)[1]))
@@ -432,7 +432,7 @@ def write_table4(results, out, settings: Settings, replicates: int | None = None
     figure_costs(spent, out / "table4_cost.png")
     return text
 
-
+# %% ../nbs/62_ablations.ipynb #bfa3f95b
 def _metrics(cells: pd.DataFrame, claims: pd.DataFrame) -> dict:
     """Values, verdicts and their summary, for `dvc metrics` and the README."""
     run = cells[cells.state == "present"]

@@ -39,7 +39,7 @@ class Source:
     original: int | None = None
     usable: int | None = None
 
-
+# %% ../nbs/61_datasheets.ipynb #4bbfeeb5
 SOURCES = (  # numbers: arXiv 2602.14672, Table 1
     Source("facecaption", "FaceCaption-15M", "images", "pretraining", 15_078_935, 4_572_807),
     Source("avspeech", "AVSpeech", "videos", "pretraining", 2_621_845, 1_446_778),
@@ -65,7 +65,7 @@ def _account(source: Source, manifest: dict) -> dict:
     account |= {key: manifest[key] for key in kept}
     return account | {"paper_original": source.original, "paper_usable": source.usable}
 
-
+# %% ../nbs/61_datasheets.ipynb #4926e7d3
 def accounts(faces, sources=SOURCES) -> pd.DataFrame:
     """One line per data set from the manifests in `faces`: state, simulated, original, usable, dropped.
 
@@ -78,7 +78,7 @@ def _count(value) -> str:
     """A number with thousands separated; empty where there is none."""
     return "" if pd.isna(value) else f"{value:,}"
 
-
+# %% ../nbs/61_datasheets.ipynb #07aba637
 def table1(sets: pd.DataFrame) -> pd.DataFrame:
     """Table 1 as text: a row for each data set and the pretraining sets' total; absent ones say so."""
     rows = []
@@ -117,7 +117,7 @@ def scale_line(sets: pd.DataFrame, profile: str) -> str:
 # %% ../nbs/61_datasheets.ipynb #7d6bbae3
 SYNTHETIC = ("sfhq",)  # real files, but faces of nobody
 
-
+# %% ../nbs/61_datasheets.ipynb #10c7654e
 def _plot_examples(ax, row, folder, columns: int, size: int, real: bool) -> None:
     """One set's crops side by side, or why there are none."""
     ax.set_title(row.title, loc="left", fontsize=10)
@@ -166,7 +166,7 @@ def _ages(labels: pd.DataFrame) -> pd.Series | None:
         return labels.Young.map({True: "young", False: "not young"}).astype("category")
     return None
 
-
+# %% ../nbs/61_datasheets.ipynb #dd788420
 def _sexes(labels: pd.DataFrame) -> pd.Series | None:
     """The sex in small letters."""
     if "sex" not in labels and "gender_name" not in labels:
@@ -175,7 +175,7 @@ def _sexes(labels: pd.DataFrame) -> pd.Series | None:
         )
     return labels["sex" if "sex" in labels else "gender_name"].str.lower().astype("category")
 
-
+# %% ../nbs/61_datasheets.ipynb #e5fc18be
 def demographics(labels: pd.DataFrame) -> dict[str, pd.Series]:
     """What labels say about `age`, `sex`, `ancestry` and `bmi`: numbers or categories.
 
@@ -193,7 +193,7 @@ UNITS = {
     "bmi": "body mass index (kg/m²)",
 }
 
-
+# %% ../nbs/61_datasheets.ipynb #81f020db
 def _distribution(ax, values) -> None:
     """Bars of the shares of classes, or a histogram of numbers."""
     if values is None:
@@ -232,7 +232,7 @@ def figure_datasheets(labels: dict[str, pd.DataFrame], path) -> Path:
 # %% ../nbs/61_datasheets.ipynb #684afb44
 HASH_SIDE = 32  # pixels per side that the hash is taken from
 
-
+# %% ../nbs/61_datasheets.ipynb #177deb2b
 def dct_coefficients(images: np.ndarray) -> np.ndarray:
     """The 8 x 8 lowest frequencies [N, 64] of uint8 [N, 32, 32, 3], without the constant row and column."""
     from scipy.fft import dctn
@@ -283,7 +283,7 @@ def _band_pairs(a, b, low: int, high: int, distance: int) -> np.ndarray:
         pairs.append(np.stack([left[near] + start, right[near]], 1))
     return np.concatenate(pairs) if pairs else np.zeros((0, 2), int)
 
-
+# %% ../nbs/61_datasheets.ipynb #40d28b97
 def near_pairs(a: np.ndarray, b: np.ndarray, distance: int) -> np.ndarray:
     """Index pairs [M, 2] of hashes uint64 in `a` and `b` that differ in at most `distance` bits, sorted."""
     edges = np.linspace(0, 64, distance + 2).astype(int)
@@ -293,7 +293,7 @@ def near_pairs(a: np.ndarray, b: np.ndarray, distance: int) -> np.ndarray:
 # %% ../nbs/61_datasheets.ipynb #588d8099
 MAX_DISTANCE = 3  # bits of 64
 
-
+# %% ../nbs/61_datasheets.ipynb #949fb49a
 def _compared(sets: pd.DataFrame, names) -> list[tuple[str, str]]:
     """Pairs of sets to compare: each with itself, and each pretraining set with each evaluation set."""
     role = dict(zip(sets.dataset, sets.role, strict=True))
@@ -304,7 +304,7 @@ def _compared(sets: pd.DataFrame, names) -> list[tuple[str, str]]:
         if one == two or (role[one], role[two]) == ("pretraining", "evaluation")
     ]
 
-
+# %% ../nbs/61_datasheets.ipynb #6c57f9d1
 def find_duplicates(faces, sets: pd.DataFrame, distance: int = MAX_DISTANCE) -> pd.DataFrame:
     """Near-duplicate pairs of crops: `a`, `key_a`, `b`, `key_b`, bits apart.
 

@@ -138,6 +138,23 @@ def _rows(encoder: str, cell: Cell, numbers: dict) -> list[dict]:
     return [about | {"metric": metric, **value} for metric, value in numbers["values"].items()]
 
 # %% ../nbs/55_evaluation.ipynb #90ae0e0a
+def _options(settings: dict, device: str, jobs: int) -> dict:
+    """The section `probing` as `probe_cell` takes it: its seeds, and each process's share of the memory."""
+    settings = dict(settings)
+    seed = settings.pop("seed", 0)
+    return settings | {
+        "device": device,
+        "memory": settings.get("memory", 4 << 30) // jobs,
+        "seeds": tuple(range(seed, seed + settings.get("seeds", 1))),
+    }
+
+# %% ../nbs/55_evaluation.ipynb #e26005bd
+def _plan(folders: dict[str, tuple], *choice) -> list[tuple[str, Cell]]:
+    """(encoder, cell) of every probe, the dearest first; `choice` goes to `cells_of`."""
+    plan = [(name, cell) for name, (features, _) in folders.items() for cell in cells_of(features, *choice)]
+    return sorted(plan, key=lambda one: -one[1].cost)
+
+# %% ../nbs/55_evaluation.ipynb #0946ea21
 def evaluate(
     folders: dict[str, tuple],
     tasks=("bmi", "fairface-age"),
@@ -155,20 +172,9 @@ def evaluate(
     section `probing` of params.yaml. `seeds` repeats each probe, from `seed` upwards; `device` and
     `memory` say where; the rest goes to `probe_cell` (folds, epochs, lrs, bootstrap ...)."""
     device = str(choose_device(settings.pop("device", "auto")))
-    seed = settings.pop("seed", 0)
     jobs = jobs or (usable_cores() if device == "cpu" else 1)
-    options = {
-        **settings,
-        "device": device,
-        "memory": settings.get("memory", 4 << 30) // jobs,
-        "seeds": tuple(range(seed, seed + settings.get("seeds", 1))),
-    }
-    plan = [
-        (name, cell)
-        for name, (features, _) in folders.items()
-        for cell in cells_of(features, tasks, feature_sets, linear, skip)
-    ]
-    plan.sort(key=lambda one: -one[1].cost)
+    options = _options(settings, device, jobs)
+    plan = _plan(folders, tasks, feature_sets, linear, skip)
     work = joblib.Parallel(n_jobs=min(jobs, len(plan)) or 1, return_as="generator")(
         joblib.delayed(probe_cell)(*folders[name], cell, **options) for name, cell in plan
     )

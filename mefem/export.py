@@ -74,7 +74,7 @@ def reference(vit: PlainViT, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor
 class ExportError(RuntimeError):
     """An export that does not give the encoder's tokens, or that a package is missing for."""
 
-
+# %% ../nbs/56_export.ipynb #e2100dff
 def _compare(name: str, found, expected: torch.Tensor, most: float) -> None:
     """`ExportError` where tokens differ by more than `most`."""
     difference = np.abs(np.asarray(found) - expected.numpy()).max()
@@ -109,7 +109,7 @@ def timm_config(vit: PlainViT) -> dict:
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
 
-
+# %% ../nbs/56_export.ipynb #2f6cd4e1
 def export_timm(vit: PlainViT, out: Path) -> str:
     """Write config.json and model.safetensors, load them and compare; the line that loads them."""
     import timm
@@ -197,7 +197,7 @@ def hf_config(vit: PlainViT) -> dict:
         "qkv_bias": block.attn.qkv.bias is not None,
     }
 
-
+# %% ../nbs/56_export.ipynb #92bf64f5
 def hf_preparation(vit: PlainViT) -> dict:
     """What `preprocessor_config.json` says: resize to the size, scale to 0..1, normalise."""
     return {
@@ -217,7 +217,7 @@ def _have(*packages: str) -> list[str]:
     """Those of `packages` that cannot be imported."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
-
+# %% ../nbs/56_export.ipynb #76bfa6ce
 def export_hf(vit: PlainViT, out: Path) -> str:
     """Write what transformers' `ViTModel` loads; loaded and compared where transformers is installed."""
     from safetensors.torch import save
@@ -258,7 +258,7 @@ def _need(purpose: str, extra: str, *packages: str) -> None:
     if missing := _have(*packages):
         raise ExportError(f"{purpose} needs {' and '.join(missing)}: pip install 'mefem[{extra}]'")
 
-
+# %% ../nbs/56_export.ipynb #9f0c404f
 def export_onnx(vit: PlainViT, out: Path) -> str:
     """Write encoder.onnx for any number of pictures, compared in onnxruntime; the line that runs it."""
     _need("export to ONNX", "onnx", "onnx", "onnxscript", "onnxruntime")
@@ -299,7 +299,7 @@ def run_record(source) -> dict:
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-
+# %% ../nbs/56_export.ipynb #bcc987ed
 def crop_framing(source, record: dict) -> str:
     """How the pictures of a run were framed: from run.json, or the manifests of a checkout's crops."""
     if "framing" in record:
@@ -353,11 +353,11 @@ def card_facts(vit: PlainViT, source, record: dict) -> dict[str, str]:
         "written by": f"mefem {mefem.__version__}",
     }
 
-
+# %% ../nbs/56_export.ipynb #e783c23d
 def _numbers(values) -> str:
     return "/".join(f"{value:.4g}" for value in values)
 
-
+# %% ../nbs/56_export.ipynb #83a0a9bf
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names and bytes of all tensors: the same for every format."""
     digest = hashlib.sha256()
@@ -402,7 +402,7 @@ def usage(vit: PlainViT, to: str, place: str) -> str:
     outputs = "cls, patches" if vit.cls else "(patches,)"
     return _USE[to].format(place=place, pool=pool, outputs=outputs, mean=vit.mean, std=vit.std, size=vit.size)
 
-
+# %% ../nbs/56_export.ipynb #f6e640db
 _CARD = """---
 library_name: {library}
 pipeline_tag: image-feature-extraction
@@ -467,7 +467,7 @@ def model_card(vit: PlainViT, source, to: str, place: str, licence: str | None =
 FORMATS: dict[str, Callable] = {"timm": export_timm, "hf": export_hf, "onnx": export_onnx}
 _OURS = {"config.json", "preprocessor_config.json", "model.safetensors", "encoder.onnx", "README.md"}
 
-
+# %% ../nbs/56_export.ipynb #5c6255e7
 def check_export_folder(out) -> Path:
     """`out` as a folder to export to; `ValueError` where it holds anything but an earlier export."""
     out = Path(out)

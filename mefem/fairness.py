@@ -29,13 +29,13 @@ from .shards import iter_samples, load_images
 # %% ../nbs/63_fairness.ipynb #c48d5c26
 REGIONS = ("inner face", "outline of the face", "hair and neck", "background and clothes")
 
-
+# %% ../nbs/63_fairness.ipynb #277730bf
 def _places(size: int):
     """Horizontal and vertical place of the centre of each pixel, in sides of the crop, [size, size] each."""
     step = (np.arange(size) + 0.5) / size
     return np.meshgrid(step, step)
 
-
+# %% ../nbs/63_fairness.ipynb #1cb40311
 def _ellipse(x, y, centre, radii) -> np.ndarray:
     """Which of the places x, y are inside an ellipse."""
     return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 <= 1
@@ -66,7 +66,7 @@ _XYZ = np.array(
 )
 _D65 = np.array([0.95047, 1.0, 1.08883])
 
-
+# %% ../nbs/63_fairness.ipynb #332bb660
 def to_lab(rgb) -> np.ndarray:
     """sRGB uint8 [..., 3] as CIELAB [..., 3] under D65, two-degree observer (IEC 61966-2-1, CIE 15)."""
     v = np.asarray(rgb, float) / 255  # [..., 3]
@@ -122,7 +122,7 @@ def skin_tones(faces, size: int = 112, batch: int = 256) -> pd.Series:
 # %% ../nbs/63_fairness.ipynb #f9c63f3e
 AGE_BANDS = {"under 18": 0, "18 to 29": 18, "30 to 44": 30, "45 to 59": 45, "60 and over": 60}
 
-
+# %% ../nbs/63_fairness.ipynb #0fa13b57
 def _age_bands(labels: pd.DataFrame) -> pd.Series | None:
     """The age band of each photograph; None where no age is known."""
     if "age_name" in labels:  # FairFace's nine classes
@@ -137,7 +137,7 @@ def _age_bands(labels: pd.DataFrame) -> pd.Series | None:
 # %% ../nbs/63_fairness.ipynb #901d87a4
 ANCESTRY = ("ancestry", "ethnicity", "race_name")
 
-
+# %% ../nbs/63_fairness.ipynb #4c604338
 def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataFrame:
     """Sex, age band, ancestry and skin tone of each person (those that are known), indexed by person.
 
@@ -348,7 +348,7 @@ class _AsPredicted:
     def predict(self, X) -> np.ndarray:
         return np.asarray(X)[:, 0]
 
-
+# %% ../nbs/63_fairness.ipynb #0e01a9c9
 def conformal_margins(calibration: pd.DataFrame, predictions, confidence: float = 0.9) -> np.ndarray:
     """Interval [N, 2] around each of `predictions` [N] from the errors of `calibration`.
 
@@ -477,14 +477,14 @@ def region_predictions(
 MIN_SCORE = 0.05  # r² of the whole picture below which nothing is said about its parts
 LINEAR_RATES = (0.01, 0.03)  # a linear layer on standardised features needs larger steps than the pooler
 
-
+# %% ../nbs/63_fairness.ipynb #68db5fa3
 def _share(part: pd.DataFrame, whole: pd.DataFrame, replicates: int, seed: int) -> dict:
     """Interval of the ratio of two r², the same people drawn for both."""
     drawn = [resampled(person_sums(p, "r2"), "r2", replicates, seed) for p in (part, whole)]
     low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
     return {"share_low": low, "share_high": high}
 
-
+# %% ../nbs/63_fairness.ipynb #1dc6a028
 def remaining(predictions: dict[str, pd.DataFrame], replicates: int = 2000, seed: int = 0) -> pd.DataFrame:
     """r² of each view with its 95 % interval, and the `share` of the whole picture's r² that remains.
 
@@ -557,7 +557,7 @@ HAEMOGLOBIN = Task("bmi-haemoglobin", "bmi", "haemoglobin", "regression", unit="
 TARGETS = (get_task("bmi"), get_task("bmi-age"), HAEMOGLOBIN)
 NAMES = {"bmi": "body mass index", "age": "age", "haemoglobin": "haemoglobin"}
 
-
+# %% ../nbs/63_fairness.ipynb #6ac3fd5e
 def name_of(task: Task) -> str:
     """What a task predicts, in words."""
     return NAMES.get(task.target, task.target)
@@ -581,7 +581,7 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
     with torch_threads(1):  # with other processes running, two threads wait more than they compute
         return probe(loaded, task, feature_set, **probing)
 
-
+# %% ../nbs/63_fairness.ipynb #bda19832
 def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataFrame:
     """The predictions, if they are of these photographs."""
     if strange := sorted(set(predictions.key) - set(labels.key)):

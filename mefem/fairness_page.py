@@ -42,7 +42,7 @@ def is_regression_to_the_mean(one: Audit, gap) -> bool:
     """Whether a gap is between bands of the very value that is predicted."""
     return one.task.target == "age" and gap.attribute == "age band"
 
-
+# %% ../nbs/66_fairness_page.ipynb #6071d084
 def _gap_line(one: Audit, gap) -> str:
     """A gap as a line of the page's list."""
     mean = " This is regression to the mean." if is_regression_to_the_mean(one, gap) else ""
@@ -76,7 +76,7 @@ def _interval(row, name: str, digits: int = 2) -> str:
         return f"{row[name]:.{digits}f}"
     return f"{row[name]:.{digits}f} [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]"
 
-
+# %% ../nbs/66_fairness_page.ipynb #d3e7cfe1
 def _verdict(one: Audit) -> str:
     """How much the probe explains, in one sentence."""
     name, r2 = name_of(one.task), one.score
@@ -113,7 +113,7 @@ def _summary(one: Audit) -> str:
         f"{_interval(line, 'intercept')} + {_interval(line, 'slope')} x predicted (ideal: 0 and 1).{width}"
     )
 
-
+# %% ../nbs/66_fairness_page.ipynb #f70a2363
 def _target_lines(one: Audit) -> list[str]:
     """The section of one target."""
     title = f"## {name_of(one.task).capitalize()} ({one.task.unit})"
@@ -140,7 +140,7 @@ def shortcut_sentence(left: pd.DataFrame) -> str:
 SHORTCUT = """Body mass index by a linear probe on the mean patch token, with all but one part of the picture
 painted over; photographs of the data set `bmi` alone."""
 
-
+# %% ../nbs/66_fairness_page.ipynb #50da2b25
 def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
     """What remains of r² when only a part is seen, in Markdown."""
     title = "## What it reads: the shortcut check"
@@ -206,7 +206,7 @@ def _nothing(ax, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", va="center", color="0.4", transform=ax.transAxes)
     ax.set(xticks=[], yticks=[])
 
-
+# %% ../nbs/66_fairness_page.ipynb #d208e291
 def _dots(ax, table: pd.DataFrame, name: str, reference: float, title: str) -> None:
     """A measure by group, as dots with intervals; groups with too few people are grey."""
     groups = table[table.attribute != "everybody"].reset_index(drop=True)

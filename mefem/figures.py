@@ -17,6 +17,8 @@ from .files import write_atomic
 
 # %% ../nbs/58_figures.ipynb #7a52df37
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+# %% ../nbs/58_figures.ipynb #e2e31003
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -57,7 +59,7 @@ def _mask_grid(masking, generator, sample: int) -> np.ndarray:
 # %% ../nbs/58_figures.ipynb #b4c8cada
 SOURCE, TARGET, NEITHER, EDGE = "#0072B2", "#D5D5D5", "#FFFFFF", "#B8B8B8"
 
-
+# %% ../nbs/58_figures.ipynb #b83bfbb6
 def _plot_mask(ax, grid) -> None:
     """A grid of `_mask_grid` as coloured squares."""
     from matplotlib.colors import ListedColormap
@@ -68,6 +70,17 @@ def _plot_mask(ax, grid) -> None:
     ax.spines[:].set_visible(False)
 
 # %% ../nbs/58_figures.ipynb #5ece49f7
+def _papers_maskings() -> dict:
+    """The three of the paper's figure, by their titles there."""
+    from mefem.masking import MultiblockMasking, QuadrantMasking, StripeMasking
+
+    return {
+        "(a) multiblock": MultiblockMasking(cls_in_source=None),
+        "(b) quadrant": QuadrantMasking(cls_in_source=None),
+        "(c) axial stripes": StripeMasking(cls_in_source=None),
+    }
+
+# %% ../nbs/58_figures.ipynb #0d924c18
 def figure_maskings(path, maskings: dict | None = None, samples: int = 3, seed: int = 6) -> Path:
     """Figure 2: `samples` samples of each masking.
 
@@ -89,16 +102,6 @@ def figure_maskings(path, maskings: dict | None = None, samples: int = 3, seed: 
         fig.legend(handles, ["source", "target", "in neither"], loc="lower center", ncols=3, frameon=False)
         fig.tight_layout(rect=(0, 0.05, 1, 1))
         return save_figure(fig, path)
-
-
-def _papers_maskings() -> dict:
-    from mefem.masking import MultiblockMasking, QuadrantMasking, StripeMasking
-
-    return {
-        "(a) multiblock": MultiblockMasking(cls_in_source=None),
-        "(b) quadrant": QuadrantMasking(cls_in_source=None),
-        "(c) axial stripes": StripeMasking(cls_in_source=None),
-    }
 
 # %% ../nbs/58_figures.ipynb #4fd18238
 def _plot_profile(ax, radius, weights, r0, sigma) -> None:

@@ -17,7 +17,7 @@ from .encoders import WEIGHTS, weight_folders
 class HubError(RuntimeError):
     """The Hub cannot be reached, or refuses; the text names the repository and a remedy."""
 
-
+# %% ../nbs/56b_hub.ipynb #06757a86
 @contextlib.contextmanager
 def _asking(what: str):
     """Errors of huggingface_hub and of the network inside this block, as `HubError`."""
@@ -38,7 +38,7 @@ def _asking(what: str):
 # %% ../nbs/56b_hub.ipynb #cb3c97e0
 REPOSITORIES = {"mefem-s": "boretsyury/MeFEm", "mefem-b": "boretsyury/MeFEm"}
 
-
+# %% ../nbs/56b_hub.ipynb #cff465da
 @dataclass(frozen=True)
 class OnlineFile:
     """A file on the Hub: where, how many bytes, its licence and SHA-256 ("" where the Hub does not say)."""
@@ -56,7 +56,7 @@ class OnlineFile:
 
 # %% ../nbs/56b_hub.ipynb #3b21dc9f
 def online_file(name: str, endpoint: str | None = None) -> OnlineFile:
-    """What the Hub says of the released weights `name`; `ValueError` for weights that do not lie there."""
+    """The Hub's description of the released weights `name`; `ValueError` for weights that are not there."""
     from huggingface_hub import HfApi
 
     if name not in REPOSITORIES:
@@ -79,7 +79,7 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-
+# %% ../nbs/56b_hub.ipynb #8438aadc
 def fetch_weights(name: str, folder=None, say=print, endpoint: str | None = None) -> Path:
     """Fetch released weights into `folder` (default: where `load_encoder` looks first); the file's path.
 

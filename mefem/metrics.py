@@ -152,7 +152,7 @@ class Interval:
 # %% ../nbs/53_metrics.ipynb #ae8b8ff1
 def _percentiles(values, confidence):
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
     tail = (1 - confidence) / 2
     return (float(v) for v in np.nanquantile(values, [tail, 1 - tail]))
 

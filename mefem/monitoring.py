@@ -21,7 +21,7 @@ def _singular_values(embeddings: torch.Tensor) -> torch.Tensor:
         raise ValueError("the embeddings hold values that are not finite")
     return torch.linalg.svdvals(embeddings.double())
 
-
+# %% ../nbs/44_monitoring.ipynb #e41f3857
 def rankme(embeddings: torch.Tensor) -> float:
     """Effective rank of embeddings [N, D]: exp of the entropy of the singular values, 1 to min(N, D)."""
     singular = _singular_values(embeddings)
@@ -103,11 +103,11 @@ def block_operations(dim: int, hidden: int, tokens: int) -> int:
     """Multiply-adds of a Transformer block: four projections, perceptron, two products of attention."""
     return tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
 
-
+# %% ../nbs/44_monitoring.ipynb #c9502474
 def _vit_operations(blocks, dim: int, tokens: int) -> int:
     return sum(block_operations(dim, block.mlp.fc1.out_features, tokens) for block in blocks)
 
-
+# %% ../nbs/44_monitoring.ipynb #2fe55ed2
 def step_operations(jepa) -> dict[str, int]:
     """Multiply-adds of a training step for one picture: {'teacher', 'student', 'predictor'}."""
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim

@@ -206,7 +206,7 @@ def _sheet_rows(crops, patches, attention: dict, near, mean_face, faces: int) ->
         rows.append(("" if i else "nearest others", [crops[i], *crops[near[i]]]))
     return rows
 
-
+# %% ../nbs/64_pictures.ipynb #5934e8ea
 def figure_sees(
     path,
     crops: np.ndarray,
@@ -237,7 +237,7 @@ def figure_sees(
 # %% ../nbs/64_pictures.ipynb #55f7c5c1
 LOOKS = {"bmi": "body mass index", "bmi-age": "age", "bmi-sex": "sex"}
 
-
+# %% ../nbs/64_pictures.ipynb #97ebe593
 def _has(labels: pd.DataFrame, task: str) -> bool:
     """Whether the labels have different values of a task's target."""
     target = get_task(task).target
@@ -268,7 +268,7 @@ def _rows_shown(labels: pd.DataFrame, limit: int) -> np.ndarray:
     """The first photograph of each of at most `limit` people."""
     return np.flatnonzero(~labels.person.duplicated())[:limit]
 
-
+# %% ../nbs/64_pictures.ipynb #3b4caf3e
 def write_pictures(
     features, faces, out, dataset: str = "bmi", limit: int = 1000, title: str = "", seed: int = 0, **pooler
 ) -> dict:

@@ -47,7 +47,7 @@ def shard_paths(folder, index: int) -> tuple[Path, Path, Path]:
 # %% ../nbs/11_shards.ipynb #9e48ad7f
 _KEY = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\x00-\x1f\\][^\x00-\x1f\\]*")
 
-
+# %% ../nbs/11_shards.ipynb #4179d4a6
 def check_key(key: str) -> str:
     """`key` itself if it can name files in a shard; `ShardError` otherwise."""
     if not isinstance(key, str) or not _KEY.fullmatch(key) or "." in key.rpartition("/")[2]:
@@ -250,7 +250,7 @@ def crops_hash(*folders, leaks=None) -> str:
 _SHARD = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 _LEFT = re.compile(rf"\.({_SHARD.pattern}|manifest\.json)\.[^.]+")
 
-
+# %% ../nbs/11_shards.ipynb #e0198d4d
 def remove_shards_from(folder, index: int) -> None:
     """Remove shards `index` and higher, and the half-written files of killed processes."""
     for path in Path(folder).glob("*"):
@@ -298,7 +298,7 @@ def _add_entry(index: TarIndex, entry: tarfile.TarInfo) -> None:
 # %% ../nbs/11_shards.ipynb #c7e90e21
 _BLOCK = tarfile.BLOCKSIZE
 
-
+# %% ../nbs/11_shards.ipynb #20b363e2
 def _scan(path, file, index: TarIndex) -> str | None:
     """Fill `index` from an opened tar; returns what is wrong with it, None if it is whole."""
     end, size = 0, os.fstat(file.fileno()).st_size
@@ -322,7 +322,7 @@ def _scan(path, file, index: TarIndex) -> str | None:
 
 # %% ../nbs/11_shards.ipynb #bbe58ddc
 def tar_index(path, damaged: bool = False) -> TarIndex:
-    """Where the files of a tar lie. `ShardError` where it is missing, cut off or no tar.
+    """The places of a tar's files. `ShardError` where it is missing, cut off or not a tar.
 
     `damaged=True`: of such a tar, the files before the damage; `.damage` then names the fault.
     """
@@ -496,7 +496,7 @@ def on_cluster(address: str | None = None, timeout: float = 30):
 # %% ../nbs/11_shards.ipynb #47f96b54
 LEAKS = "leaks.json"
 
-
+# %% ../nbs/11_shards.ipynb #e2c82803
 def leaked_keys(faces, name: str) -> set[str]:
     """Keys of data set `name` that `faces`/leaks.json lists: near-duplicates of evaluation photographs."""
     path = Path(faces) / LEAKS

@@ -161,7 +161,7 @@ def scale_of(cells: pd.DataFrame, about: About) -> str:
         parts.append(f"pretrained on {about.pretraining}")
     return "; ".join(parts) + "." + (SIMULATED if run.simulated.any() else "")
 
-
+# %% ../nbs/59_tables.ipynb #6e7bbb69
 SIMULATED = (
     " **Simulated people: these numbers test the pipeline and the ordering of methods; they say nothing "
     "about real faces and are not comparable with the paper's.**"
@@ -186,7 +186,7 @@ def has_paper(cells: pd.DataFrame) -> bool:
     """Whether the paper has any of these cells."""
     return bool(cells.paper.notna().any())
 
-
+# %% ../nbs/59_tables.ipynb #5e417d13
 def notes_of(cells: pd.DataFrame, table: Table) -> list[str]:
     """How to read the table: intervals, marks, and the comparisons that are meaningful."""
     shown = {
@@ -210,7 +210,7 @@ def _constant_answer(cells: pd.DataFrame) -> list[str]:
     scores = [f"{r.majority:.3f} ({r.column.replace(' accuracy', '')})" for r in known.itertuples()]
     return [f"Always giving the most frequent answer would score {', '.join(scores)}."]
 
-
+# %% ../nbs/59_tables.ipynb #b5696683
 def _pretraining(cells: pd.DataFrame) -> list[str]:
     """How many pictures each run saw, and whether the intervals count seeds of pretraining."""
     run = cells[cells.state == "present"]
@@ -248,7 +248,7 @@ def ours_text(cell) -> str:
     value = f"**{cell.value:.3f}**" if getattr(cell, "best", None) is True else f"{cell.value:.3f}"
     return f"{value} [{cell.low:.3f}, {cell.high:.3f}] {marks_of(cell)}".rstrip()
 
-
+# %% ../nbs/59_tables.ipynb #4f2e1529
 def paper_text(cell) -> str:
     """The paper's value, and its size where that is not ours; text is taken as printed there."""
     if pd.isna(cell.paper):
@@ -293,7 +293,7 @@ def _markdown_block(cells: pd.DataFrame, columns, table: Table) -> str:
     ]
     return markdown_table(header, body)
 
-
+# %% ../nbs/59_tables.ipynb #8a5f6457
 def table_markdown(cells: pd.DataFrame, scale: str, table: Table) -> str:
     """The table in Markdown, its blocks under one another: for each column ours and the paper's value."""
     body = "\n\n".join(_markdown_block(cells, block, table) for block in table.blocks)
@@ -340,14 +340,14 @@ def values_of(cells: pd.DataFrame) -> dict:
 # %% ../nbs/59_tables.ipynb #c4a1fcc4
 _TEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "²": r"$^2$", "—": "---", "**": ""}
 
-
+# %% ../nbs/59_tables.ipynb #cf6d8246
 def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     for plain, escaped in _TEX.items():
         text = text.replace(plain, escaped)
     return text
 
-
+# %% ../nbs/59_tables.ipynb #fa8453e3
 def tex_line(texts) -> str:
     """A line of a LaTeX table from texts that are LaTeX already."""
     return " & ".join(texts) + r" \\"
@@ -365,7 +365,7 @@ def tabular(columns: str, header: str, body: list[str]) -> list[str]:
         r"\end{tabular}",
     ]
 
-
+# %% ../nbs/59_tables.ipynb #c21ecbf0
 def floating(kind: str, caption: str, label: str, lines: list[str]) -> str:
     """A LaTeX float of `kind` ("table", "table*") around `lines`."""
     head = [rf"\begin{{{kind}}}", r"\centering", rf"\caption{{{tex(caption)}}}", rf"\label{{{label}}}"]
@@ -389,7 +389,7 @@ def _tex_cell(cell) -> str:
         value + (rf"$^{{{marks}}}$" if marks else "") + rf" {{\scriptsize [{cell.low:.3f}, {cell.high:.3f}]}}"
     )
 
-
+# %% ../nbs/59_tables.ipynb #4bdf0841
 def _tex_header(columns, labels, printed: bool) -> str:
     """Two lines: groups over their columns with rules below, then headings."""
     groups = list(dict.fromkeys(column.group for column in columns))

@@ -30,7 +30,7 @@ HOW_TO_OBTAIN = """AVSpeech: list CC BY 4.0, the videos belong to their owners;
 # %% ../../nbs/32_avspeech.ipynb #4c80ce6c
 COLUMNS = {"video": "string[pyarrow]", "start": "float64", "end": "float64", "x": "float32", "y": "float32"}
 
-
+# %% ../../nbs/32_avspeech.ipynb #93fec393
 def read_list(path) -> pd.DataFrame:
     """The publisher's list: `video`, `start`, `end` (s), `x`, `y` (0..1).
 
@@ -66,12 +66,12 @@ def read_list(path) -> pd.DataFrame:
 # %% ../../nbs/32_avspeech.ipynb #d64e0bfb
 LIST = "avspeech_train.csv"
 
-
+# %% ../../nbs/32_avspeech.ipynb #bbdcbcf6
 @lru_cache(maxsize=1)
 def _rows(path: str, size: int, changed: int) -> pd.DataFrame:
     return read_list(path)
 
-
+# %% ../../nbs/32_avspeech.ipynb #75325ab6
 def clip_rows(root) -> pd.DataFrame:
     """The publisher's list below `root`; read once while the file does not change."""
     return _rows(*file_version(Path(root) / LIST))
@@ -80,7 +80,7 @@ def clip_rows(root) -> pd.DataFrame:
 _CLIP = re.compile(r"([\w-]{11})_(\d+(?:\.\d+)?)[-_](\d+(?:\.\d+)?)\.(?:mp4|mkv|webm)")
 TOLERANCE = 0.05  # s
 
-
+# %% ../../nbs/32_avspeech.ipynb #c71085a0
 @lru_cache(maxsize=1)
 def _clips(folder: str, size: int, changed: int) -> dict[str, list[tuple[float, str]]]:
     """YouTube id -> (start, file name) of each of its clips."""
@@ -101,7 +101,7 @@ def find_clip(root, video: str, start: float) -> Path | None:
 # %% ../../nbs/32_avspeech.ipynb #39880b7e
 FIRST_SECONDS = 1.0  # the frame is taken from here: the list says where the face is at the start
 
-
+# %% ../../nbs/32_avspeech.ipynb #5e3d6615
 def frame_time(video: str, start: float) -> float:
     """Seconds after the clip's start at which its frame is taken.
 
@@ -113,7 +113,7 @@ def frame_time(video: str, start: float) -> float:
 # %% ../../nbs/32_avspeech.ipynb #09ad1311
 UNIT_ROWS = 1000
 
-
+# %% ../../nbs/32_avspeech.ipynb #19efd201
 class Reader(core.Reader):
     """AVSpeech. Labels: `video` (YouTube id), `start` and `end` (s)."""
 

@@ -31,7 +31,7 @@ LISTS = {
 }
 IMAGES = "Img/img_celeba"
 
-
+# %% ../../nbs/34_celeba.ipynb #ff812da5
 def find(root, path: str) -> Path | None:
     """A file or folder of the release, in the publisher's folders or flat; None where it is in neither."""
     places = (Path(root) / path, Path(root) / Path(path).name)
@@ -42,7 +42,7 @@ def _first(wrong) -> int:
     """Place of the first true value."""
     return int(wrong.to_numpy().argmax() if hasattr(wrong, "to_numpy") else wrong.argmax())
 
-
+# %% ../../nbs/34_celeba.ipynb #c83d52d4
 def _check_attributes(path, table, count, names) -> None:
     """`DatasetError` with the line where the attributes' list is not CelebA's."""
     strange = ~table.index.str.fullmatch(r"[\w-]+\.\w+")
@@ -68,7 +68,7 @@ def _check_attributes(path, table, count, names) -> None:
 # %% ../../nbs/34_celeba.ipynb #68c10e63
 _LINES = {"sep": r"\s+", "header": None, "index_col": "image", "keep_default_na": False}
 
-
+# %% ../../nbs/34_celeba.ipynb #60159501
 def read_attributes(path) -> pd.DataFrame:
     """`list_attr_celeba.txt` as bool [N, 40], indexed by file name."""
     try:
@@ -103,7 +103,7 @@ def read_pairs(path, column: str) -> pd.Series:
 # %% ../../nbs/34_celeba.ipynb #c26a1408
 SPLITS = ("train", "validation", "test")  # the publisher's 0, 1, 2
 
-
+# %% ../../nbs/34_celeba.ipynb #da54757a
 @lru_cache(maxsize=2)
 def _table(versions: tuple) -> pd.DataFrame:
     """The three lists as one table; `versions`: (path, size, time of change) of each."""
@@ -130,7 +130,7 @@ def label_table(root) -> pd.DataFrame:
 # %% ../../nbs/34_celeba.ipynb #bcf8091b
 UNIT_ROWS = 1000
 
-
+# %% ../../nbs/34_celeba.ipynb #4f7babae
 class Reader(core.Reader):
     """CelebA in the wild. Labels.
 

@@ -38,7 +38,7 @@ class DatasetError(ValueError):
     The text names file, row or column, and the expected content.
     """
 
-
+# %% ../../nbs/30_datasets.ipynb #88ee96fe
 @dataclass(frozen=True)
 class Photograph:
     """One row of a publisher's list."""
@@ -48,9 +48,8 @@ class Photograph:
     box: tuple[float, float, float, float] | None = None  # the publisher's x0, y0, x1, y1 in pixels of `data`
     labels: dict = field(default_factory=dict)
     problem: str | None = None  # why there is nothing to crop; None where there is
-    centre: tuple[float, float] | None = (
-        None  # where the publisher says the face is, 0..1 of width and height
-    )
+    # where the publisher says the face is, 0..1 of width and height
+    centre: tuple[float, float] | None = None
 
 # %% ../../nbs/30_datasets.ipynb #bd6f20c2
 def file_photograph(key: str, path: Path, labels: dict) -> Photograph:
@@ -65,9 +64,8 @@ class Reader(ABC):
 
     name: str
     how_to_obtain: str  # licence and command
-    hub: tuple[str, list[str]] | None = (
-        None  # Hugging Face: the data set's name there, and the files that are read
-    )
+    # Hugging Face: the data set's name there, and the files that are read
+    hub: tuple[str, list[str]] | None = None
     has_boxes = False  # whether the publisher gives boxes: no detector is needed then
     framing = "paper"  # "dataset" for pictures that come framed and are only made smaller
 
@@ -95,7 +93,7 @@ class Reader(ABC):
 _MODULES = [module.name for module in pkgutil.iter_modules(mefem.datasets.__path__)]
 READERS = tuple(sorted(name.replace("_", "-") for name in _MODULES if name != "core"))
 
-
+# %% ../../nbs/30_datasets.ipynb #fff122e4
 def get_reader(name: str, **options) -> Reader:
     """The reader of a data set; `options` are its own (for instance FairFace's `padding`)."""
     if name not in READERS:
@@ -109,7 +107,7 @@ def _row_groups(path: str, size: int, changed: int) -> tuple[int, ...]:
     footer = pq.read_metadata(path)
     return tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
 
-
+# %% ../../nbs/30_datasets.ipynb #c7ad1367
 def row_groups(path) -> tuple[int, ...]:
     """Rows in each row group of a parquet file, from its footer; `DatasetError` where that cannot be read."""
     try:
@@ -124,7 +122,7 @@ def count_rows(path) -> int:
     """Rows of a parquet file."""
     return sum(row_groups(path))
 
-
+# %% ../../nbs/30_datasets.ipynb #a90795dd
 def slices(count: int, size: int) -> list[tuple[int, int]]:
     """Cut 0..count-1 into (start, stop) of at most `size`."""
     return [(start, min(start + size, count)) for start in range(0, count, size)]
@@ -183,7 +181,7 @@ def _header(path, cells: list[str], columns, hint: str) -> list[str]:
 # %% ../../nbs/30_datasets.ipynb #9ec25cf4
 DELIMITERS = ",;\t|"
 
-
+# %% ../../nbs/30_datasets.ipynb #621df816
 def _delimiter(line: str, columns) -> str:
     """The one of `DELIMITERS` that cuts the header into most of the columns that must be there."""
     return max(DELIMITERS, key=lambda mark: sum(cell.strip(' "') in columns for cell in line.split(mark)))
@@ -223,7 +221,7 @@ _NUMBER = re.compile(
     r"[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)(e[+-][0-9]{1,3})?", re.ASCII | re.IGNORECASE
 )
 
-
+# %% ../../nbs/30_datasets.ipynb #804b38e4
 def as_number(text: str) -> float | None:
     """A cell as a finite number, else None.
 
@@ -236,7 +234,7 @@ def as_number(text: str) -> float | None:
 class VideoError(Unusable):
     """A video that gives no frame: `reason` is one of `VIDEO_REASONS`."""
 
-
+# %% ../../nbs/30_datasets.ipynb #8156507a
 VIDEO_REASONS = ("unreadable clip", "clip cut short")
 
 # %% ../../nbs/30_datasets.ipynb #5e11c0af
@@ -279,7 +277,7 @@ def video_frame(path, seconds: float = 0.0) -> bytes:
 # %% ../../nbs/30_datasets.ipynb #3dc9bc93
 NOTE = "ABSENT.json"
 
-
+# %% ../../nbs/30_datasets.ipynb #fce9eea3
 def is_simulated(root) -> bool:
     """Whether the photographs in `root` were rendered by `mefem.simulate`, which leaves a marker."""
     return (Path(root) / "SIMULATED.json").is_file()
@@ -292,6 +290,19 @@ def first_photographs(name: str, root, count: int) -> list[Photograph]:
     return list(islice((photo for photo in rows if photo.data is not None), count))
 
 # %% ../../nbs/30_datasets.ipynb #4457cf70
+def _check_fetchable(reader: Reader, root: Path) -> None:
+    """`DatasetError` where a set is not at Hugging Face, or `root` holds simulated people."""
+    if reader.hub is None:
+        raise DatasetError(
+            f"{reader.name} is not at Hugging Face and cannot be fetched by this command. "
+            f"{reader.how_to_obtain}"
+        )
+    if is_simulated(root):
+        raise DatasetError(
+            f"{root} holds simulated people; remove that folder first: the two are never mixed"
+        )
+
+# %% ../../nbs/30_datasets.ipynb #550bed96
 def fetch_dataset(name: str, root) -> Path:
     """Fetch a data set that is at Hugging Face into `root` = data/raw/<name>.
 
@@ -300,14 +311,7 @@ def fetch_dataset(name: str, root) -> Path:
     `DatasetError` where it is not there, cannot be reached, or `root` holds simulated people.
     """
     reader, root = get_reader(name), Path(root)
-    if reader.hub is None:
-        raise DatasetError(
-            f"{name} is not at Hugging Face and cannot be fetched by this command. {reader.how_to_obtain}"
-        )
-    if is_simulated(root):
-        raise DatasetError(
-            f"{root} holds simulated people; remove that folder first: the two are never mixed"
-        )
+    _check_fetchable(reader, root)
     from huggingface_hub import snapshot_download
 
     (root / NOTE).unlink(missing_ok=True)

@@ -73,7 +73,7 @@ def first_link(url) -> str | None:
 LIST_COLUMNS = ("_id", "url", "box")
 IMAGE_COLUMNS = ("_id", "box", "url", "key", "status")
 
-
+# %% ../../nbs/31_facecaption.ipynb #33114882
 def check_schema(path, columns) -> None:
     """`DatasetError` where a parquet file lacks one of `columns`, or one but `box` is not text."""
     require_columns(path, columns, HOW_TO_OBTAIN)
@@ -91,7 +91,7 @@ def list_files(root) -> list[Path]:
 # %% ../../nbs/31_facecaption.ipynb #0ec7691e
 LIST_ROWS = 100_000  # rows of the publisher's list in one unit
 
-
+# %% ../../nbs/31_facecaption.ipynb #bc967cc2
 def write_links(root) -> Path:
     """Write `links.parquet` (url, _id, box; one link per row) for img2dataset, by the publisher's list."""
     schema = pa.schema([("url", pa.string()), ("_id", pa.string()), ("box", pa.string())])
@@ -132,7 +132,7 @@ def _hashes(shards: tuple[tuple[str, int, int], ...]) -> np.ndarray:
         )
     return unique
 
-
+# %% ../../nbs/31_facecaption.ipynb #c589b271
 def downloaded(root) -> np.ndarray:
     """Sorted hashes of the `_id` of all rows in img2dataset's finished shards.
 
@@ -156,7 +156,7 @@ PROBLEMS = {
     "failed_to_resize": "not an image",
 }  # img2dataset's words for them
 
-
+# %% ../../nbs/31_facecaption.ipynb #6da6f034
 def _as_photograph(row: dict, read) -> Photograph:
     """A row of img2dataset's parquet; `read` takes a file's name to its bytes."""
     labels = {"_id": row["_id"]}

@@ -460,7 +460,7 @@ def photograph(person, points, rng, size=320, fault="", variety=1.0):
 
     `variety`: how much light, background, clothes and camera differ between photographs, 1 as in snapshots
     from everywhere, 0 as in one studio. Pose, expression, distance, hair and framing vary as much at every
-    value. `fault`: "" (the square of twice the box lies inside), "too small", "at the border" or "no face".
+    value. `fault`: "" (the square of twice the box is inside), "too small", "at the border" or "no face".
     """
     from mefem.simulate.render import load_bust, render
 

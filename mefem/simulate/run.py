@@ -30,7 +30,7 @@ def is_ours(folder) -> bool:
 class NotOursError(RuntimeError):
     """The folder holds files that this simulator did not write."""
 
-
+# %% ../../nbs/25_simulate.ipynb #cc71b072
 def _refuse_others(folder):
     """`NotOursError` where `folder` holds files and no marker of the simulator."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
