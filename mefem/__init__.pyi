@@ -19,6 +19,7 @@ from . import (
     features as features,
     figures as figures,
     files as files,
+    finetune as finetune,
     hub as hub,
     jepa as jepa,
     labels as labels,

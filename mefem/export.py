@@ -58,7 +58,7 @@ def plain_vit(source) -> PlainViT:
     from timm.models import get_model_args
 
     frozen = load_encoder(source, device="cpu")
-    model = getattr(getattr(frozen, "model", None), "model", None)  # None: no network of timm
+    model = getattr(getattr(frozen, "model", None), "model", frozen)  # itself: no network of timm
     check_encoder(model, str(source))
     arguments = get_model_args(model) | {"img_size": model.patch_embed.img_size[0]}
     return PlainViT(model.pretrained_cfg["architecture"], arguments, model, frozen.mean, frozen.std)

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -606,6 +607,13 @@ class LabelProbe:
     against: tuple[Comparison, ...]
     model: "LabelModel"
 
+    also: ClassVar[tuple[str, ...]] = ()  # further files in the folder of its results
+
+    @property
+    def how(self) -> str:
+        """How the numbers were made, for the report."""
+        return _say_origin(self)
+
     @property
     def said(self) -> list[str]:
         return say_join(self.joined, self.question)
@@ -911,13 +919,15 @@ def baseline(kind: str, path, photographs, encoder: str | None = None) -> Embedd
     return Embeddings(tuple(row.file for row in rows), vectors, name=kind, **about)
 
 # %% ../nbs/54_own_labels.ipynb #f4cf3aef
-def check_folder(out) -> Path:
-    """`out` as a folder for a probe's results: new, empty, or with an earlier probe's; else `ValueError`."""
+def check_folder(out, also=()) -> Path:
+    """`out` as a folder for a probe's results: new, empty, or with an earlier probe's; else `ValueError`.
+
+    `also`: further files that may be there; hidden ones always may."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: expected a folder for predictions, model and report")
     out.mkdir(parents=True, exist_ok=True)
-    strange = {path.name for path in out.iterdir()} - {MODEL, PREDICTIONS, REPORT}
+    strange = {path.name for path in out.glob("[!.]*")} - {MODEL, PREDICTIONS, REPORT, *also}
     if strange:
         raise ValueError(f"{out} holds other things, such as {min(strange)}: choose a new folder")
     return out
@@ -946,7 +956,7 @@ def _say_origin(probe: LabelProbe) -> str:
 # %% ../nbs/54_own_labels.ipynb #2097f7e7
 def report(probe: LabelProbe) -> str:
     """One page in Markdown: the numbers, comparisons, groups, and what was left out."""
-    parts = [f"# {probe.question.target}", f"**{probe}**", _say_origin(probe)]
+    parts = [f"# {probe.question.target}", f"**{probe}**", probe.how]
     for title, lines in (
         ("Compared, on the same people and folds", probe.against),
         (f"By {probe.question.group}", probe.group_lines()),
@@ -958,7 +968,7 @@ def report(probe: LabelProbe) -> str:
 # %% ../nbs/54_own_labels.ipynb #662da2ed
 def write_probe(probe: LabelProbe, out) -> Path:
     """Write predictions.csv, report.md and the model to the folder `out` (see `check_folder`)."""
-    out = check_folder(out)
+    out = check_folder(out, probe.also)
     (out / MODEL).unlink(missing_ok=True)
     write_atomic(out / PREDICTIONS, _with_names(probe).to_csv(index=False))
     write_atomic(out / REPORT, report(probe))

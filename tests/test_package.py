@@ -40,6 +40,7 @@ ORDER = [
     "export",
     "hub",
     "own_pictures",
+    "finetune",
     "report",
     "ablations",
     "fairness",
