@@ -54,6 +54,7 @@ _EXTRAS = {
     "warp": "simulate",
     "matplotlib": "paper",
     "jinja2": "paper",
+    "markdown_it": "paper",
     "mapie": "paper",
     "av": "video",
     "onnxruntime": "buffalo",

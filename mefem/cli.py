@@ -118,10 +118,15 @@ _SCALE = "side of the square / longer side of the face's box; default: 2"
 _MinSide = Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)]
 _Scale = Annotated[float | None, typer.Option(min=0.1, help=_SCALE)]
 
+# %% ../nbs/70_cli.ipynb #03143613
+_MIN_SCORE = "of the detector, 0 to 1; a face with less has the status 'low score'. Default: 0.5"
+_SMALL_FACES = "where no face is found, look at overlapping tiles of the photograph too"
+_MinScore = Annotated[float | None, typer.Option(min=0, max=1, help=_MIN_SCORE)]
+_SmallFaces = Annotated[bool, typer.Option("--small-faces", help=_SMALL_FACES)]
+
 # %% ../nbs/70_cli.ipynb #7f4bf6d6
-def _check_framing(framing: str | None, scale: float | None, face: str | None, dataset: str | None = None):
-    """`framing`, or the default; `ValueError` for an option that would do nothing, or is for something
-    else."""
+def _check_framing(framing: str | None, dataset: str | None = None) -> str | None:
+    """`framing`, or the default; None for what the reader of a data set needs."""
     from mefem.faces import check_framing
 
     if dataset is None and framing == "dataset":
@@ -132,15 +137,23 @@ def _check_framing(framing: str | None, scale: float | None, face: str | None, d
         raise ValueError(
             f"--framing {framing} is for a folder of photographs; with --dataset it is paper or dataset"
         )
-    if dataset and face:
-        raise ValueError("--face is for a folder of photographs; a data set's reader knows its faces")
     if not dataset:
-        check_framing(framing or "paper", face or "surest")
-    if scale is not None and framing in ("as-is", "dataset"):
-        raise ValueError(
-            f"--scale does nothing with --framing {framing}, which uses no box: leave one of the two out"
+        check_framing(framing or "auto")
+    return framing or (None if dataset else "auto")
+
+# %% ../nbs/70_cli.ipynb #40a74d05
+def _refuse_idle(context: typer.Context, framing: str | None, dataset: str | None = None) -> None:
+    """`ValueError` for options on faces where none is looked for."""
+    from mefem.datasets.core import get_reader
+
+    if dataset:
+        _refuse(
+            context, "face min_score small_faces", f"the reader of {dataset} knows its faces; a folder has"
         )
-    return framing or (None if dataset else "paper")
+        framing = framing or get_reader(dataset).framing
+    if framing in ("as-is", "dataset"):
+        idle = f"--framing {framing} looks for no face, so that nothing is done by"
+        _refuse(context, "scale face min_score small_faces", idle)
 
 # %% ../nbs/70_cli.ipynb #a4e13cda
 def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
@@ -182,7 +195,7 @@ def crop(
         str | None,
         typer.Option(
             help=f"{_FRAMING}; with --dataset: paper, or dataset (the "
-            "publisher's). Default: paper, or what the set needs"
+            "publisher's). Default: auto, or what the set needs"
         ),
     ] = None,
     min_side: _MinSide = None,
@@ -190,6 +203,8 @@ def crop(
     face: Annotated[
         str | None, typer.Option(help="surest (the default) or largest; the next where that does not fit")
     ] = None,
+    min_score: _MinScore = None,
+    small_faces: _SmallFaces = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="processes (default: one a core)")] = None,
     cluster: Annotated[
         str | None, typer.Option(envvar="MEFEM_CLUSTER", help="with --dataset: address of a Dask scheduler")
@@ -200,15 +215,20 @@ def crop(
     Without --dataset, OUT/crops.csv has a row per photograph: crop, status, framing used, reason and what
     helps.
 
-    Example: mefem crop photos/ -o crops/ --framing auto"""
+    Example: mefem crop photos/ -o crops/ --small-faces"""
     with _Plainly():
-        framing = _check_framing(framing, scale, face, dataset)
+        framing = _check_framing(framing, dataset)
+        _refuse_idle(context, framing, dataset)
         how = {"size": size, "scale": scale or 2.0, "framing": framing, "jobs": jobs}
         if dataset:
+            if cluster:
+                _refuse(context, "jobs", "all workers of the cluster work, so that nothing is done by")
             counts, none = _crop_dataset(dataset, source, out, cluster, min_side=min_side or 224, **how)
         else:
             _refuse(context, "cluster", "--cluster works on a data set: name it by --dataset, or leave out")
-            counts, none = _crop_folder(source, out, min_side=min_side, face=face or "surest", **how)
+            how |= {"face": face or "surest", "min_side": min_side, "small_faces": small_faces}
+            how["min_score"] = 0.5 if min_score is None else min_score
+            counts, none = _crop_folder(source, out, **how)
         for reason, count in counts.items():
             typer.echo(f"{count:8,}  {reason}")
         if not counts["usable"]:
@@ -383,6 +403,7 @@ def _say_embedded(table, out: Path, face: str | None) -> None:
 # %% ../nbs/70_cli.ipynb #e995513e
 @app.command()
 def embed(
+    context: typer.Context,
     photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
     out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
     encoder: Annotated[
@@ -397,8 +418,8 @@ def embed(
     ] = "mean",
     framing: Annotated[str | None, typer.Option(help=f"{_FRAMING}. Default: auto")] = None,
     detect: Annotated[
-        bool, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")
-    ] = True,
+        bool | None, typer.Option("--detect/--no-detect", help="--no-detect is --framing as-is")
+    ] = None,
     min_side: Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)] = None,
     scale: Annotated[float | None, typer.Option(min=0.1, help=_SCALE)] = None,
     face: Annotated[
@@ -408,6 +429,8 @@ def embed(
             "does not fit) or all, a row each"
         ),
     ] = None,
+    min_score: _MinScore = None,
+    small_faces: _SmallFaces = False,
     batch: Annotated[int, typer.Option(min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ):
@@ -423,11 +446,13 @@ def embed(
     from mefem.embedding import embed_photographs
 
     with _Plainly():
-        if not detect and framing not in (None, "as-is"):
+        if framing and detect is (framing == "as-is"):
             raise ValueError(
-                f"--no-detect is --framing as-is, and --framing is {framing}: leave one of the two out"
+                f"--no-detect is --framing as-is, --detect is any other; --framing is {framing}: "
+                "leave one of the two out"
             )
-        framing = _check_framing("as-is" if not detect else framing or "auto", scale, face)
+        framing = _check_framing("as-is" if detect is False else framing)
+        _refuse_idle(context, framing)
         table = embed_photographs(
             photographs,
             encoder,
@@ -437,6 +462,8 @@ def embed(
             face=face or "surest",
             scale=2.0 if scale is None else scale,
             min_side=min_side,
+            min_score=0.5 if min_score is None else min_score,
+            small_faces=small_faces,
             batch=batch,
             device=device,
         )

@@ -12,7 +12,7 @@ import os
 import sys
 import zlib
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from .compute import usable_cores
 from .datasets.core import READERS, DatasetError, Photograph, Reader, get_reader, is_simulated
-from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, PICTURES, FaceDetector, Framed, Unusable
-from .faces import check_framing, crop_image, detector_model, encode_crop, flat_names, frame_faces
-from .faces import is_photograph, listed_crops, open_image, read_image, visible_files
+from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, MIN_SCORE, PICTURES, FaceDetector, Framed
+from .faces import Unusable, check_framing, crop_image, detector_model, encode_crop, flat_names
+from .faces import frame_faces, is_photograph, listed_crops, open_image, read_image, shared_detector
+from .faces import visible_files
 from .files import write_atomic
 from .made_from import code_hash, files_hash
 from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
@@ -44,7 +45,7 @@ class Cropping:
     min_side: int = 224  # pixels of the photograph that the square must have
     scale: float = 2.0  # side of the square / longer side of the box
     framing: str | None = None
-    min_score: float = 0.5  # of the detector
+    min_score: float = MIN_SCORE  # of the detector
     jitter: float = 0.0
 
     def __post_init__(self):
@@ -70,11 +71,6 @@ class FaceAt:
             near += [(away, -face.score, face)] if away <= 1 else []
         return [face for *_, face in sorted(near, key=lambda item: item[:2])]
 
-# %% ../nbs/39b_crop.ipynb #e11d04d1
-@lru_cache(maxsize=2)
-def _detector(min_score: float) -> FaceDetector:
-    return FaceDetector(min_score=min_score)
-
 # %% ../nbs/39b_crop.ipynb #b48a7eff
 def crop_one(photo: Photograph, how: Cropping) -> tuple[bytes | None, str, str | None]:
     """(JPEG or None, status, detail) of one photograph."""
@@ -82,7 +78,7 @@ def crop_one(photo: Photograph, how: Cropping) -> tuple[bytes | None, str, str |
         return None, photo.problem, None
     try:
         image = open_image(photo.data)
-        detector = _detector(how.min_score) if how.framing == "paper" and photo.box is None else None
+        detector = shared_detector(how.min_score) if how.framing == "paper" and photo.box is None else None
         if detector and photo.centre:
             detector = FaceAt(detector, photo.centre)
         crop = crop_image(
@@ -188,14 +184,16 @@ def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = 
 class Framing:
     """How one's own photographs are framed: the options of `mefem.faces.frame_faces`."""
 
-    framing: str = "paper"  # one of `FRAMINGS`
+    framing: str = "auto"  # one of `FRAMINGS`
     face: str = "surest"  # or "largest", of those that fit the framing; or "all"
     scale: float = 2.0  # side of the paper's square / longer side of the box
     size: int = 224  # pixels per side of a crop
     min_side: int | None = None  # pixels of the photograph that the square must have (see `least_side`)
+    min_score: float = MIN_SCORE  # of the detector; what scores less is refused with the status "low score"
+    small_faces: bool = False  # where no face is found, look at tiles of the photograph (see `find_faces`)
 
     def __post_init__(self):
-        check_framing(self.framing, self.face)
+        check_framing(self.framing, self.face, self.min_score, self.small_faces)
 
     def of(self, source) -> list[Framed]:
         """The crop of a photograph, one per face with face="all"; or the reason why there is none."""
@@ -220,16 +218,14 @@ def named_error(error: ValueError, picture, number: int) -> ValueError:
     return ValueError(f"{name}: {error}")
 
 # %% ../nbs/39b_crop.ipynb #e458167d
-def face_crop(
-    picture, framing: str = "auto", size: int = 224, on_error: str = "raise", number: int = 0
-) -> np.ndarray | None:
-    """The face crop uint8 [size, size, 3] of a photograph, by one of `FRAMINGS`.
+def face_crop(picture, how: Framing, on_error: str = "raise", number: int = 0) -> np.ndarray | None:
+    """The face crop uint8 [size, size, 3] of a photograph.
 
     `picture`: a path, Pillow picture or uint8 [H, W, 3]. Without a usable face an error that names file or
     `number` of the picture, or None where `on_error` is "nan"."""
     try:
         source = Image.fromarray(as_rgb(picture)) if isinstance(picture, np.ndarray) else picture
-        (framed,) = Framing(framing=framing, size=size).of(source)
+        (framed,) = how.of(source)
         if framed.problem:
             raise type(framed.problem)(framed.problem.reason, detail=framed.advice)
         return framed.crop
@@ -363,19 +359,20 @@ def crop_photographs(source, out, jobs: int | None = None, progress: bool = True
 def nothing_usable(source, framing: str, table: pd.DataFrame) -> str:
     """The error of a run that used no photograph.
 
-    It counts how many photographs in `table` each other framing would use."""
+    It counts how many photographs in `table` each other framing would use, and those with a doubtful face."""
     if framing == "as-is":
         return (
             f"no photograph of {source} could be used with --framing as-is; the other framings look for a "
-            f"face, "
-            f"which was not done: try --framing auto"
+            f"face, which was not done: try --framing auto"
         )
-    would = table.drop_duplicates("file").other_framings.fillna("").str.split()
+    rows = table.drop_duplicates("file")
+    would = rows.other_framings.fillna("").str.split()
     counts = ", ".join(
         f"{other} {sum(other in accepted for accepted in would):,}" for other in FRAMINGS if other != framing
     )
+    low = int((rows.status == "low score").sum())
     return (
-        f"no photograph of {source} could be used with --framing {framing}; of these {len(would):,}, the "
-        f"others "
-        f"would use: {counts}"
+        f"no photograph of {source} could be used with --framing {framing}; of these {len(rows):,}, the "
+        f"others would use: {counts}"
+        + (f"; {low:,} have a face that a lower --min-score finds" if low else "")
     )

@@ -115,7 +115,7 @@ def scale_line(sets: pd.DataFrame, profile: str) -> str:
     return f"Profile {profile}. {people} 'paper': arXiv 2602.14672, Table 1."
 
 # %% ../nbs/61_datasheets.ipynb #7d6bbae3
-SYNTHETIC = ("sfhq",)  # real files, but faces of nobody
+SYNTHETIC = ("sfhq",)  # real files, but generated faces
 
 # %% ../nbs/61_datasheets.ipynb #10c7654e
 def _plot_examples(ax, row, folder, columns: int, size: int, real: bool) -> None:
@@ -156,7 +156,7 @@ def figure_examples(
 
 # %% ../nbs/61_datasheets.ipynb #18188682
 def _ages(labels: pd.DataFrame) -> pd.Series | None:
-    """Age in years, or FairFace's ordered classes, or whether CelebA calls somebody young."""
+    """Age in years, or FairFace's ordered classes, or CelebA's attribute "young"."""
     if "age_name" in labels:
         order = labels.drop_duplicates("age").sort_values("age").age_name
         return labels.age_name.astype(pd.CategoricalDtype(list(order), ordered=True))

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES', 'PICTURES', 'CROP_LIST', 'CROP_COLUMNS',
-           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'FRAMINGS', 'PAPER_SIDE',
-           'FILLS', 'REMEDIES', 'FACES', 'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image',
-           'upright_size', 'decode', 'read_image', 'is_photograph', 'listed_crops', 'visible_files', 'flat_names',
-           'ModelAbsent', 'detector_model', 'check_rgb', 'Face', 'FaceDetector', 'face_square', 'center_square',
-           'lies_inside', 'check_square', 'check_framed', 'jitter_square', 'resample', 'crop_image', 'crop_face',
-           'encode_crop', 'least_side', 'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
+           'MODEL_NAME', 'MODEL_SHA256', 'MODEL_URL', 'MODEL_WHEEL', 'DRAFT_GAP', 'CROP_JPEG', 'TILES', 'CLOSER',
+           'MIN_SCORE', 'SMALL', 'DOUBTFUL', 'UNSURE', 'FRAMINGS', 'PAPER_SIDE', 'FILLS', 'REMEDIES', 'FACES',
+           'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image',
+           'is_photograph', 'listed_crops', 'visible_files', 'flat_names', 'ModelAbsent', 'detector_model', 'check_rgb',
+           'Face', 'FaceDetector', 'face_square', 'center_square', 'lies_inside', 'check_square', 'check_framed',
+           'jitter_square', 'resample', 'shared_detector', 'crop_image', 'crop_face', 'encode_crop', 'tiles',
+           'without_duplicates', 'faces_within', 'look_closer', 'faces_in_tiles', 'find_faces', 'least_side',
+           'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
 # %% ../nbs/10_faces.ipynb #75672789
 import contextlib
@@ -22,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import unicodedata
 import urllib.request
 import weakref
@@ -46,7 +49,7 @@ IMAGE_REASONS = (
     "corrupt image",
     "too many pixels",
 )
-CROP_REASONS = ("no face", "bad box", "leaves the picture", "too small", "not square")
+CROP_REASONS = ("no face", "low score", "bad box", "leaves the picture", "too small", "not square")
 
 # %% ../nbs/10_faces.ipynb #94217904
 class Unusable(ValueError):
@@ -86,6 +89,8 @@ def _read_bytes(source) -> tuple[bytes, str]:
         return bytes(source), "picture in memory"
     if hasattr(source, "read"):
         return source.read(), str(getattr(source, "name", "picture in memory"))
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"expected a path, bytes, a file object or a Pillow picture, found {source!r}")
     try:
         return Path(source).read_bytes(), str(source)
     except FileNotFoundError:
@@ -444,7 +449,7 @@ def _close(task) -> None:
 
 # %% ../nbs/10_faces.ipynb #adba76db
 class FaceDetector:
-    """BlazeFace of MediaPipe. Use one for many pictures: building it costs as much as 100 detections."""
+    """BlazeFace of MediaPipe. Use one for many pictures and threads: building it costs 100 detections."""
 
     def __init__(self, range: str = "short", min_score: float = 0.5):
         if range != "short":
@@ -455,20 +460,21 @@ class FaceDetector:
         from mediapipe.tasks.python.vision.face_detector import FaceDetector as Task, FaceDetectorOptions
 
         model = BaseOptions(model_asset_path=str(detector_model()))
+        self._one_at_a_time = threading.Lock()
         with _quiet_stderr():
             self._task = Task.create_from_options(
                 FaceDetectorOptions(base_options=model, min_detection_confidence=min_score)
             )
             self.detect(np.zeros((128, 128, 3), np.uint8))
-        # Left to the interpreter's shutdown, MediaPipe prints a traceback.
-        weakref.finalize(self, _close, self._task)
+        weakref.finalize(self, _close, self._task)  # left to the shutdown, MediaPipe prints a traceback
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """Faces in a uint8 [H, W, 3] picture, the surest first."""
         from mediapipe.tasks.python.vision.core.image import Image as Picture, ImageFormat
 
         picture = Picture(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(check_rgb(rgb)))
-        detections = self._task.detect(picture).detections
+        with self._one_at_a_time:
+            detections = self._task.detect(picture).detections
         faces = [_as_face(detection, rgb.shape[1], rgb.shape[0]) for detection in detections]
         return sorted(faces, key=lambda face: -face.score)
 
@@ -564,9 +570,18 @@ def _surest_box(rgb: Image.Image, detector: FaceDetector):
     return faces[0].box
 
 # %% ../nbs/10_faces.ipynb #a603e8b4
-@lru_cache(maxsize=1)
-def _default_detector() -> FaceDetector:
-    return FaceDetector()
+_BUILDING = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def _built_detector(min_score: float) -> FaceDetector:
+    return FaceDetector(min_score=min_score)
+
+
+def shared_detector(min_score: float = 0.5) -> FaceDetector:
+    """The one detector of this process with that threshold."""
+    with _BUILDING:  # two at a time would each restore the other's standard error
+        return _built_detector(min_score)
 
 # %% ../nbs/10_faces.ipynb #ef954485
 def crop_image(
@@ -593,7 +608,7 @@ def crop_image(
     else:
         if box is None:
             rgb = decode(image)
-            box = _surest_box(rgb, detector or _default_detector())
+            box = _surest_box(rgb, detector or shared_detector())
         square = face_square(box, scale)
     check_square(square, width, height, min_side)
     if jitter and framing == "paper":
@@ -616,6 +631,112 @@ def encode_crop(crop: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(crop).save(buffer, "JPEG", **CROP_JPEG)
     return buffer.getvalue()
+
+# %% ../nbs/10_faces.ipynb #c1e43a32
+TILES = (2, 4)  # the picture's longer side / the side of a tile
+
+
+def tiles(width: int, height: int, parts: int) -> list[tuple[int, int, int, int]]:
+    """Tiles (x0, y0, x1, y1) that cover a picture; those that are side by side overlap by half at least."""
+    side = math.ceil(max(width, height) / parts)
+    starts = []
+    for length in (width, height):
+        last = max(length - side, 0)
+        starts.append(np.linspace(0, last, math.ceil(2 * last / side) + 1).round().astype(int).tolist())
+    return [(x, y, min(x + side, width), min(y + side, height)) for y in starts[1] for x in starts[0]]
+
+# %% ../nbs/10_faces.ipynb #7b54a3ad
+def _area(box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+# %% ../nbs/10_faces.ipynb #6a1b4c65
+def _shared_part(a, b) -> float:
+    """The part of the smaller box that lies in the other one, from 0 to 1."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(_area(a), _area(b))
+
+# %% ../nbs/10_faces.ipynb #de3ca9a0
+def without_duplicates(faces: list[Face]) -> list[Face]:
+    """Each face once, the surest first."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: -face.score):
+        if all(_shared_part(face.box, other.box) <= 0.5 for other in kept):
+            kept.append(face)
+    return kept
+
+# %% ../nbs/10_faces.ipynb #d5c6389c
+def faces_within(rgb: np.ndarray, window, detector) -> list[Face]:
+    """Faces in the part (x0, y0, x1, y1) of a picture, in pixels of the picture."""
+    x0, y0, x1, y1 = window
+    part = rgb[y0:y1, x0:x1]
+    if not part.size:  # the window is beside the picture, as a box may be
+        return []
+    offset = np.array([x0, y0], np.float32)
+    return [
+        Face(tuple(np.add(face.box, (x0, y0, x0, y0)).tolist()), face.score, face.keypoints + offset)
+        for face in detector.detect(part)
+    ]
+
+# %% ../nbs/10_faces.ipynb #e49c9db6
+CLOSER = (3, 2)  # the side of a window / the longer side of the candidate's box
+
+
+def _same_face(a: Face, b: Face) -> bool:
+    """Whether two boxes of about the same size share more than half of the smaller one."""
+    return 1 / 4 < _area(a.box) / _area(b.box) < 4 and _shared_part(a.box, b.box) > 0.5
+
+# %% ../nbs/10_faces.ipynb #2ed33372
+def look_closer(rgb: np.ndarray, face: Face, detector) -> Face | None:
+    """The face as it is seen from near, with the least of its scores; None where none is seen there."""
+    height, width = rgb.shape[:2]
+    least = 1.0
+    for boxes in CLOSER:
+        x0, y0, side = (round(value) for value in face_square(face.box, boxes))
+        window = max(x0, 0), max(y0, 0), min(x0 + side, width), min(y0 + side, height)
+        again = [near for near in faces_within(rgb, window, detector) if _same_face(near, face)]
+        if not again:
+            return None
+        face = again[0]
+        least = min(least, face.score)
+    return replace(face, score=least)
+
+# %% ../nbs/10_faces.ipynb #730efcf3
+def faces_in_tiles(rgb: np.ndarray, detector) -> list[Face]:
+    """Faces that `detector` finds in the tiles of a picture and again from near, the surest first."""
+    height, width = rgb.shape[:2]
+    windows = [tile for parts in TILES for tile in tiles(width, height, parts)]
+    seen = without_duplicates([face for tile in windows for face in faces_within(rgb, tile, detector)])
+    near = [look_closer(rgb, face, detector) for face in seen]
+    return without_duplicates([face for face in near if face])
+
+# %% ../nbs/10_faces.ipynb #b3bb1d4b
+def _is_part(small: Face, large: Face) -> bool:
+    """Whether a box is in another one of more than twice its area."""
+    return 2 * _area(small.box) < _area(large.box) and _shared_part(small.box, large.box) > 0.5
+
+# %% ../nbs/10_faces.ipynb #db6d8125
+MIN_SCORE = 0.5  # MediaPipe's own threshold
+SMALL = 0.2  # width of a small face / longer side of its picture; from there on, the first look sees well
+DOUBTFUL = 0.4  # what scores less is no face; noise and leaves reach 0.38
+UNSURE = 0.25  # threshold of the second look
+
+
+def find_faces(
+    rgb: np.ndarray, min_score: float = MIN_SCORE, small_faces: bool = False, detector=None
+) -> list[Face]:
+    """Faces in a uint8 [H, W, 3] picture that score `min_score` or more, the surest first.
+
+    Where there is none: those of a second look, at the tiles too with `small_faces`. It includes faces that
+    score less than `min_score`. `detector` replaces the shared ones."""
+    faces = (detector or shared_detector(min_score)).detect(rgb)
+    if any(face.score >= min_score for face in faces):
+        return faces
+    low = detector or shared_detector(min(min_score, UNSURE))
+    doubtful = low.detect(rgb)
+    small = faces_in_tiles(rgb, low) if small_faces else []
+    small = [face for face in small if not any(_is_part(face, other) for other in doubtful)]
+    return without_duplicates(doubtful + small)
 
 # %% ../nbs/10_faces.ipynb #984ed7e1
 FRAMINGS = ("paper", "shift", "pad", "as-is", "auto")
@@ -705,6 +826,7 @@ REMEDIES = {
     "too many pixels": "save it with fewer pixels",
     "bad box": "give a box inside the picture",
     "no face": "cut the face out as a square by hand and use --framing as-is",
+    "low score": "look at the picture first, as it may be no face",
     "leaves the picture": "use --framing auto",
     "too small": "use a smaller --min-side",
     "not square": "use --framing auto, which looks for the face",
@@ -740,13 +862,22 @@ class Framed:
 FACES = ("surest", "largest", "all")
 
 
-def check_framing(framing: str, face: str = "surest") -> None:
-    """`ValueError` where there is no such framing or choice of a face, or the two do not go together."""
+def check_framing(
+    framing: str, face: str = "surest", min_score: float = MIN_SCORE, small_faces: bool = False
+) -> None:
+    """`ValueError` for an unknown framing, face or threshold, or where they do not go together."""
     for name, value, known in (("framing", framing, FRAMINGS), ("face", face, FACES)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(known)}")
-    if framing == "as-is" and face != "surest":
-        raise ValueError(f"face {face!r} does nothing with framing 'as-is', which takes the whole picture")
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"min_score {min_score!r}: expected a number from 0 to 1")
+    idle = {
+        f"face {face!r}": face != "surest",
+        f"min_score {min_score}": min_score != MIN_SCORE,
+        "small_faces": small_faces,
+    }
+    for option in (name for name, given in idle.items() if given and framing == "as-is"):
+        raise ValueError(f"{option} does nothing with framing 'as-is', which takes the whole picture")
 
 # %% ../nbs/10_faces.ipynb #15627282
 def _others(
@@ -781,11 +912,28 @@ def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
     reduction = _reduction(image, square[2], size)
     return Framed(resample(decode(image, reduction), square, size, reduction), used)
 
-# %% ../nbs/10_faces.ipynb #7b54a3ad
-def _area(box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
 # %% ../nbs/10_faces.ipynb #3d11a621
+def _without_face(
+    rgb: Image.Image, doubtful: list[Face], min_score: float, small_faces: bool, framing: str, scale, min_side
+) -> Framed:
+    """A photograph without a face that scores enough: which option would use it."""
+    others = _others([], rgb.size, framing, scale, min_side)
+    if not doubtful:
+        hint = "none in its tiles either" if small_faces else "--small-faces looks for smaller ones"
+        return Framed(faces=0, problem=CropError("no face", detail=hint), others=others)
+    surest = doubtful[0]
+    hint = f"--min-score {math.floor(100 * surest.score) / 100}"
+    try:
+        frame_square(surest.box, *rgb.size, framing, scale, min_side)
+        hint += " would use it"
+    except CropError as error:
+        hint += f" would find it, and then: {error}"
+    if not small_faces and surest.box[2] - surest.box[0] < SMALL * max(rgb.size):
+        hint += ", --small-faces looks closer"
+    detail = f"score {surest.score:.3f}, at least {min_score} is asked for; {hint}"
+    return Framed(face=surest, faces=0, problem=CropError("low score", detail=detail), others=others)
+
+# %% ../nbs/10_faces.ipynb #c2def44c
 def frame_faces(
     source,
     framing: str = "paper",
@@ -793,14 +941,17 @@ def frame_faces(
     scale: float = 2.0,
     size: int = 224,
     min_side: int | None = None,
+    min_score: float = MIN_SCORE,
+    small_faces: bool = False,
     detector=None,
 ) -> list[Framed]:
     """The "surest" or the "largest" face of a photograph that fits the framing; or "all", the surest first.
 
     `source`: see `open_image`. `framing`: one of `FRAMINGS`. `size`: pixels per side of a crop. `min_side`:
-    see `least_side`. A problem is returned, not raised: that of the photograph, or of the first face where
-    none fits, or with "all" of each face that does not fit."""
-    check_framing(framing, face)
+    see `least_side`. `min_score`, `small_faces`, `detector`: see `find_faces`. A problem is returned, not
+    raised: that of the photograph, or of the first face where none fits, or with "all" of each face that does
+    not fit."""
+    check_framing(framing, face, min_score, small_faces)
     try:
         image = open_image(source)
         if framing == "as-is":
@@ -808,10 +959,11 @@ def frame_faces(
         rgb = decode(image)
     except Unusable as error:
         return [Framed(problem=error)]
-    faces = (detector or _default_detector()).detect(np.asarray(rgb))
+    found = find_faces(np.asarray(rgb), min_score, small_faces, detector)
+    faces = [one for one in found if one.score >= min_score]
     if not faces:
-        others = _others([], rgb.size, framing, scale, min_side)
-        return [Framed(faces=0, problem=CropError("no face"), others=others)]
+        doubtful = [one for one in found if one.score >= DOUBTFUL]
+        return [_without_face(rgb, doubtful, min_score, small_faces, framing, scale, min_side)]
     if face == "largest":
         faces = sorted(faces, key=lambda one: -_area(one.box))
     framed = []

@@ -163,7 +163,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # %% ../nbs/42_models.ipynb #11562d47
 def normalise(images: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless told otherwise."""
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], ImageNet's mean and deviation unless given others."""
     scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = images.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
     return (images * scale + shift).permute(0, 3, 1, 2)

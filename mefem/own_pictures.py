@@ -269,8 +269,9 @@ def pretrain_photographs(
     config = planned or asked.settings(vit)
     size = config.encoder.image_size
     crops = own_crops(photographs, out, Framing(asked.framing, asked.face, size=size), progress)
-    for reason, count in crops["counts"].items():
-        say(f"{count:8,}  {reason}")
+    counts = crops["counts"]
+    for reason in sorted(counts, key=lambda reason: reason != "usable"):  # the usable first
+        say(f"{counts[reason]:8,}  {reason}")
     pictures = own_pictures(out, crops["key"], size)
     config = planned or write_plan(out, asked, config, pictures)
     say(f"{config.steps:,} steps of {config.batch}, a checkpoint every {config.checkpoint_every:,}")

@@ -1154,8 +1154,8 @@ def pretrain(
 
     Crops come from `data/faces/<dataset>` for each of `config.datasets` (or from `pictures`, uint8 [N, H, W,
     3]). All is written to `data/runs/<run>`, checkpoints to `checkpoints/<key>` there: the key is that of
-    settings, pictures and code (`MadeFrom`), so a run never goes on from a checkpoint of others.
-    `resume_anyway` goes on from the newest checkpoint of the same settings, whatever its pictures and code;
+    settings, pictures and code (`MadeFrom`), so a run never continues from a checkpoint of others.
+    `resume_anyway` continues from the newest checkpoint of the same settings, whatever its pictures and code;
     run.json then says so."""
     begun = time.perf_counter()
     world, _ = join_world(config)

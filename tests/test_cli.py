@@ -69,9 +69,10 @@ def test_faces_that_fill_their_pictures_are_used(shared, tmp_path, encoder_file)
     (tmp_path / "vip").mkdir()
     for path in sorted((shared / "bmi/vip/images").iterdir())[:12]:
         (tmp_path / "vip" / path.name).symlink_to(path)
-    refused = mefem("crop", tmp_path / "vip", "-o", tmp_path / "none", "--jobs", 1, code=1).stderr
+    paper = ("--jobs", 1, "--framing", "paper")
+    refused = mefem("crop", tmp_path / "vip", "-o", tmp_path / "none", *paper, code=1).stderr
     assert "the others would use: shift 0, pad 12, as-is 12, auto 12" in refused
-    crops = mefem("crop", tmp_path / "vip", "-o", tmp_path / "crops", "--jobs", 1, "--framing", "auto").stdout
+    crops = mefem("crop", tmp_path / "vip", "-o", tmp_path / "crops", "--jobs", 1).stdout
     table = mefem("embed", tmp_path / "vip", "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
     assert "12  usable" in crops and "12 of 12 photographs" in table and "(framing: as-is 12)" in table
 
@@ -135,17 +136,14 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
     for name, box in (("a", (150, 130, 362, 380)), ("b", (150, 130, 362, 342)), ("c", (0, 120, 512, 512))):
         face.crop(box).save(photos / f"{name}.png")
     said = "with --framing paper; of these 3, the others would use: shift 1, pad 3, as-is 1, auto 3\n"
-    result = mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1, code=1)
+    result = mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1, "--framing", "paper", code=1)
     assert said in result.stderr and "3  leaves the picture" in result.stdout
     result = mefem(
         "embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file, "--framing", "paper", code=1
     )
     assert said in result.stderr and "--framing pad, as-is or auto would use it" in result.stderr
     assert "(framing: " in mefem("embed", photos, "-o", tmp_path / "e.parquet", "-e", encoder_file).stdout
-    assert (
-        "3  usable"
-        in mefem("crop", photos, "-o", tmp_path / "crops", "--framing", "auto", "--jobs", 1).stdout
-    )
+    assert "3  usable" in mefem("crop", photos, "-o", tmp_path / "crops", "--jobs", 1).stdout
     (photos / "b.png").unlink()
     said = "could be used with --framing as-is; the other framings look for a face, which was not done: try"
     assert (
@@ -168,13 +166,32 @@ def test_nothing_usable_says_what_each_framing_would_use(tmp_path, encoder_file)
             ["--framing", "papre"],
             "framing 'papre' is unknown, expected one of paper, shift, pad, as-is, auto",
         ),
-        ("crop", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
-        ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "--scale does nothing with"),
+        (
+            "crop",
+            ["--framing", "as-is", "--scale", "2"],
+            "as-is looks for no face, so that nothing is done by --scale",
+        ),
+        ("crop", ["--framing", "dataset", "--dataset", "bmi", "--scale", "2"], "nothing is done by --scale"),
+        ("crop", ["--dataset", "bmi", "--small-faces", "--min-score", "0.3"], "--min-score, --small-faces"),
+        ("crop", ["--framing", "as-is", "--small-faces"], "nothing is done by --small-faces"),
+        (
+            "crop",
+            ["--dataset", "bmi", "--cluster", "tcp://x:1", "--jobs", "2"],
+            "workers of the cluster work, so that nothing is done by --jobs",
+        ),
         ("crop", ["--cluster", "tcp://x:1"], "--cluster works on a data set"),
-        ("embed", ["--framing", "as-is", "--scale", "2"], "--scale does nothing with --framing as-is"),
-        ("crop", ["--face", "largest", "--dataset", "bmi"], "a data set's reader knows its faces"),
+        ("embed", ["--framing", "as-is", "--scale", "2"], "nothing is done by --scale"),
+        ("embed", ["--no-detect", "--min-score", "0.3", "--face", "surest"], "done by --face, --min-score"),
+        ("embed", ["--detect", "--framing", "as-is"], "leave one of the two out"),
+        ("embed", ["--no-detect", "--framing", "pad"], "leave one of the two out"),
+        (
+            "crop",
+            ["--face", "largest", "--dataset", "bmi"],
+            "the reader of bmi knows its faces; a folder has --face",
+        ),
+        ("crop", ["--dataset", "sfhq", "--scale", "2"], "--framing dataset looks for no face"),
         ("crop", ["--face", "all"], "crops are one per photograph"),
-        ("embed", ["--face", "all", "--framing", "as-is"], "face 'all' does nothing with framing 'as-is'"),
+        ("embed", ["--face", "all", "--framing", "as-is"], "nothing is done by --face"),
         (
             "embed",
             ["--features", "patch"],
@@ -188,6 +205,28 @@ def test_an_option_that_would_do_nothing_is_refused(tmp_path, encoder_file, comm
     arguments = arguments + (["-e", encoder_file] if command == "embed" else [])
     result = mefem(command, tmp_path, "-o", tmp_path / "out.csv", *arguments, code=1)
     assert words in result.stderr and result.stderr.count("\n") == 1 and not (tmp_path / "out.csv").exists()
+
+
+def test_small_and_doubtful_faces_by_the_commands(tmp_path, encoder_file):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    far = Image.new("RGB", (1600, 1000), (150, 170, 190))
+    far.paste(Image.fromarray(cartoon()).resize((200, 200)), (900, 500))
+    far.save(photos / "far.png")
+    embedded = ["embed", photos, "-o", tmp_path / "e.csv", "-e", encoder_file]
+    cropped = ["crop", photos, "-o", tmp_path / "crops", "--jobs", 1]
+    for command in (embedded, cropped):
+        mefem(*command, code=1)
+        mefem(*command, "--small-faces")
+    assert pd.read_csv(tmp_path / "e.csv").status.tolist() == ["success"]
+    refused = mefem(*embedded, "--small-faces", "--min-score", 0.999, code=1).stderr
+    assert (
+        "far.png: low score; score 0." in refused
+        and "1 have a face that a lower --min-score finds" in refused
+    )
+    assert "1  low score" in mefem(*cropped, "--small-faces", "--min-score", 0.999, code=1).stdout
+    lower = refused.split("--min-score ")[1].split()[0]
+    assert "1 of 1 photographs" in mefem(*embedded, "--small-faces", "--min-score", lower).stdout
 
 
 def test_crops_inside_the_photographs_folder(shared, tmp_path, encoder_file):

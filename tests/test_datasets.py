@@ -921,7 +921,7 @@ def test_leaked_keys(tmp_path):
     (tmp_path / "leaks.json").write_text('{"leaked": {"sfhq": ["1", "2"]}}')
     assert leaked_keys(tmp_path, "sfhq") == {"1", "2"} and leaked_keys(tmp_path, "avspeech") == set()
     (tmp_path / "leaks.json").write_text("[]")
-    with pytest.raises(ShardError, match="no list of leaked"):
+    with pytest.raises(ShardError, match="not a list of leaked"):
         leaked_keys(tmp_path, "sfhq")
 
 

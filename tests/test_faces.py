@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import re
 import subprocess
 import time
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -537,6 +540,197 @@ def test_all_faces_and_what_is_said_where_none_fits():
         faces.frame_faces(picture, face="biggest")
     with pytest.raises(ValueError, match="face 'all' does nothing with framing 'as-is'"):
         faces.frame_faces(picture, "as-is", "all")
+
+
+# --- small and doubtful faces
+# ----------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(faces.TILES), st.floats(0, 1), st.floats(0, 1)
+)
+def test_a_face_of_up_to_half_a_tile_is_whole_in_one(width, height, parts, right, down):
+    cut = faces.tiles(width, height, parts)
+    side = -(-max(width, height) // parts)
+    assert all(0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height for x0, y0, x1, y1 in cut)
+    assert {max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in cut} <= {side}
+    face = min(side // 2 - 1, width, height)
+    x, y = int(right * (width - face)), int(down * (height - face))
+    assert face < 1 or any(
+        x0 <= x and y0 <= y and x + face <= x1 and y + face <= y1 for x0, y0, x1, y1 in cut
+    )
+
+
+def scene(*heads, size=(1600, 1200)):
+    """Cartoons (left, top, side) in a wide picture."""
+    image = Image.new("RGB", size, (150, 170, 190))
+    for x, y, side in heads:
+        image.paste(Image.fromarray(cartoon()).resize((side, side)), (x, y))
+    return image
+
+
+HEADS = (100, 80, 180), (710, 510, 190), (1390, 1000, 200), (300, 850, 220)  # two across the edges of tiles
+
+
+def test_small_faces_are_found_once_and_in_pixels_of_the_picture(detector):
+    rgb = np.asarray(scene(*HEADS))
+    assert detector.detect(rgb) == [] == faces.find_faces(rgb)
+    found = faces.find_faces(rgb, small_faces=True)
+    assert len(found) == len(HEADS) and [f.score for f in found] == sorted(
+        (f.score for f in found), reverse=True
+    )
+    for x, y, side in HEADS:
+        eyes = np.array([x, y]) + np.array([(222, 238), (290, 238)]) * side / 512
+        (face,) = [f for f in found if np.abs(f.keypoints[:2] - eyes).max() < side / 15]
+        x0, y0, x1, y1 = face.box
+        assert x0 < eyes[0, 0] < eyes[1, 0] < x1 and y0 < eyes[0, 1] < y1 and x1 - x0 < side
+    near = scene((500, 200, 900), *HEADS[:1])
+    (face,) = faces.find_faces(np.asarray(near), small_faces=True)
+    assert face.box == detector.detect(np.asarray(near))[0].box, "no second look where the first finds a face"
+
+
+def test_small_faces_are_framed(detector):
+    picture = scene(*HEADS)
+    plain = frame_one(picture, "auto")
+    assert (plain.status, plain.others, plain.faces) == ("no face", (), 0)
+    assert plain.advice.startswith("--small-faces looks for smaller ones; cut the face out")
+    found = faces.frame_faces(picture, "auto", "all", small_faces=True)
+    assert len(found) == 4 and {one.status for one in found} == {"success"}
+    largest = frame_one(picture, "auto", "largest", small_faces=True)
+    assert largest.face.box[0] == pytest.approx(300 + 72, abs=15)
+    empty = frame_one(scene(), "auto", small_faces=True)
+    assert empty.status == "no face" and empty.advice.startswith("none in its tiles either; ")
+    with pytest.raises(ValueError, match="small_faces does nothing with framing 'as-is'"):
+        faces.frame_faces(picture, "as-is", small_faces=True)
+
+
+def test_of_a_face_seen_twice_the_surest_is_kept():
+    def face(score, *box):
+        return faces.Face(box, score, np.zeros((6, 2), np.float32))
+
+    whole, part, inside = face(0.8, 10, 10, 50, 50), face(0.6, 30, 10, 52, 50), face(0.7, 20, 20, 40, 40)
+    beside, apart = face(0.9, 48, 10, 90, 50), face(0.5, 200, 200, 240, 240)
+    assert faces.without_duplicates([part, inside, apart, whole, beside]) == [beside, whole, apart]
+    assert faces.without_duplicates([]) == []
+
+
+class ByWidth:
+    """A detector of a face in the middle, of a side and score that depend on the width of what it is shown.
+
+    `answers`: (least width, side or None, score), the first that applies."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def detect(self, rgb):
+        height, width = rgb.shape[:2]
+        side, score = next((side, score) for least, side, score in self.answers if width >= least)
+        if side is None:
+            return []
+        box = (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+        return [faces.Face(box, score, np.zeros((6, 2), np.float32))]
+
+
+@pytest.mark.parametrize(
+    "near, expected", [((1, 50, 0.3), {0.3}), ((1, 50, 0.95), {0.9}), ((1, None, 0), set())]
+)
+def test_the_lowest_score_from_near_counts(near, expected):
+    rgb = np.zeros((800, 1600, 3), np.uint8)
+    found = faces.faces_in_tiles(rgb, ByWidth((1600, None, 0), (400, 50, 0.99), (120, 50, 0.9), near))
+    assert {face.score for face in found} == expected
+
+
+def test_an_eye_in_a_doubtful_face_is_no_small_face():
+    rgb, eye = np.zeros((512, 512, 3), np.uint8), (1, 40, 0.9)
+    assert faces.faces_in_tiles(rgb, ByWidth(eye))[0].score == 0.9
+    (face,) = faces.find_faces(rgb, small_faces=True, detector=ByWidth((512, 490, 0.45), eye))
+    assert (face.score, face.box) == (0.45, (11.0, 11.0, 501.0, 501.0))
+
+
+def test_real_portraits_that_are_missed_are_not_cut_into_eyes(shared):
+    for name in ("f_040", "f_265", "f_377", "f_421", "f_499"):
+        for small in (False, True):
+            framed = frame_one(shared / f"bmi/vip/images/{name}.jpg", "auto", small_faces=small)
+            assert framed.status == "low score" and framed.face.box[2] - framed.face.box[0] > 400, name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 2), (130, 128)])
+def test_pictures_of_odd_shapes_are_looked_at_twice(size):
+    assert frame_one(Image.new("RGB", size), "auto", small_faces=True).status == "no face"
+
+
+def test_a_face_below_the_threshold_has_a_status_of_its_own(detector):
+    drawn = Image.fromarray(cartoon())
+    (sure,) = detector.detect(np.asarray(drawn))
+    asked = round(sure.score + 0.02, 3)
+    doubtful = frame_one(drawn, min_score=asked)
+    assert (doubtful.status, doubtful.faces, doubtful.others) == ("low score", 0, ("as-is",))
+    assert doubtful.face.score == pytest.approx(sure.score, abs=0.01)
+    (lower,) = re.findall(
+        f"at least {asked} is asked for; --min-score (0.[0-9]+) would use it", doubtful.advice
+    )
+    assert frame_one(drawn, min_score=float(lower)).status == "success"
+    assert "--small-faces" not in doubtful.advice, "it is large enough to be seen well"
+    far = faces.Face((100.0, 100, 140, 140), 0.45, np.zeros((6, 2), np.float32))
+    unsure = SimpleNamespace(detect=lambda rgb: [far])
+    for small, named in ((False, True), (True, False)):
+        refused = frame_one(drawn, "auto", small_faces=small, detector=unsure)
+        assert refused.status == "low score" and ("--small-faces looks closer" in refused.advice) == named
+    tight = drawn.crop((150, 130, 362, 380))
+    doubtful = frame_one(tight, min_score=0.999)
+    assert doubtful.status == "low score" and "would find it, and then: leaves the picture" in doubtful.advice
+    small = frame_one(scene(*HEADS), "auto", min_score=0.999, small_faces=True)
+    assert small.status == "low score" and small.face.box[2] - small.face.box[0] < 120
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert (
+        0.25 < faces.find_faces(noise)[0].score < 0.4
+        and frame_one(Image.fromarray(noise)).status == "no face"
+    )
+    with pytest.raises(ValueError, match="min_score 50: expected a number from 0 to 1"):
+        frame_one(drawn, min_score=50)
+
+
+def test_the_first_look_is_as_it_was(monkeypatch):
+    """Where a face is found, neither tiles nor a lower threshold change its box."""
+    monkeypatch.setattr(faces, "faces_in_tiles", lambda *_: pytest.fail("looked at tiles"))
+    wanted = []
+    real = faces.shared_detector
+    monkeypatch.setattr(faces, "shared_detector", lambda score: wanted.append(score) or real(score))
+    for small in (False, True):
+        (face,) = faces.find_faces(cartoon(), small_faces=small)
+        assert face.box == FaceDetector().detect(cartoon())[0].box
+    assert wanted == [0.5, 0.5]
+
+
+def test_threads_share_a_detector():
+    pictures = [cartoon(200 + 10 * number, 250, 0.8) for number in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda rgb: faces.shared_detector(0.45).detect(rgb)[0].box, pictures))
+    assert found == [faces.shared_detector(0.45).detect(rgb)[0].box for rgb in pictures]
+
+
+def test_real_small_faces_are_found(shared, detector):
+    """Portraits far away: a face of about 60 pixels in a picture of 2,000."""
+    canvas = Image.new("RGB", (2000, 1400), (120, 125, 130))
+    paths = sorted((shared / "frll").glob("*.jpg"))[:6]
+    corners = [(150 + 600 * (number % 3), 150 + 700 * (number // 3)) for number in range(6)]
+    for path, corner in zip(paths, corners, strict=True):
+        with Image.open(path) as portrait:
+            canvas.paste(portrait.resize((150, 150), Image.Resampling.LANCZOS), corner)
+    rgb = np.asarray(canvas)
+    assert detector.detect(rgb) == []
+    found = sorted(faces.find_faces(rgb, small_faces=True), key=lambda face: (face.box[1] > 700, face.box[0]))
+    assert len(found) == 6
+    for path, corner, face in zip(paths, corners, found, strict=True):
+        alone = np.array(detector.detect(read_image(path))[0].box) * 150 / 1350 + np.tile(corner, 2)
+        assert np.abs(np.subtract(face.box, alone)).max() < 12, path.name
+    framed = faces.frame_faces(canvas, "auto", "all", small_faces=True)
+    assert len(framed) == 6 and {one.framing for one in framed} == {"paper"}
+
+
+def test_real_pictures_of_faces_are_seldom_doubtful(shared):
+    statuses = [frame_one(path, "auto").status for path in sorted((shared / "bmi/vip/images").iterdir())[:80]]
+    assert statuses.count("success") > 70 and set(statuses) <= {"success", "low score", "no face"}
 
 
 def cartoon(x=256, y=256, unit=1.0, size=512):

@@ -14,9 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageColor
-from sklearn.base import clone
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
 from test_faces import DISGUISES, cartoon
 
 from mefem import crop as crop_stage
@@ -88,6 +85,21 @@ def test_select_tokens():
     ):
         with pytest.raises(ValueError, match=words):
             select_tokens(data, feature_set, has_cls)
+
+
+def test_one_mean_patch_token_for_features_probes_and_pictures():
+    from mefem.models import mean_patch_token
+    from mefem.pictures import mean_embedding
+    from mefem.probing import mean_token
+
+    tokens = np.random.default_rng(0).standard_normal((6, 10, 4)).astype(np.float32)
+    tokens[:, 0] = 100  # CLS, which is not a patch
+    mean = mean_patch_token(tokens, has_cls=True)
+    np.testing.assert_allclose(mean, tokens[:, 1:].astype(float).mean(1), atol=1e-6)
+    assert np.array_equal(module.pool_tokens(tokens, "mean", True), mean)
+    assert np.array_equal(mean_patch_token(tokens[:, :1], has_cls=True), tokens[:, 0]), "one vector is itself"
+    np.testing.assert_array_equal(mean_embedding(tokens[:, 1:]), mean - mean.mean(0))
+    assert np.allclose(mean_token(torch.from_numpy(tokens[:, 1:])), mean, atol=1e-6)
 
 
 def test_embed_takes_what_is_at_hand(encoder, tmp_path):
@@ -305,6 +317,47 @@ def test_crop_and_embed_agree_on_a_folder(frames, encoder, tmp_path, framing):
     assert few["usable"] == (again.status == "success").sum() == counts["usable"] - small
 
 
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory):
+    """Photographs with a face too small for the first look, with a doubtful one, and with none."""
+    folder = tmp_path_factory.mktemp("streets")
+    street = Image.new("RGB", (1600, 1000), (150, 170, 190))
+    street.save(folder / "empty.png")
+    for corner, side in (((200, 300), 180), ((1100, 500), 220)):
+        street.paste(Image.fromarray(cartoon()).resize((side, side)), corner)
+    street.save(folder / "far.png")
+    Image.fromarray(cartoon()).save(folder / "near.png")
+    return folder
+
+
+def test_crop_and_embed_agree_on_small_and_doubtful_faces_and_by_default(streets, frames, encoder, tmp_path):
+    for number, (folder, options, usable) in enumerate(
+        (
+            (frames, {}, 4),
+            (streets, {}, 1),
+            (streets, {"small_faces": True}, 2),
+            (streets, {"small_faces": True, "face": "largest"}, 2),
+            (streets, {"min_score": 0.999}, 0),
+        )
+    ):
+        out = tmp_path / str(number)
+        counts = crop_stage.crop_photographs(folder, out, size=64, jobs=1, progress=False, **options)
+        crops = pd.read_csv(out / "crops.csv", dtype=str, keep_default_na=False)
+        table = embedding.embed_photographs(folder, encoder, out / "e.npz", progress=False, **options)
+        assert counts["usable"] == (table.status == "success").sum() == usable
+        for column in ("status", "framing", "reason", "other_framings"):
+            assert crops[column].tolist() == table[column].tolist(), column
+        if options.get("small_faces"):
+            assert table.faces.tolist() == [0, 2, 1] and table.status[0] == "no face"
+            x0, y0, x1, y1 = table.loc[1, ["x0", "y0", "x1", "y1"]]
+            assert 1100 < x0 < x1 < 1320 and 500 < y0 < y1 < 720 or "face" not in options
+    assert table.status.tolist() == ["no face", "no face", "low score"]
+    assert table.faces.tolist() == [0, 0, 0] and 0.5 < table.score[2] < 0.999 and table.x0[2] > 0
+    assert "at least 0.999 is asked for; --min-score 0." in table.reason[2]
+    said = crop_stage.nothing_usable("streets", "auto", table)
+    assert said.endswith("as-is 1; 1 have a face that a lower --min-score finds")
+
+
 def test_embeddings_of_an_as_is_picture_do_not_depend_on_its_neighbours(encoder, tmp_path):
     """Pictures of equal and of different sizes go the same way to the encoder's size."""
     (tmp_path / "p").mkdir()
@@ -473,6 +526,44 @@ def test_a_run_killed_at_any_moment_goes_on(ten, tmp_path, monkeypatch, moment, 
     ]
 
 
+FLAT = """
+import resource, sys
+import numpy as np, torch
+from mefem import embedding, encoders
+
+class Zeros(encoders.FrozenEncoder):
+    name, dim, tokens, has_cls, image_size, mean, std = "zeros", 768, 197, True, 32, (0,) * 3, (1,) * 3
+    device = torch.device("cpu")
+    parts = lambda self: {}
+    tokens_of = lambda self, images: torch.zeros(len(images), 197, 768)
+
+source, few, out = sys.argv[1:]
+def peak(folder):
+    how = {"framing": "as-is", "progress": False, "batch": 16}
+    embedding.embed_photographs(folder, Zeros(), out, "patches", **how)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak(few)
+print(peak(source) - before)
+"""
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npz"])
+def test_memory_is_flat_with_patches(tmp_path, ending):
+    """600 photographs, whose patches are 360 MB, in hardly more memory than 100."""
+    Image.fromarray(CROPS[0]).save(tmp_path / "0.png")
+    for folder, count in (("few", 100), ("many", 600)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.png").symlink_to(tmp_path / "0.png")
+    out = tmp_path / f"e{ending}"
+    arguments = [str(tmp_path / "many"), str(tmp_path / "few"), str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", FLAT, *arguments], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 100, "MB more"
+    assert len(read_table(out)[0]) == 600
+
+
 def test_parts_of_other_settings_photographs_or_code_are_not_taken(ten, tmp_path, monkeypatch, capsys):
     photographs, encoder = ten
     monkeypatch.setattr(embedding, "_PART_ROWS", 4)
@@ -544,7 +635,8 @@ def test_the_table_says_what_was_seen(encoder, tmp_path, name):
     assert np.allclose(table[["x0", "y0", "x1", "y1"]][1:3], [face.box for face in found])
     assert table.framing.tolist() == ["", "shift", "shift", ""]
     assert (
-        table.reason[0].startswith("--framing as-is") and table.reason[3] == "copy it again from its source"
+        table.reason[0].endswith("; --framing as-is would use it")
+        and table.reason[3] == "copy it again from its source"
     )
     if name.endswith("npz"):
         with np.load(tmp_path / name) as arrays:
@@ -599,27 +691,6 @@ def test_where_no_table_can_be_written_is_said_before_the_work(tmp_path, monkeyp
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_scikit_learn_conventions(encoder):
-    embedder = FaceEmbedder(encoder=encoder, features="patches", framing="as-is", batch=4)
-    params = embedder.get_params()
-    assert {"encoder", "features", "detect", "framing", "batch", "device", "on_error"} == set(params)
-    copy = clone(FaceEmbedder("mefem-s", features="patches"))
-    assert copy.get_params() == FaceEmbedder("mefem-s", features="patches").get_params() and not hasattr(
-        copy, "encoder_"
-    )
-    assert embedder.set_params(features="cls").features == "cls"
-    with pytest.raises(Exception, match="not fitted"):
-        FaceEmbedder(encoder).transform(list(CROPS))
-    assert np.allclose(embedder.fit_transform(list(CROPS)), embed(CROPS, encoder, "cls"), atol=1e-5)
-    pipeline = make_pipeline(FaceEmbedder(encoder, framing="as-is"), Ridge(alpha=1e-3)).fit(
-        list(CROPS), np.arange(7.0)
-    )
-    assert pipeline.score(list(CROPS), np.arange(7.0)) > 0.9
-    for wrong in ({"features": "meen"}, {"framing": "papre"}, {"on_error": "drop"}):
-        with pytest.raises(ValueError, match="{}='{}' must be one of".format(*next(iter(wrong.items())))):
-            FaceEmbedder(encoder, **wrong).fit(None)
-
-
 def test_the_default_is_one_named_vector_per_picture(encoder):
     tokens = encoder.tokens_of(CROPS).numpy()
     embedder = FaceEmbedder(encoder, framing="as-is").fit(None)
@@ -633,6 +704,9 @@ def test_the_default_is_one_named_vector_per_picture(encoder):
         frame, tokens[:, 0], atol=1e-5
     )
     assert embedder.get_feature_names_out()[-1] == "mean23"
+    for wrong in ({"features": "meen"}, {"on_error": "drop"}):
+        with pytest.raises(ValueError, match="{}='{}' must be one of".format(*next(iter(wrong.items())))):
+            FaceEmbedder(encoder, **wrong).fit(None)
     with pytest.raises(ValueError, match="several vectors per picture"):
         embedder.set_params(features="patches").get_feature_names_out()
     assert np.array_equal(module.pool_tokens(tokens[:, :1], "mean", True), tokens[:, 0]), (
@@ -648,7 +722,7 @@ def test_the_transformer_frames_as_the_command_does(encoder, frames, tmp_path):
     rows = FaceEmbedder(encoder, on_error="nan").fit(None).transform([frames / name for name in table.file])
     assert np.isnan(rows).any(1).tolist() == (table.status != "success").tolist()
     assert np.allclose(read_table(tmp_path / "e.parquet")[2], rows, atol=1e-5, equal_nan=True)
-    with pytest.raises(CropError, match="grey.png: no face .--framing as-is would use it"):
+    with pytest.raises(CropError, match="grey.png: no face .*; --framing as-is would use it"):
         FaceEmbedder(encoder).fit(None).transform([frames / "grey.png"])
 
 

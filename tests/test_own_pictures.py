@@ -85,7 +85,10 @@ def test_killed_it_goes_on_to_the_same_encoder(photos, tmp_path):
 
 def test_changed_photographs_start_again_unless_told(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(app, command(photos, "run", *steps(4, 2))).exit_code == 0
+    (photos / "9.png").write_bytes(b"no picture")
+    for _ in range(2):  # counted by the first, remembered by the second
+        said = CliRunner().invoke(app, command(photos, "run", *steps(4, 2)))
+        assert said.stdout.splitlines()[:2] == ["       8  usable", "       1  not an image"], said.stdout
     Image.new("RGB", (40, 40), "grey").save(photos / "0.png")
     again = CliRunner().invoke(app, command(photos, "run", *steps(4, 2)))
     assert "run starts at step 0" in again.stdout and "--resume-anyway goes on from it" in again.stdout
