@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 
 import pytest
 
@@ -18,9 +19,15 @@ def check(root):
     return tool(root, "check_notebooks")
 
 
-@pytest.fixture(scope="module")
-def runner(root):
-    return tool(root, "run_notebooks")
+@pytest.fixture
+def runner(root, tmp_path, monkeypatch):
+    """The tool, whose working folder, variables and way of starting processes end with the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.syspath_prepend(root)
+    method = multiprocessing.get_start_method(allow_none=True)
+    yield tool(root, "run_notebooks")
+    multiprocessing.set_start_method(method, force=True)
 
 
 @pytest.mark.parametrize(
