@@ -407,7 +407,13 @@ def embed(
     photographs: Annotated[Path, typer.Argument(help="a folder of photographs, or one photograph")],
     out: Annotated[Path, typer.Option("--out", "-o", help="a file ending in .parquet, .csv or .npz")],
     encoder: Annotated[
-        str, typer.Option("--encoder", "-e", help="a name or file, see `mefem info weights`")
+        str,
+        typer.Option(
+            "--encoder",
+            "-e",
+            help="mefem-b, mefem-s (first `mefem info weights --fetch NAME`), a .safetensors file, "
+            "a run's folder, or the name of any timm model",
+        ),
     ] = "mefem-b",
     features: Annotated[
         str,

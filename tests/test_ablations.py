@@ -266,6 +266,20 @@ def test_table_is_written_in_all_forms_with_stable_bytes(tmp_path, settings, see
     assert tex.count("{") == tex.count("}") and "²" not in tex and "—" not in tex
 
 
+def test_a_changed_run_is_not_the_papers_row(tmp_path, settings):
+    wider = {"stripes2": {"masking": {"width": 5, "cls_in_source": None}}}
+    changed = settings.model_copy(update={"ablations": settings.ablations | wider})
+    (row,) = [row for row in rows_of(changed) if row.source == "stripes2"]
+    assert row.labels["masking"] == "masking.width 5, masking.cls_in_source None" and not row.paper
+    results = made_up(tmp_path, changed, lambda row: 2.0)
+    claims = orderings(results, comparisons(changed), rows_of(changed), 200).set_index("claim")
+    # what the paper says of width 2 cannot be tested by width 5; the changed run has the baseline without CLS
+    assert claims.verdict["Width 3 beats width 2"] == "not run" and claims.paper["Width 3 beats width 2"] > 0
+    own = claims.loc["Beyond the paper: stripes2 beats stripes 3/14 without CLS, patches"]
+    assert own.verdict == "inconclusive" and own.worse == "stripes3 patches"
+    assert "Stripes 2/14" not in write_table4(tmp_path / "out", tmp_path / "x", changed, 200)
+
+
 def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings):
     results = made_up(tmp_path, settings, lambda row: None if row.source == "quadrant" else 2.0)
     found = costs(results, rows_of(settings)).set_index("run")
@@ -288,7 +302,9 @@ def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings)
 
 def test_rows_that_were_not_run_say_so(tmp_path, settings):
     text = write_table4(tmp_path / "nothing", tmp_path, settings, 200)
-    assert text.count("not run: no result") == 2 * len(rows_of(settings)) and "nothing has been run" in text
+    assert (
+        text.count("not run: no result") == 2 * len(rows_of(settings)) and "none has both of its rows" in text
+    )
     assert cells_of(tmp_path / "nothing", TABLE4).value.isna().all()
 
 
