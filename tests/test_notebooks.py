@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +129,15 @@ def test_notebooks_that_are_not_tests_are_left_out(runner, root):
     assert "59_tables.ipynb" in names and not any(
         name.startswith(("stages/", "benchmarks/")) for name in names
     )
+
+
+def test_a_notebook_whose_process_dies_is_reported_and_workers_of_joblib_end(runner, root, tmp_path):
+    dies = write(tmp_path / "dies.ipynb", code("a", "import os; os._exit(3)"))
+    parallel = "from joblib import Parallel, delayed\nlen(Parallel(2)(delayed(abs)(i) for i in range(4)))"
+    waits = write(tmp_path / "waits.ipynb", code("a", parallel, [text("4")]))
+    command = [sys.executable, root / "tools" / "run_notebooks.py", "--workers", "2", dies, waits]
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        # joblib's workers end by themselves after five minutes
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, timeout=240)
+    assert "dies.ipynb: its process ended with exit code 3" in error.value.stderr
+    assert "waits.ipynb" in error.value.stdout and "waits.ipynb" not in error.value.stderr

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
@@ -110,6 +110,32 @@ def run(path: Path) -> tuple[list[str], float]:
     return differences(stored, ran), time.time() - started
 
 
+def _answer(path: Path, pipe) -> None:
+    """Send the result of `run`; joblib's workers, which would be waited for, end with it."""
+    pipe.send(run(path))
+    if "joblib.externals.loky" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(kill_workers=True)
+
+
+def run_apart(path: Path) -> tuple[list[str], float]:
+    """`run` in a process of its own."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(path, sender))
+    process.start()
+    sender.close()  # this side's: the process's end is then seen as the pipe's end
+    try:
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        found = [f"its process ended with exit code {process.exitcode}"], 0.0
+    process.join(30)
+    process.kill()
+    return found
+
+
 def notebooks() -> list[Path]:
     """The notebooks of nbs/ that are run, those of folders with a file `.notest` left out."""
     every = sorted((ROOT / "nbs").rglob("*.ipynb"))
@@ -125,11 +151,12 @@ def main() -> int:
     given = parser.parse_args()
     paths = [p.resolve() for p in given.notebooks] or notebooks()
     bad = 0
-    with ProcessPoolExecutor(given.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for path, (complaints, seconds) in zip(paths, pool.map(run, paths), strict=True):
-            print(f"{path.relative_to(ROOT)}: {seconds:.0f} s", flush=True)
+    with ThreadPoolExecutor(given.workers) as pool:
+        for path, (complaints, seconds) in zip(paths, pool.map(run_apart, paths), strict=True):
+            name = os.path.relpath(path, ROOT)
+            print(f"{name}: {seconds:.0f} s", flush=True)
             for complaint in complaints:
-                print(f"{path.relative_to(ROOT)}: {complaint}", file=sys.stderr, flush=True)
+                print(f"{name}: {complaint}", file=sys.stderr, flush=True)
             bad += bool(complaints)
     if bad:
         print(
