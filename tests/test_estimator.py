@@ -18,7 +18,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks as checks
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import estimator_checks_generator
 from sklearn.utils.validation import validate_data
 from test_faces import cartoon
 
@@ -112,7 +112,11 @@ def loaded_once():
         yield
 
 
-@parametrize_with_checks([OfRows(ENCODER, framing="as-is", device="cpu")])
+ALL = list(estimator_checks_generator(OfRows(ENCODER, framing="as-is", device="cpu")))
+
+
+# named by the check: the estimator's text holds a temporary folder, another in each of pytest's processes
+@pytest.mark.parametrize("estimator, check", ALL, ids=[check.func.__name__ for _, check in ALL])
 def test_scikit_learns_checks(loaded_once, estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
