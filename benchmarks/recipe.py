@@ -100,52 +100,22 @@ def photographs(pack: Path, bmi: Path, work: Path) -> dict:
     return found
 
 
-def mean_tokens(encoder, images) -> tuple:
-    """(mean patch tokens [N, D], rank and position share of the first 256 pictures' tokens)."""
-    import torch
-
-    from mefem.compute import choose_precision
-    from mefem.models import encode_tokens, normalise
-    from mefem.monitoring import position_share, token_rank
-
-    means, patches = [], int(encoder.has_class_token)
-    half = torch.autocast(
-        "cpu", torch.bfloat16, enabled=choose_precision("auto", torch.device("cpu")) == "bf16"
-    )
-    with torch.inference_mode(), half:
-        for start in range(0, len(images), 128):
-            batch = normalise(torch.from_numpy(np.ascontiguousarray(images[start : start + 128])))
-            tokens = encode_tokens(encoder, batch)[:, patches:].float()
-            if not start:
-                health = {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
-            means.append(tokens.mean(1))
-    return torch.cat(means).numpy(), health
-
-
-def pixels(images, parts: int = 128) -> np.ndarray:
-    """Principal components of the pictures, every fourth pixel."""
-    from sklearn.decomposition import PCA
-
-    flat = np.ascontiguousarray(images[:, ::4, ::4]).reshape(len(images), -1) / 255.0
-    return PCA(min(parts, len(images)), random_state=0).fit_transform(flat)
-
-
 def scores(features, bmi_features, faces: dict) -> tuple[dict, dict]:
     """Scores of ridge probes, and each person's result: hit or not, for BMI the squared error."""
-    from sklearn.linear_model import RidgeClassifierCV, RidgeCV
+    from gpu_faces import predicted_classes
+    from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
     from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    panel, alphas, found, people = faces["panel"], 10.0 ** np.arange(-1, 6), {}, {}
+    panel, found, people = faces["panel"], {}, {}
     train = faces["train"][panel]
     for name in TASKS:
         codes = faces[name][panel]
-        model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
-        hits = model.fit(features[train], codes[train]).predict(features[~train]) == codes[~train]
+        hits = predicted_classes(features[train], features[~train], codes[train]) == codes[~train]
         found[name], people[name] = round(float(hits.mean()), 4), hits
-    model = make_pipeline(StandardScaler(), RidgeCV(alphas=alphas))
+    model = make_pipeline(StandardScaler(), RidgeCV(alphas=10.0 ** np.arange(-1, 6)))
     folds = KFold(5, shuffle=True, random_state=0)
     predicted = cross_val_predict(model, bmi_features, faces["bmi"], cv=folds)
     found["bmi"] = round(r2_score(faces["bmi"], predicted), 4)
@@ -155,15 +125,18 @@ def scores(features, bmi_features, faces: dict) -> tuple[dict, dict]:
 
 def look(encoder, faces: dict, path: Path) -> dict:
     """The row of an encoder (None: pixels), and each person's result in `path`."""
+    import torch
+    from gpu_faces import mean_patches, pixel_components
+
+    from mefem.compute import choose_precision
+
+    pictures, health = (faces["images"][faces["panel"]], faces["bmi_images"]), {}
     if encoder is None:
-        features, bmi_features, health = (
-            pixels(faces["images"][faces["panel"]]),
-            pixels(faces["bmi_images"]),
-            {},
-        )
+        features, bmi_features = (pixel_components(x, min(128, len(x))) for x in pictures)
     else:
-        features, health = mean_tokens(encoder, faces["images"][faces["panel"]])
-        bmi_features, _ = mean_tokens(encoder, faces["bmi_images"])
+        device = torch.device("cpu")
+        how = {"device": device, "batch": 128, "precision": choose_precision("auto", device)}
+        (features, health), (bmi_features, _) = (mean_patches(encoder, x, **how) for x in pictures)
     found, people = scores(features, bmi_features, faces)
     np.savez_compressed(path, **people)
     return found | {name: round(value, 4) for name, value in health.items()}

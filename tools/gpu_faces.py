@@ -437,15 +437,21 @@ def codes_of(faces: dict, name: str, train) -> tuple:
     return codes[train], codes[~train]
 
 
-def classified(seen, unseen, classes, wanted) -> dict:
-    """Of a ridge probe, its penalty chosen on the training photographs, and of the majority class."""
+def predicted_classes(seen, unseen, classes) -> np.ndarray:
+    """What a ridge probe predicts for `unseen`, its penalty chosen on the training photographs `seen`."""
     from sklearn.linear_model import RidgeClassifierCV
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=10.0 ** np.arange(-1, 6)))
-    predicted = model.fit(seen, classes).predict(unseen)
+    return model.fit(seen, classes).predict(unseen)
+
+
+def classified(seen, unseen, classes, wanted) -> dict:
+    """Of `predicted_classes`, and of the majority class."""
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+    predicted = predicted_classes(seen, unseen, classes)
     return {
         "accuracy": round(accuracy_score(wanted, predicted), 4),
         "balanced_accuracy": round(balanced_accuracy_score(wanted, predicted), 4),
@@ -455,27 +461,39 @@ def classified(seen, unseen, classes, wanted) -> dict:
 
 def panel_features(encoder, faces: dict, small: bool, device) -> tuple:
     """(features [N, D] of the panel's photographs, what the first 256 say of the tokens)."""
+    images = faces["images"][faces["panel"]]
+    if encoder is None:
+        return pixel_components(images, 4 if small else 128), {}
+    means, health = mean_patches(encoder.float().to(device).eval(), images, device)
+    return means, {name: round(value, 4) for name, value in health.items()}
+
+
+def pixel_components(images, parts: int) -> np.ndarray:
+    """Principal components [N, parts] of every fourth pixel."""
+    from sklearn.decomposition import PCA
+
+    pixels = np.ascontiguousarray(images[:, ::4, ::4]).reshape(len(images), -1) / 255.0
+    return PCA(parts, random_state=0).fit_transform(pixels)
+
+
+def mean_patches(encoder, images, device, batch: int = 256, precision: str = "fp32") -> tuple:
+    """(mean patch tokens [N, D]; rank and position share of the first batch's tokens)."""
     import torch
 
     from mefem.models import encode_tokens, normalise
     from mefem.monitoring import position_share, token_rank
 
-    images = faces["images"][faces["panel"]]
-    if encoder is None:
-        from sklearn.decomposition import PCA
-
-        pixels = images[:, ::4, ::4].reshape(len(images), -1) / 255.0
-        return PCA(4 if small else 128, random_state=0).fit_transform(pixels), {}
-    encoder = encoder.float().to(device).eval()
     patches, means = int(encoder.has_class_token), []
-    with torch.inference_mode():
-        for start in range(0, len(images), 256):
-            batch = normalise(torch.from_numpy(images[start : start + 256]).to(device))
-            tokens = encode_tokens(encoder, batch)[:, patches:].float()  # [B, L * L, D]
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.inference_mode(), half:
+        for start in range(0, len(images), batch):
+            part = np.ascontiguousarray(images[start : start + batch])
+            tokens = encode_tokens(encoder, normalise(torch.from_numpy(part).to(device)))
+            tokens = tokens[:, patches:].float()  # [B, L * L, D]
             if not start:
                 health = {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
             means.append(tokens.mean(1).cpu())
-    return torch.cat(means).numpy(), {name: round(value, 4) for name, value in health.items()}
+    return torch.cat(means).numpy(), health
 
 
 def load_faces(small: bool, path: Path) -> dict:
