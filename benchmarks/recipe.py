@@ -20,13 +20,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 OUT = ROOT / "benchmarks" / "recipe.json"
-EARLY = "ideas/early.py:EarlyJEPA"
+EARLY, VIEWS = "ideas/early.py:EarlyJEPA", "ideas/views.py:ViewsJEPA"
 TASKS = ("gender", "race", "age")
 
 
 def early(**options) -> dict:
     """The changes of a candidate with `EarlyJEPA`."""
     return {"method": EARLY, "method_options": options}
+
+
+def views(**options) -> dict:
+    """The changes of a candidate with `ViewsJEPA`, which wants pictures to tell apart: a larger batch."""
+    return {"method": VIEWS, "method_options": options, "batch": 128, "optimiser": {"lr": 2e-3}}
 
 
 # What each changes in the profile `faces`, and what was expected of it before the first run.
@@ -59,6 +64,18 @@ CANDIDATES = {
     "penalty05-young": (
         {**early(penalty=0.05), "batch": 64, "optimiser": {"ema": [0.98, 1.0], "lr": 2e-3}},
         "as penalty05, sooner",
+    ),
+    "views": (
+        views(weight=0.5),
+        "which picture a view is from asks for the whole face: ahead of the untrained encoder in minutes",
+    ),
+    "views-alone": (
+        views(weight=1.0),
+        "more pictures per minute, without what patches teach: as good or a little worse",
+    ),
+    "batch128": (
+        {"batch": 128, "optimiser": {"lr": 2e-3}},
+        "what views has but its method, the control: as the paper's recipe",
     ),
 }
 

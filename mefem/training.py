@@ -214,7 +214,10 @@ class MemoryPictures:
 
     def read(self, numbers) -> torch.Tensor:
         """Pictures by number, uint8 [B, H, W, 3], where they lie."""
-        return self.images[torch.as_tensor(numbers).to(self.images.device)]
+        numbers = torch.as_tensor(numbers)
+        if self.images.is_cuda:  # from pinned memory: a copy from other memory waits for the step before it
+            numbers = numbers.pin_memory().to(self.images.device, non_blocking=True)
+        return self.images[numbers]
 
     def content_hash(self) -> str:
         """16 hexadecimal digits over size and bytes of all pictures."""
@@ -468,8 +471,8 @@ def build(config: PretrainSettings) -> JEPA:
 
 # %% ../nbs/45_training.ipynb #21b5f670
 def optimiser_of(jepa: JEPA, config: PretrainSettings) -> torch.optim.AdamW:
-    """AdamW over student and predictor; biases, norms and single tokens are not decayed."""
-    trained = [p for module in (jepa.student, jepa.predictor) for p in module.parameters() if p.requires_grad]
+    """AdamW over student, predictor and what a method adds; biases, norms and single tokens are not decayed."""
+    trained = [p for p in jepa.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
         {"params": [p for p in trained if p.squeeze().ndim <= 1], "decayed": False, "weight_decay": 0.0},

@@ -2,6 +2,7 @@
 
     python tools/gpu_faces.py pack --photographs DIR --lists DIR   # once, where pip and the photographs are
     python tools/gpu_faces.py steps|pretrain|rows --seconds N --out DIR [--small]
+    python tools/gpu_faces.py recipes --seconds N --run paper --run wide:masking.width=4 --out DIR
 
 `--photographs`: the folder with train/1.jpg ... and val/1.jpg ... of FairFace; `--lists`: the folder with the
 authors' two lists. `--small` takes tiny networks and few steps, so that a CPU tries everything in a minute.
@@ -263,19 +264,19 @@ def step_settings(encoder: str, batch: int, small: bool):
     )
 
 
-def steps(results: Results, deadline: float, small: bool) -> None:
-    """Ours, the plain one and lightly's I-JEPA in turns, then ours compiled; ViT-S, then ViT-B."""
+def steps(results: Results, deadline: float, small: bool, encoders: list[str]) -> None:
+    """Ours, the plain one and lightly's I-JEPA in turns, then ours compiled; for each of `encoders`."""
     import torch
     from step import LightlyIJEPA, Ours, Plain
 
     from mefem.monitoring import peak_operations, step_operations
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, turns = (2, 1) if small else (256, 20)
+    batch, turns = (2, 1) if small else (256, 6)
     peak = peak_operations(device, torch.bfloat16, size=256 if small else None)
     results.add(batch=batch, precision="bf16", peak_multiply_adds_per_second=peak, encoders={})
-    for encoder in ("vit_small_patch16_224",) if small else ("vit_small_patch16_224", "vit_base_patch16_224"):
-        if not in_time(deadline, 0 if small else 45, f"timing {encoder}"):
+    for encoder in encoders[:1] if small else encoders:
+        if not in_time(deadline, 0 if small else 40, f"timing {encoder}"):
             return
         config = step_settings(encoder, batch, small)
         side = config.encoder.image_size
@@ -289,7 +290,7 @@ def steps(results: Results, deadline: float, small: bool) -> None:
         rows = timed_steps(kinds, images, batch, turns, floor)
         results.add(encoders=results.found["encoders"] | {encoder: {**floor, "eager": rows}})
         show_rows(encoder, rows)
-        if not small and in_time(deadline, 75, f"compiling {encoder}"):
+        if not small and in_time(deadline, 180, f"compiling {encoder}"):
             compiled = Ours(config.model_copy(update={"compile": True}), device)
             pair = {"ours": kinds["ours"], "ours compiled": compiled}
             rows = timed_steps(pair, images, batch, turns, floor)
@@ -337,7 +338,7 @@ def steps_in(seconds: float, config, pictures, folder: Path, small: bool) -> int
     """How many steps fit into `seconds`: by the rate of a short run, its first interval left out."""
     from mefem.training import start_run, train
 
-    count = 2 if small else 100
+    count = 2 if small else 50
     probe = config.model_copy(update={"steps": 2 * count, "log_every": count, "checkpoint_every": 2 * count})
     begun = time.time()
     train(start_run(probe, pictures, folder), progress=False)
@@ -497,16 +498,26 @@ def mean_patches(encoder, images, device, batch: int = 256, precision: str = "fp
 
 
 def load_faces(small: bool, path: Path) -> dict:
-    """The pack, and which photographs probes see: 6,000 of the training list, 3,000 of the other."""
-    faces = read_pack(path)
+    """The pack, and which photographs probes see: 6,000 of the training list, 3,000 of the other.
+
+    Where `decoded` lies beside it (`recipes`), its pictures are taken."""
+    decoded = path.with_name("decoded.npy")
+    if decoded.is_file():
+        with np.load(path) as file:
+            faces = {name: file[name] for name in file.files if name not in ("bytes", "ends")}
+        faces["images"] = np.load(decoded, mmap_mode="c")  # torch wants memory that it may write to
+    else:
+        faces = read_pack(path)
     train, other = np.flatnonzero(faces["train"]), np.flatnonzero(~faces["train"])
     faces["panel"] = np.concatenate([train[: 32 if small else 6000], other[: 16 if small else 3000]])
     say(f"{len(train):,} training and {len(other):,} validation photographs of {faces['images'].shape[1]} px")
     return faces
 
 
-def pretrain(results: Results, deadline: float, small: bool, changes: list[str], path: Path) -> None:
-    """Pretraining in the time that is left, but 20 s; then ours beside untrained and pixels."""
+def pretrain(
+    results: Results, deadline: float, small: bool, changes: list[str], path: Path, alone: bool = True
+) -> None:
+    """Pretraining in the time that is left, but 20 s; then ours, and where `alone` untrained and pixels."""
     import torch
 
     from mefem.models import create_encoder
@@ -515,17 +526,17 @@ def pretrain(results: Results, deadline: float, small: bool, changes: list[str],
     faces = load_faces(small, path)
     pictures = MemoryPictures(faces["images"][faces["train"]])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = pretrain_settings(small, changes, compile=device.type == "cuda")
+    config = pretrain_settings(
+        small, changes
+    )  # to compile it took over a minute on the lent machine's processor
     few = faces["panel"][: 48 if small else 2000]
     labelled = (faces["images"][few], faces["race"][few], None)
     torch.manual_seed(0)
-    results.add(
-        settings=config.model_dump(mode="json"),
-        untrained=quality(
-            create_encoder(config.encoder.name, **encoder_kwargs(config)), faces, small, device
-        ),
-        pixels=quality(None, faces, small, device),
-    )
+    if alone:
+        encoder = create_encoder(config.encoder.name, **encoder_kwargs(config))
+        results.add(
+            untrained=quality(encoder, faces, small, device), pixels=quality(None, faces, small, device)
+        )
     with tempfile.TemporaryDirectory() as work:
         end = deadline - (1 if small else 20)
         count = steps_in(end - time.time(), config, pictures, Path(work) / "pace", small)
@@ -548,7 +559,41 @@ def pretrain(results: Results, deadline: float, small: bool, changes: list[str],
             ours=quality(encoder, faces, small, device),
         )
     for name in ("untrained", "pixels", "ours"):
-        say(name, json.dumps(results.found[name]))
+        if name in results.found:
+            say(results.path.parent.name, name, json.dumps(results.found[name]))
+
+
+def recipes(out: Path, deadline: float, small: bool, runs: list[str], path: Path) -> None:
+    """Pretraining runs side by side on one GPU, each a process: one alone leaves it waiting for the host.
+
+    `runs`: NAME or NAME:KEY=VALUE,KEY=VALUE, what it changes in the settings. Each has a folder in `out`."""
+    decoded = path.with_name("decoded.npy")
+    np.save(decoded, read_pack(path)["images"])
+    running = {}
+    try:
+        for number, run in enumerate(runs):
+            name, _, changes = run.partition(":")
+            command = [
+                sys.executable,
+                __file__,
+                "pretrain",
+                "--pack",
+                str(path.parent),
+                "--out",
+                str(out / name),
+            ]
+            command += ["--seconds", str(round(deadline - time.time() - 1)), *["--small"] * small]
+            command += ["--no-baselines"] * (number > 0)
+            command += [part for change in changes.split(";") if change for part in ("--set", change)]
+            threads = max(1, len(os.sched_getaffinity(0)) // len(runs))
+            running[name] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        for name, process in running.items():
+            if process.wait(timeout=max(1, deadline - time.time() + 5)):
+                say(f"{name}: exit code {process.returncode}")
+    finally:
+        for process in running.values():
+            process.kill()
+        decoded.unlink()
 
 
 def rows(results: Results, deadline: float, small: bool, changes: list[str], path: Path, each: float) -> None:
@@ -588,7 +633,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("pack", "steps", "pretrain", "rows"))
+    parser.add_argument("part", choices=("pack", "steps", "pretrain", "recipes", "rows"))
     parser.add_argument("--photographs", type=Path)
     parser.add_argument("--lists", type=Path)
     parser.add_argument("--side", type=int, default=112, help="pixels of a packed picture")
@@ -603,6 +648,13 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the pretrain section"
     )
     parser.add_argument(
+        "--run", action="append", default=[], metavar="NAME:KEY=VALUE;...", help="of recipes, again for each"
+    )
+    parser.add_argument(
+        "--encoders", default="vit_small_patch16_224,vit_base_patch16_224", help="of steps, with commas"
+    )
+    parser.add_argument("--no-baselines", action="store_true", help="leave untrained and pixels out")
+    parser.add_argument(
         "--small", action="store_true", help="tiny networks and few steps, to try it on a CPU"
     )
     arguments = parser.parse_args()
@@ -615,11 +667,15 @@ def main() -> None:
         if not arguments.no_wheels:
             fetch_wheels(arguments.pack / "wheels")
         return
-    file, results = arguments.pack / "faces.npz", Results(arguments.out, arguments.part)
+    file = arguments.pack / "faces.npz"
+    if arguments.part == "recipes":
+        recipes(arguments.out, deadline, arguments.small, arguments.run, file)
+        return
+    results = Results(arguments.out, arguments.part)
     if arguments.part == "steps":
-        steps(results, deadline, arguments.small)
+        steps(results, deadline, arguments.small, arguments.encoders.split(","))
     elif arguments.part == "pretrain":
-        pretrain(results, deadline, arguments.small, arguments.set, file)
+        pretrain(results, deadline, arguments.small, arguments.set, file, not arguments.no_baselines)
     else:
         rows(results, deadline, arguments.small, arguments.set, file, arguments.row_seconds)
 
