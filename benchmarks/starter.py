@@ -1,0 +1,227 @@
+"""The encoder in the package: measured against the untrained one and pixels, and written with its card.
+
+    python benchmarks/starter.py --run data/gpu-out/alone --pack data/gpu --bmi DIR
+
+`--run`: a folder of `tools/gpu_faces.py recipes` (encoder.safetensors, pretrain.json). Writes mefem/starter
+(encoder.safetensors, run.json, README.md) and benchmarks/starter.json, from which the card's numbers are."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
+FOLDER = ROOT / "mefem" / "starter"
+FOUND = ROOT / "benchmarks" / "starter.json"
+TITLES = {
+    "gender": "gender, accuracy",
+    "race": "race (7 groups), accuracy",
+    "age": "age (9 groups), accuracy",
+    "bmi": "body mass index, r2",
+}
+NAMES = {
+    "starter": "mefem-starter",
+    "untrained": "untrained network",
+    "pixels": "128 components of pixels",
+    "largest": "largest group",
+}
+# FairFace with padding 0.25: median over the first 200 validation photographs (186 with a face found, middle
+# half 1.08 to 1.18) of the photograph's side over the longer side of the box that mefem.faces finds.
+FACE_SCALE = 1.13
+CARD = """---
+license: cc-by-4.0
+library_name: mefem
+---
+# mefem-starter
+
+A small face encoder for first steps without a download: `mefem embed photographs/ -o embeddings.parquet`, or
+`mefem.load_encoder("mefem-starter")`. **It is not the paper's encoder**, and no medical device. The paper's
+encoders: `mefem info weights --fetch mefem-b`.
+
+| | |
+|---|---|
+{facts}
+
+## What it predicts
+
+Probes on the frozen encoder's mean patch token: ridge regression, its penalty chosen on training people.
+Gender, race and age as FairFace's annotators saw them: {seen:,} training photographs, {unseen:,} validation
+ones. Body mass index: the {people:,} photographs of the VIP set, five folds.
+
+| | {columns} |
+|---|{lines}|
+{scores}
+
+Difference to the others with a 95 % interval over people (one training run):
+
+| | untrained network | pixels |
+|---|---|---|
+{gaps}
+
+## By group
+
+Gender, accuracy on validation photographs, by the race that annotators saw:
+
+| group | photographs | mefem-starter | untrained network | pixels |
+|---|---|---|---|---|
+{groups}
+
+## What it does not
+
+{limits}
+
+Body mass index: {bmi}. Crops in training were tighter than the paper's: {scale} times the
+face's box, which `mefem embed` takes for this encoder.
+"""
+
+
+def measured(run: Path, pack: Path, bmi: Path, work: Path) -> dict:
+    """Scores of the three, paired differences, and gender by group."""
+    import torch
+    from recipe import TASKS, look, outcomes, photographs
+
+    from mefem.metrics import paired_difference
+    from mefem.models import create_encoder, load_encoder_file
+
+    faces = photographs(pack, bmi, work)
+    encoder, about = load_encoder_file(run / "encoder.safetensors")
+    torch.manual_seed(0)
+    fresh = create_encoder(about["architecture"], **json.loads(about["kwargs"]))
+    networks = {"starter": encoder.eval(), "untrained": fresh.eval(), "pixels": None}
+    paths = {name: work / f"starter-{name}.npz" for name in networks}
+    scores = {name: look(network, faces, paths[name]) for name, network in networks.items()}
+    gaps = {}
+    for other in ("untrained", "pixels"):
+        for task in (*TASKS, "bmi"):
+            pair = [outcomes({0: paths[name]}, task, faces["bmi"]) for name in ("starter", other)]
+            gap = paired_difference(*pair, "r2" if task == "bmi" else "accuracy")
+            gaps.setdefault(task, {})[other] = [round(getattr(gap, x), 4) for x in ("value", "low", "high")]
+    unseen = ~faces["train"][faces["panel"]]
+    codes = {task: faces[task][faces["panel"]] for task in TASKS}
+    scores["largest"] = {"bmi": 0.0}  # r2 of the mean
+    for task, code in codes.items():
+        largest = np.bincount(code[~unseen]).argmax()
+        scores["largest"][task] = round(float((code[unseen] == largest).mean()), 4)
+    races = codes["race"][unseen]
+    hits = {name: np.load(path)["gender"] for name, path in paths.items()}
+    groups = {}
+    for code, race in enumerate(faces["race_names"]):
+        mine = races == code
+        groups[str(race)] = {"photographs": int(mine.sum())}
+        groups[str(race)] |= {name: round(float(hit[mine].mean()), 4) for name, hit in hits.items()}
+    counts = {"seen": int((~unseen).sum()), "unseen": int(unseen.sum()), "people": len(faces["bmi"])}
+    return {"scores": scores, "gaps": gaps, "gender_by_race": groups, "counts": counts}
+
+
+def described(gap: list[float]) -> str:
+    """A difference and its interval."""
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap)
+
+
+def card(found: dict, facts: dict) -> str:
+    """README.md of the folder."""
+    names = list(NAMES)
+    rows = {task: [found["scores"][name][task] for name in names] for task in TITLES}
+    gap = found["gaps"]["bmi"]["untrained"]
+    above = "better than the untrained network" if gap[1] > 0 else "no better than the untrained network"
+    return CARD.format(
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        columns=" | ".join(NAMES.values()),
+        lines="|".join(["---"] * len(names)),
+        scores="\n".join(
+            f"| {TITLES[task]} | {' | '.join(f'{x:.3f}' for x in row)} |" for task, row in rows.items()
+        ),
+        gaps="\n".join(
+            f"| {TITLES[task]} | {described(gaps['untrained'])} | {described(gaps['pixels'])} |"
+            for task, gaps in found["gaps"].items()
+        ),
+        groups="\n".join(
+            f"| {race} | {row['photographs']} | {' | '.join(f'{row[name]:.3f}' for name in names[:3])} |"
+            for race, row in found["gender_by_race"].items()
+        ),
+        limits=facts_limits(),
+        bmi=f"{above} (r2 {rows['bmi'][0]:.3f})",
+        scale=FACE_SCALE,
+        **found["counts"],
+    )
+
+
+def facts_limits() -> str:
+    """The sentences that every card of this package has."""
+    from mefem.export import _LIMITS
+
+    return _LIMITS.replace("\n", " ")
+
+
+def record_of(run: Path) -> dict:
+    """run.json of the package's encoder, from what the run says of itself."""
+    from mefem.encoders import STARTER
+
+    about = json.loads((run / "pretrain.json").read_text())
+    kept = ("hardware", "torch", "finished", "training_seconds")
+    return {
+        "run": STARTER,
+        "settings": about["settings"] | {"steps": about["steps"]},
+        "planned_steps": about["settings"]["steps"],
+        "pictures": about["pictures_seen"],
+        "photographs": "the first 40,000 training photographs of FairFace with padding 0.25 (CC BY 4.0)",
+        "framing": f"FairFace's own, about {FACE_SCALE} times the face's box",
+        **{key: about[key] for key in kept},
+    }
+
+
+def write_encoder(run: Path, out: Path) -> None:
+    """encoder.safetensors in half precision, and run.json."""
+    from mefem.files import write_json
+    from mefem.models import load_encoder_file, save_encoder
+
+    record = record_of(run)
+    encoder, header = load_encoder_file(run / "encoder.safetensors")
+    about = {"run": record["run"], "step": header["step"], "face_scale": FACE_SCALE, "licence": "CC BY 4.0"}
+    kwargs = json.loads(header["kwargs"])
+    save_encoder(out / "encoder.safetensors", encoder.half(), header["architecture"], kwargs, **about)
+    write_json(out / "run.json", record)
+
+
+def facts_of(folder: Path) -> dict:
+    """The card's first table, from the folder's encoder and run.json."""
+    from mefem.export import card_facts, plain_vit, run_record
+
+    record = run_record(folder)
+    settings = record["settings"]
+    facts = card_facts(plain_vit(str(folder)), folder, record)
+    del facts["written by"]  # the card is the same in every version
+    end = "as planned" if record["finished"] else f"cut off; {record['planned_steps']:,} steps were planned"
+    return facts | {
+        "method": f"`{settings['method']}` with {json.dumps(settings['method_options'])}: beyond the paper",
+        "trained on": f"{record['hardware']['gpu']}, {record['training_seconds']:.0f} s",
+        "PyTorch": record["torch"],
+        "schedule": end,
+        "licence": "CC BY 4.0, as FairFace",
+        "made by": "`tools/gpu_faces.py recipes`, then `benchmarks/starter.py` (see benchmarks/README.md)",
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="without it only the card is written again")
+    parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
+    parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
+    parser.add_argument("--work", type=Path, default=ROOT / "data" / "recipe")
+    arguments = parser.parse_args()
+    if arguments.run:
+        found = measured(arguments.run, arguments.pack, arguments.bmi, arguments.work)
+        FOUND.write_text(json.dumps(found, indent=1) + "\n")
+        write_encoder(arguments.run, FOLDER)
+    text = card(json.loads(FOUND.read_text()), facts_of(FOLDER))
+    (FOLDER / "README.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
