@@ -73,8 +73,9 @@ Gender, accuracy on validation photographs, by the race that annotators saw:
 
 {limits}
 
-Body mass index: {bmi}. Crops in training were tighter than the paper's: {scale} times the
-face's box, which `mefem embed` takes for this encoder.
+Body mass index: {bmi}.
+Crops in training were tighter than the paper's: {scale} times the face's box. `mefem embed` takes such crops
+for this encoder.
 """
 
 
@@ -153,10 +154,10 @@ def facts_limits() -> str:
     """The sentences that every card of this package has."""
     from mefem.export import _LIMITS
 
-    return _LIMITS.replace("\n", " ")
+    return _LIMITS
 
 
-def record_of(run: Path) -> dict:
+def record_of(run: Path, commit: str) -> dict:
     """run.json of the package's encoder, from what the run says of itself."""
     from mefem.encoders import STARTER
 
@@ -164,6 +165,7 @@ def record_of(run: Path) -> dict:
     kept = ("hardware", "torch", "finished", "training_seconds")
     return {
         "run": STARTER,
+        "commit": commit,
         "settings": about["settings"] | {"steps": about["steps"]},
         "planned_steps": about["settings"]["steps"],
         "pictures": about["pictures_seen"],
@@ -173,12 +175,12 @@ def record_of(run: Path) -> dict:
     }
 
 
-def write_encoder(run: Path, out: Path) -> None:
+def write_encoder(run: Path, commit: str, out: Path) -> None:
     """encoder.safetensors in half precision, and run.json."""
     from mefem.files import write_json
     from mefem.models import load_encoder_file, save_encoder
 
-    record = record_of(run)
+    record = record_of(run, commit)
     encoder, header = load_encoder_file(run / "encoder.safetensors")
     about = {"run": record["run"], "step": header["step"], "face_scale": FACE_SCALE, "licence": "CC BY 4.0"}
     kwargs = json.loads(header["kwargs"])
@@ -196,6 +198,7 @@ def facts_of(folder: Path) -> dict:
     del facts["written by"]  # the card is the same in every version
     end = "as planned" if record["finished"] else f"cut off; {record['planned_steps']:,} steps were planned"
     return facts | {
+        "made from": f"commit {record['commit']}",
         "method": f"`{settings['method']}` with {json.dumps(settings['method_options'])}: beyond the paper",
         "trained on": f"{record['hardware']['gpu']}, {record['training_seconds']:.0f} s",
         "PyTorch": record["torch"],
@@ -211,6 +214,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="without it only the card is written again")
+    parser.add_argument("--commit", default="not recorded", help="of the code that made the run")
     parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
     parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
     parser.add_argument("--work", type=Path, default=ROOT / "data" / "recipe")
@@ -218,7 +222,7 @@ def main() -> None:
     if arguments.run:
         found = measured(arguments.run, arguments.pack, arguments.bmi, arguments.work)
         FOUND.write_text(json.dumps(found, indent=1) + "\n")
-        write_encoder(arguments.run, FOLDER)
+        write_encoder(arguments.run, arguments.commit, FOLDER)
     text = card(json.loads(FOUND.read_text()), facts_of(FOLDER))
     (FOLDER / "README.md").write_text(text, encoding="utf-8")
 
