@@ -3,7 +3,7 @@
     python benchmarks/starter.py --run data/gpu-out/alone --pack data/gpu --bmi DIR
 
 `--run`: a folder of `tools/gpu_faces.py recipes` (encoder.safetensors, pretrain.json). Writes mefem/starter
-(encoder.safetensors, run.json, README.md) and benchmarks/starter.json, from which the card's numbers are."""
+(encoder.safetensors, run.json, README.md) and figures/faces/starter.json, from which the card's numbers are."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 FOLDER = ROOT / "mefem" / "starter"
-FOUND = ROOT / "benchmarks" / "starter.json"
+FOUND = ROOT / "figures" / "faces" / "starter.json"
 TITLES = {
     "gender": "gender, accuracy",
     "race": "race (7 groups), accuracy",

@@ -82,7 +82,9 @@ class FrozenEncoder(ABC):
     heads: int | None = None  # attention heads
     precision: str = "fp32"  # or "bf16"
     dropped: tuple = ()  # keys of the file that no encoder needs, such as a classifier's
-    face_scale: float = 2.0  # side of the crops it was trained on / longer side of the face's box (section 3: 2)
+    face_scale: float = (
+        2.0  # side of the crops it was trained on / longer side of the face's box (section 3: 2)
+    )
 
     @abstractmethod
     def tokens_of(self, images) -> Tensor:
