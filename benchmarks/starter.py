@@ -3,7 +3,7 @@
     python benchmarks/starter.py --run data/gpu-out/alone --pack data/gpu --bmi DIR
 
 `--run`: a folder of `tools/gpu_faces.py recipes` (encoder.safetensors, pretrain.json). Writes mefem/starter
-(encoder.safetensors, run.json, README.md) and figures/faces/starter.json, from which the card's numbers are."""
+(encoder.safetensors, run.json, README.md) and figures/faces/starter.json, which has the card's numbers."""
 
 import argparse
 import json

@@ -113,10 +113,11 @@ def crops_in_batches(pictures, how: Framing, batch: int, on_error: str = "raise"
 class FaceEmbedder(TransformerMixin, BaseEstimator):
     """Pictures -> embeddings, a scikit-learn transformer.
 
-    `encoder`: what `load_encoder` takes ("mefem-starter" is in the package, "pixels" is fitted on the pictures given to `fit`). `features`:
-    "mean" of patches or "cls" [N, D]; "patches" [N, 196, D]; "patches+cls" [N, 197, D]. `framing`, `face`
-    ("surest" or "largest"), `min_score`, `small_faces`: see `mefem.crop.Framing`. `detect=False`: the
-    pictures are face crops already, which is framing="as-is". `batch`: pictures in memory at a time.
+    `encoder`: what `load_encoder` takes ("mefem-starter" comes with the package, "pixels" is fitted on the
+    pictures given to `fit`). `features`: "mean" of patches or "cls" [N, D]; "patches" [N, K, D] or
+    "patches+cls" [N, K + 1, D]. `framing`, `face` ("surest" or "largest"), `min_score`, `small_faces`: see
+    `mefem.crop.Framing`, whose scale is the encoder's. `detect=False`: the pictures are face crops already,
+    which is framing="as-is". `batch`: pictures in memory at a time.
     `on_error`: "raise" or "nan" for pictures without a usable face. `n_jobs`: threads that read pictures and
     look for faces (None: one, or what `joblib.parallel_config` says; -1: one per core).
 
@@ -399,7 +400,8 @@ def embed_photographs(
     """Embed each photograph in `source` to the table `out`; returns it without embeddings.
 
     `out` ends in .parquet, .csv or .npz; its columns are listed above. `framing`: fields of
-    `mefem.crop.Framing`, but for the size; its scale is the encoder's (`face_scale`) unless given; face="all" gives a row per face. A photograph without an embedding
+    `mefem.crop.Framing`, but for the size; the scale is the encoder's (`face_scale`) unless given, and
+    face="all" gives a row per face. A photograph without an embedding
     has a row with the reason. A run that was killed goes on where it was."""
     Framing(**framing)  # refused before the work begins
     if features not in EMBEDDINGS:

@@ -825,8 +825,8 @@ def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEn
 
     "mefem-starter" (in the package), "mefem-s", "mefem-b", a checkpoint file or a run's folder,
     "farl[:FILE]", "franca[:FILE]", "buffalo[:FILE]", "random:TIMM_NAME" or "random:CHECKPOINT",
-    "pixels[:FILE]", "timm:NAME" or just the name of any timm model. `WeightsAbsent` where the file is not here (nothing is fetched), `WeightsMismatch`
-    where it does not fit, `ValueError` for an unknown name."""
+    "pixels[:FILE]", "timm:NAME" or just the name of any timm model. `WeightsAbsent` where the file is not
+    here (nothing is fetched), `WeightsMismatch` where it does not fit, `ValueError` for an unknown name."""
     name = str(name_or_path)
     options = {"device": device, "precision": precision}
     kind, _, rest = name.partition(":")
@@ -846,6 +846,6 @@ def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEn
     if timm.is_model(name):
         return load_timm(name, name, **options)
     raise ValueError(
-        f"encoder {name!r} is unknown: expected mefem-starter, mefem-s, mefem-b, a checkpoint's path, a model of timm, "
-        f"{', '.join(f'{k}:...' for k in _LOADERS)}"
+        f"encoder {name!r} is unknown: expected mefem-starter, mefem-s, mefem-b, a checkpoint's path, "
+        f"a model of timm, {', '.join(f'{k}:...' for k in _LOADERS)}"
     )
