@@ -712,7 +712,7 @@ def test_a_face_is_framed_again_as_it_was(tmp_path, shared):
 
 
 def test_baselines_of_the_starter_get_its_crops(tmp_path, shared):
-    """mefem-starter's faces are tight (scale 1.13): the untrained network and the pixels see the same ones."""
+    """mefem-starter's faces are tight (scale 1.13): both baselines see the same ones."""
     from mefem import FaceEmbedder
     from mefem.crop import Framing
     from mefem.embedding import embed, embed_photographs
