@@ -8,6 +8,7 @@ __all__ = ['Cropping', 'FaceAt', 'crop_one', 'UnitTask', 'crop_unit', 'unit_task
            'crop_photographs', 'nothing_usable']
 
 # %% ../nbs/39b_crop.ipynb #39517c1c
+import json
 import os
 import sys
 import zlib
@@ -27,8 +28,8 @@ from .faces import CROP_COLUMNS, CROP_LIST, FRAMINGS, MIN_SCORE, PICTURES, FaceD
 from .faces import Unusable, check_framing, crop_image, detector_model, encode_crop, flat_names
 from .faces import frame_faces, is_photograph, listed_crops, open_image, read_image, shared_detector
 from .faces import visible_files
-from .files import write_atomic
-from .made_from import code_hash, files_hash
+from .files import file_version, write_atomic
+from .made_from import MadeFrom, code_hash, files_hash, settings_hash
 from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
 
 # %% ../nbs/39b_crop.ipynb #b000568e
@@ -323,6 +324,51 @@ def _check_out(home: Path, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder for the crops")
 
+# %% ../nbs/39b_crop.ipynb #aa170734
+def _progress_file(out: Path, how: Framing) -> Path:
+    """Where the rows of a run in progress are kept; its name follows from settings and code."""
+    return out / f".crops-{MadeFrom(settings_hash(vars(how)), '', code_hash('crop')).key}.jsonl"
+
+# %% ../nbs/39b_crop.ipynb #e661da8c
+def _version(path: Path) -> list | None:
+    """Size and time of change of a file, None where there is none."""
+    return list(file_version(path)[1:]) if path.is_file() else None
+
+# %% ../nbs/39b_crop.ipynb #ffdf5c54
+def _kept_rows(kept: Path, files: list[Path], crops: list[Path]) -> dict[int, dict]:
+    """Rows of a run that was stopped, by the number of the file; those that no longer hold are left out."""
+    numbers = {path_text(file): number for number, file in enumerate(files)}
+    found = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else ():
+        try:
+            name, versions, row = json.loads(line)
+        except ValueError:  # cut off, as it was being written
+            continue
+        number = numbers.get(name)
+        if number is not None and versions == [_version(files[number]), _version(crops[number])]:
+            found[number] = row
+    return found
+
+# %% ../nbs/39b_crop.ipynb #6542bcba
+def _crop_files(files: list[Path], crops: list[Path], how: Framing, kept: Path, jobs: int, progress: bool):
+    """Crop each of `files`, or find that done; their rows. Each row is in the file `kept` at once."""
+    rows = _kept_rows(kept, files, crops)
+    left = [number for number in range(len(files)) if number not in rows]
+    if progress and rows:
+        print(f"{kept.parent}: {len(rows):,} of {len(files):,} photographs were done; going on", flush=True)
+    work = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_crop_file)(files[number], crops[number], how) for number in left
+    )
+    bar = tqdm(total=len(files), initial=len(rows), unit="photo", mininterval=1, disable=not progress)
+    with bar, kept.open("a", encoding="utf-8") as f:
+        print(file=f)  # ends a line that was cut off
+        for number, row in zip(left, work, strict=True):
+            rows[number] = row
+            versions = [_version(files[number]), _version(crops[number])]
+            print(json.dumps([path_text(files[number]), versions, row]), file=f, flush=True)
+            bar.update()
+    return [rows[number] for number in range(len(files))]
+
 # %% ../nbs/39b_crop.ipynb #0917bd4f
 def crop_photographs(source, out, jobs: int | None = None, progress: bool = True, **framing) -> dict:
     """Crop a face of each photograph in `source` to `out`/*.jpg; returns counts by reason.
@@ -330,7 +376,8 @@ def crop_photographs(source, out, jobs: int | None = None, progress: bool = True
     `framing`: fields of `Framing`. All photographs are listed in `out`/crops.csv: file (as found), crop
     (its own name, empty without one), status ("success" or the reason), framing (as used), reason
     (details and remedy), other_framings (that would use it). Crops that an earlier crops.csv lists are
-    ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched."""
+    ours: they are replaced, or removed where their photograph is gone; no other file in `out` is touched. A
+    run that was killed goes on."""
     how = Framing(**framing)
     home, out = home_of(source), Path(out)
     if how.face == "all":
@@ -344,13 +391,13 @@ def crop_photographs(source, out, jobs: int | None = None, progress: bool = True
         detector_model()  # fetched once, before several processes would
     _make_room(source, out, names)
     _write_crop_list(out, files, names, [{"status": "unfinished"}] * len(files))
-    work = Parallel(n_jobs=jobs or usable_cores(), return_as="generator")(
-        delayed(_crop_file)(file, out / name, how) for file, name in zip(files, names, strict=True)
-    )
-    rows = list(tqdm(work, total=len(files), unit="photo", mininterval=1, disable=not progress))
+    kept = _progress_file(out, how)
+    rows = _crop_files(files, [out / name for name in names], how, kept, jobs or usable_cores(), progress)
     status = [row["status"] for row in rows]
     written = [name if s == "success" else "" for name, s in zip(names, status, strict=True)]
     _write_crop_list(out, files, written, rows)
+    for old in out.glob(".crops-*.jsonl"):
+        old.unlink()
     counts = pd.Series(status).value_counts()
     dropped = {reason: int(count) for reason, count in counts.items() if reason != "success"}
     return {"usable": int(counts.get("success", 0)), **dropped}
