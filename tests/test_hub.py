@@ -171,5 +171,6 @@ def test_the_command_fetches_nothing_unasked_and_says_what_it_cannot(tmp_path, m
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["info", "weights"])
     assert result.exit_code == 0 and "mefem-b" in result.output
+    assert result.output.startswith("mefem-starter present in the package")  # the default needs no fetching
     result = CliRunner().invoke(app, ["info", "weights", "--fetch", "farl"])
     assert result.exit_code == 1 and "to get it: curl" in result.stderr
