@@ -67,3 +67,16 @@ def test_the_card_of_an_export_names_its_crops(tmp_path):
     export_encoder(STARTER, tmp_path / "starter", "timm")
     card = (tmp_path / "starter" / "README.md").read_text(encoding="utf-8")
     assert "`mefem crop photos/ -o crops/ --scale 1.13`" in card and "twice" not in card
+
+
+def test_an_export_that_was_not_loaded_is_not_said_to_be_right(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mefem.cli import app
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else real(name, *rest)
+    )
+    said = CliRunner().invoke(app, ["export", STARTER, "-o", str(tmp_path / "hf"), "--to", "hf"]).stdout
+    assert "unchecked: transformers is not here" in said and "gives" not in said
