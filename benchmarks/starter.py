@@ -323,7 +323,8 @@ def facts_of(folder: Path) -> dict:
     end = "as planned" if record["finished"] else f"cut off; {record['planned_steps']:,} steps were planned"
     return facts | {
         "made from": f"commit {record['commit']}",
-        "method": f"`{settings['method']}` with {json.dumps(settings['method_options'])}: beyond the paper",
+        "method": f"`{settings['method']}` (now `views`), beyond the paper",
+        "its options": json.dumps(settings["method_options"]),
         "trained on": f"{record['hardware']['gpu']}, {record['training_seconds']:.0f} s",
         "PyTorch": record["torch"],
         "schedule": end,

@@ -274,7 +274,7 @@ class RuntimeSettings(Section):
     dvclive: bool = False  # write the log through DVCLive too
 
 # %% ../nbs/00_config.ipynb #100b5721
-METHOD_NAMES = ("jepa", "target-share", "sigreg")  # of `mefem.beyond`
+METHOD_NAMES = ("jepa", "target-share", "sigreg", "views")  # of `mefem.beyond`
 
 # %% ../nbs/00_config.ipynb #3eb02d44
 class PretrainSettings(Section):
