@@ -30,7 +30,8 @@ from .faces import jitter_square, listed_crops, open_image, read_image, resample
 from .faces import surest_box, upright_size, visible_files
 from .files import write_atomic
 from .made_from import code_hash, files_hash
-from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_manifest
+from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_absent
+from .shards import write_manifest
 
 # %% ../nbs/39b_crop.ipynb #b000568e
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = 
     state, why = reader.state(raw)
     if state == "absent":
         remove_shards_from(out, 0)
-        return write_manifest(out, name, 0, [], asdict(how), state=state, reason=why)
+        return write_absent(out, name, why, asdict(how))
     if how.framing == "paper" and not reader.has_boxes:
         detector_model()  # fetched here once, not by every process at the same time
     total = reader.original(raw)

@@ -23,7 +23,7 @@ from mefem.config import PretrainSettings, SettingsError
 from mefem.files import write_json
 from mefem.made_from import settings_hash
 from mefem.models import normalise
-from mefem.shards import load_images, read_labels, write_manifest, write_shard
+from mefem.shards import load_images, read_labels, write_absent, write_manifest, write_shard
 from mefem.training import (
     CheckpointError,
     EpochOrder,
@@ -623,7 +623,7 @@ def test_other_crops_start_a_new_run(tmp_path):
 def test_absent_data_is_named(tmp_path):
     folder = tmp_path / "data" / "faces" / "facecaption"
     folder.mkdir(parents=True)
-    write_manifest(folder, "facecaption", 0, [], {}, state="absent", reason="no file there")
+    write_absent(folder, "facecaption", "no file there", {})
     with pytest.raises(FileNotFoundError, match="facecaption"):
         training.pretrain(config(), root=tmp_path, progress=False)
 
