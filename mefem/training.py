@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from .compute import choose_device, choose_precision, usable_cores
 from .config import PretrainSettings, SettingsError
-from .files import find_root, replacing, write_atomic, write_json
+from .files import commit_of, find_root, replacing, write_atomic, write_json
 from .made_from import MadeFrom, code_hash, files_hash, settings_hash
 from .beyond import create_jepa, run_code
 from .jepa import JEPA
@@ -78,9 +78,9 @@ class Run:
     counted: int = 0  # steps at the last check
     clock: float = 0.0  # time of the last check
     waited: float = 0.0  # seconds spent waiting for pictures since then
-    adopted: dict | None = (
-        None  # step and origin of a checkpoint of other code or pictures that it goes on from
-    )
+    # step and origin of a checkpoint of other code or pictures that it goes on from
+    adopted: dict | None = None
+    checkout: dict = dataclasses.field(default_factory=dict)  # `commit_of` what trained the newest steps
 
     @property
     def precision(self) -> str:
@@ -471,7 +471,7 @@ def build(config: PretrainSettings) -> JEPA:
 
 # %% ../nbs/45_training.ipynb #21b5f670
 def optimiser_of(jepa: JEPA, config: PretrainSettings) -> torch.optim.AdamW:
-    """AdamW over student, predictor and what a method adds; biases, norms and single tokens are not decayed."""
+    """AdamW over student, predictor and a method's own parts; biases, norms and tokens are not decayed."""
     trained = [p for p in jepa.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},
@@ -731,6 +731,14 @@ def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) ->
         torch.Generator(device=device),
     )
 
+# %% ../nbs/45_training.ipynb #62765fe2
+def _checkout_of(folder: Path) -> dict:
+    """`commit_of` the checkout that a run's folder is in; {} outside of one."""
+    try:
+        return commit_of(find_root(folder))
+    except FileNotFoundError:
+        return {}
+
 # %% ../nbs/45_training.ipynb #ca9a50ac
 def start_run(
     config: PretrainSettings,
@@ -752,6 +760,7 @@ def start_run(
             f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
         )
     run = new_run(config, pictures, folder, made)
+    run.checkout = _checkout_of(folder)
     if state := load_checkpoint(folder, made, resume_anyway, print if run.is_main else _silent):
         restore_run(run, state)
     if run.is_main:
@@ -768,6 +777,8 @@ def restore_run(run: Run, state: dict) -> None:
     restore_random(state["random"])
     run.start = run.counted = state["step"]
     run.adopted = state.get("adopted")
+    if run.start == run.config.steps:  # this process will not train
+        run.checkout = state.get("checkout", {})
     before = state.get("arithmetic", "an arithmetic that its checkpoint does not name")
     now = arithmetic_of(run.world, run.device, run.precision)
     if before != now and run.is_main:
@@ -948,6 +959,7 @@ def state_of(run: Run, step: int) -> dict:
         "step": step,
         "made_from": dataclasses.asdict(run.made),
         "adopted": run.adopted,
+        "checkout": run.checkout,
         "sampler": {"lengths": list(map(int, order.lengths)), "window": order.window, "seed": order.seed},
         "arithmetic": arithmetic_of(run.world, run.device, run.precision),
         "random": random_state(),
@@ -1210,7 +1222,8 @@ def write_run(run: Run, name: str, out: Path) -> None:
             "made_from": json.loads((run.folder / "made_from.json").read_text()),
             "pictures": len(run.pictures),
             "parameters": sum(p.numel() for p in teacher.parameters()),
-        },
+        }
+        | run.checkout,
     )
 
 # %% ../nbs/45_training.ipynb #0a9330a0

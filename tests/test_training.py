@@ -598,9 +598,30 @@ def test_pretrain_writes_encoder_log_and_settings(tmp_path, pictures):
         "run.json",
         "checkpoints",
     }
+    assert "commit" not in json.loads((path.parent / "run.json").read_text())  # this is no checkout
     assert training.pretrain(
         config(seed=3), root=tmp_path, run="x", pictures=pictures, progress=False
     ).exists()  # its own folder
+
+
+def test_run_json_names_the_commit_that_trained(tmp_path, pictures):
+    def commit(text):
+        (tmp_path / "params.yaml").write_text(text)
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+        for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", text]):
+            subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True)
+        return head.stdout.strip()
+
+    def about():
+        path = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
+        return json.loads((path.parent / "run.json").read_text())
+
+    first = commit("one")
+    trained = about()
+    assert trained["commit"] == first and trained["changed"] is False
+    assert set(trained["made_from"]) == {"settings", "data", "code"}  # a commit alone retrains nothing
+    assert commit("two") != first and about() == trained  # nothing was trained now
 
 
 def test_other_crops_start_a_new_run(tmp_path):
