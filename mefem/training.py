@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# %% ../nbs/45_training.ipynb #be83202f
 from .compute import choose_device, choose_precision, usable_cores
 from .config import PretrainSettings, SettingsError
 from .files import commit_of, find_root, replacing, write_atomic, write_json
@@ -100,11 +101,7 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
     write a checkpoint and end the process."""
     config = run.config
     if run.start == config.steps:
-        if run.is_main:
-            print(
-                f"nothing to do: finished at step {run.start} of {config.steps}, made from {run.made}",
-                flush=True,
-            )
+        _say_finished(run)
         return run.jepa.eval()
     monitor = Monitor(run, labelled) if run.is_main else None
     write_row = open_log(run, dvclive, monitor.start(run) if monitor else {})
@@ -127,11 +124,7 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
                 )
                 stop.leave(stopping)
             bar.update()
-    if run.bad_checks:
-        raise FloatingPointError(
-            f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; "
-            f"the newest checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
-        )
+    _check_last_loss(run)
     return run.jepa.eval()
 
 # %% ../nbs/45_training.ipynb #7a5c4ce6
@@ -709,6 +702,14 @@ def _wrap(jepa: JEPA, config: PretrainSettings, world: World) -> torch.nn.Module
         )
     return torch.compile(forward) if config.compile else forward
 
+# %% ../nbs/45_training.ipynb #62765fe2
+def _checkout_of(folder: Path) -> dict:
+    """`commit_of` the checkout that a run's folder is in; {} outside of one."""
+    try:
+        return commit_of(find_root(folder))
+    except FileNotFoundError:
+        return {}
+
 # %% ../nbs/45_training.ipynb #24274275
 def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) -> Run:
     """A run at its first step: networks and optimiser as initialised, in this process's place."""
@@ -729,15 +730,8 @@ def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) ->
         optimiser_of(jepa, config),
         EpochOrder(pictures.lengths, config.seed, window),
         torch.Generator(device=device),
+        checkout=_checkout_of(folder),
     )
-
-# %% ../nbs/45_training.ipynb #62765fe2
-def _checkout_of(folder: Path) -> dict:
-    """`commit_of` the checkout that a run's folder is in; {} outside of one."""
-    try:
-        return commit_of(find_root(folder))
-    except FileNotFoundError:
-        return {}
 
 # %% ../nbs/45_training.ipynb #ca9a50ac
 def start_run(
@@ -760,7 +754,6 @@ def start_run(
             f"{folder} holds checkpoints: pass resume=True to go on, or choose another folder"
         )
     run = new_run(config, pictures, folder, made)
-    run.checkout = _checkout_of(folder)
     if state := load_checkpoint(folder, made, resume_anyway, print if run.is_main else _silent):
         restore_run(run, state)
     if run.is_main:
@@ -982,6 +975,22 @@ def save_run(run: Run, step: int) -> None:
         save_checkpoint(run.folder, state_of(run, step), run.config.runtime.keep)
     run.world.wait()
 
+# %% ../nbs/45_training.ipynb #f902af22
+def _say_finished(run: Run) -> None:
+    """One line from the main process, where the last step was done before."""
+    if run.is_main:
+        steps = run.config.steps
+        print(f"nothing to do: finished at step {steps} of {steps}, made from {run.made}", flush=True)
+
+
+def _check_last_loss(run: Run) -> None:
+    """`FloatingPointError` where the last loss is not finite."""
+    if run.bad_checks:
+        raise FloatingPointError(
+            f"the loss is not finite at the last step, {run.config.steps}: no encoder is made of that; "
+            f"the newest checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+        )
+
 # %% ../nbs/45_training.ipynb #f0adec75
 def keep_best(run: Run, step: int, probe: float | None) -> None:
     """Keep the newest checkpoint as best.pt if `probe` is above that of best.json; in the main process."""
@@ -1200,8 +1209,7 @@ def pretrain(
 
 # %% ../nbs/45_training.ipynb #804ee0b9
 def write_run(run: Run, name: str, out: Path) -> None:
-    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a
-    probe."""
+    """Leave encoder.safetensors, log.csv and run.json in `out`; with a probe, encoder_best.safetensors."""
     config, teacher = run.config, run.jepa.teacher
     about = {"run": name, "settings": settings_hash(config)}
     save_encoder(out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about)
