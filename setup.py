@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE"],
     # Named, not searched for in the root: nbs, tests and data lie beside the package (flat layout).
     packages=find_packages(include=["mefem", "mefem.*"]),
-    package_data={"mefem": ["py.typed", "*.pyi"]},
+    package_data={"mefem": ["py.typed", "*.pyi", "starter/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

@@ -73,6 +73,10 @@ CANDIDATES = {
         views(weight=1.0),
         "more pictures per minute, without what patches teach: as good or a little worse",
     ),
+    "views-alone-young": (
+        {**views(weight=1.0), "optimiser": {"lr": 2e-3, "ema": [0.98, 1.0]}},
+        "after minutes the teacher of views-alone is still half of what it began with: clearly better",
+    ),
     "batch128": (
         {"batch": 128, "optimiser": {"lr": 2e-3}},
         "what views has but its method, the control: as the paper's recipe",

@@ -21,8 +21,8 @@ def stray(images: torch.Tensor, area: float, generator=None) -> torch.Tensor:
     """Each image [B, 3, H, W] cut to a box of at least `area` of it, anywhere; half of them mirrored."""
     count = len(images)
     size = uniform(area, 1, count, images, generator).sqrt()
-    aspect = uniform(-0.15, 0.15, count, images, generator).exp()
-    half = torch.stack([size * aspect, size / aspect], 1).clamp(max=1)  # [B, 2]: of x and y, in half sides
+    aspect = uniform(-0.15, 0.15, count, images, generator).exp().clamp(size, 1 / size)  # no side above 1
+    half = torch.stack([size * aspect, size / aspect], 1)  # [B, 2]: of x and y, in half sides
     centre = uniform(-1, 1, (count, 2), images, generator) * (1 - half)
     mirror = 1 - 2 * uniform(0, 1, count, images, generator).round()
     affine = torch.stack([torch.diag_embed(half)[:, 0], torch.diag_embed(half)[:, 1]], 1)
@@ -34,6 +34,8 @@ def stray(images: torch.Tensor, area: float, generator=None) -> torch.Tensor:
 
 def recolour(images: torch.Tensor, strength: float, generator=None) -> torch.Tensor:
     """Normalised images [B, 3, H, W] with other contrast, saturation, brightness and tint; a fifth grey."""
+    if not strength:
+        return images
     one, three = (len(images), 1, 1, 1), (len(images), 3, 1, 1)
 
     def draw(low, high, shape=one):
@@ -51,6 +53,8 @@ def info_nce(a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tens
     """Which row of `b` belongs to each row of `a`, and the reverse, by cosine: arXiv 1807.03748, eq. 4.
 
     Both [B, D], B > 1; the other rows are the wrong answers. A scalar, divided by log B: guessing costs 1."""
+    if len(a) < 2:
+        raise ValueError("one picture cannot be told from others: expected a batch of at least 2 per process")
     a, b = (F.normalize(at_least_float32(x), dim=1) for x in (a, b))
     logits = a @ b.T / temperature
     same = torch.arange(len(a), device=a.device)

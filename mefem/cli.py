@@ -114,7 +114,7 @@ _FRAMING = (
     "(paper, else shift, else as-is where the face fills two thirds of a square picture's side, else pad)"
 )
 _MIN_SIDE = "least pixels of the square's side in the picture; default: 224 with --framing paper, else 1"
-_SCALE = "side of the square / longer side of the face's box; default: 2"
+_SCALE = "side of the square / longer side of the face's box; default: 2, or the encoder's own"
 _MinSide = Annotated[int | None, typer.Option(min=1, help=_MIN_SIDE)]
 _Scale = Annotated[float | None, typer.Option(min=0.1, help=_SCALE)]
 
@@ -411,10 +411,11 @@ def embed(
         typer.Option(
             "--encoder",
             "-e",
-            help="mefem-b, mefem-s (first `mefem info weights --fetch NAME`), a .safetensors file, "
+            help="mefem-starter (small, in the package), mefem-b, mefem-s (first "
+            "`mefem info weights --fetch NAME`), a .safetensors file, "
             "a run's folder, or the name of any timm model",
         ),
-    ] = "mefem-b",
+    ] = "mefem-starter",
     features: Annotated[
         str,
         typer.Option(
@@ -466,7 +467,7 @@ def embed(
             features=features,
             framing=framing,
             face=face or "surest",
-            scale=2.0 if scale is None else scale,
+            **({} if scale is None else {"scale": scale}),
             min_side=min_side,
             min_score=0.5 if min_score is None else min_score,
             small_faces=small_faces,

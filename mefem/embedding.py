@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .crop import Framing, as_rgb, face_crop, framing_columns, home_of, named_error, path_text
 from .crop import photographs_in
-from .encoders import FrozenEncoder, PixelEncoder
+from .encoders import STARTER, FrozenEncoder, PixelEncoder
 from .faces import MIN_SCORE, Framed, check_framed
 from .features import EMBEDDINGS, as_encoder, pool_tokens
 from .files import replacing
@@ -113,10 +113,11 @@ def crops_in_batches(pictures, how: Framing, batch: int, on_error: str = "raise"
 class FaceEmbedder(TransformerMixin, BaseEstimator):
     """Pictures -> embeddings, a scikit-learn transformer.
 
-    `encoder`: what `load_encoder` takes ("pixels" is fitted on the pictures given to `fit`). `features`:
-    "mean" of patches or "cls" [N, D]; "patches" [N, 196, D]; "patches+cls" [N, 197, D]. `framing`, `face`
-    ("surest" or "largest"), `min_score`, `small_faces`: see `mefem.crop.Framing`. `detect=False`: the
-    pictures are face crops already, which is framing="as-is". `batch`: pictures in memory at a time.
+    `encoder`: what `load_encoder` takes ("mefem-starter" comes with the package, "pixels" is fitted on the
+    pictures given to `fit`). `features`: "mean" of patches or "cls" [N, D]; "patches" [N, K, D] or
+    "patches+cls" [N, K + 1, D]. `framing`, `face` ("surest" or "largest"), `min_score`, `small_faces`: see
+    `mefem.crop.Framing`, whose scale is the encoder's. `detect=False`: the pictures are face crops already,
+    which is framing="as-is". `batch`: pictures in memory at a time.
     `on_error`: "raise" or "nan" for pictures without a usable face. `n_jobs`: threads that read pictures and
     look for faces (None: one, or what `joblib.parallel_config` says; -1: one per core).
 
@@ -127,7 +128,7 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        encoder="mefem-b",
+        encoder=STARTER,
         features: str = "mean",
         detect: bool = True,
         batch: int = 64,
@@ -198,6 +199,7 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
         return Framing(
             framing=self.framing if self.detect else "as-is",
             face=self.face,
+            scale=encoder.face_scale,
             size=encoder.image_size,
             min_score=self.min_score,
             small_faces=self.small_faces,
@@ -398,14 +400,15 @@ def embed_photographs(
     """Embed each photograph in `source` to the table `out`; returns it without embeddings.
 
     `out` ends in .parquet, .csv or .npz; its columns are listed above. `framing`: fields of
-    `mefem.crop.Framing`, but for the size; face="all" gives a row per face. A photograph without an embedding
+    `mefem.crop.Framing`, but for the size; the scale is the encoder's (`face_scale`) unless given, and
+    face="all" gives a row per face. A photograph without an embedding
     has a row with the reason. A run that was killed goes on where it was."""
     Framing(**framing)  # refused before the work begins
     if features not in EMBEDDINGS:
         raise ValueError(f"features {features!r} are unknown, expected one of {', '.join(EMBEDDINGS)}")
     out, home = check_target(out), home_of(source)
     frozen, files = as_encoder(encoder, device), photographs_in(source)
-    how = Framing(size=frozen.image_size, **framing)
+    how = Framing(**{"scale": frozen.face_scale, "size": frozen.image_size} | framing)
     width = pool_tokens(np.zeros((1, frozen.tokens, frozen.dim)), features, frozen.has_cls).size
     size = _part_size(batch, width)
     about = {

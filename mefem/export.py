@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import mefem
-from .encoders import load_encoder
+from .encoders import STARTER, STARTER_FOLDER, load_encoder
 from .files import write_atomic, write_json
 from .models import check_encoder, encode_tokens
 
@@ -36,6 +36,7 @@ class PlainViT:
     model: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    face_scale: float = 2.0  # side of a crop / longer side of the face's box
 
     @property
     def size(self) -> int:
@@ -61,7 +62,8 @@ def plain_vit(source) -> PlainViT:
     model = getattr(getattr(frozen, "model", None), "model", frozen)  # itself: no network of timm
     check_encoder(model, str(source))
     arguments = get_model_args(model) | {"img_size": model.patch_embed.img_size[0]}
-    return PlainViT(model.pretrained_cfg["architecture"], arguments, model, frozen.mean, frozen.std)
+    architecture = model.pretrained_cfg["architecture"]
+    return PlainViT(architecture, arguments, model, frozen.mean, frozen.std, frozen.face_scale)
 
 # %% ../nbs/56_export.ipynb #4bfbf54f
 @torch.no_grad()
@@ -295,6 +297,7 @@ def _check_onnx(vit: PlainViT, path: Path) -> None:
 # %% ../nbs/56_export.ipynb #295f74c0
 def run_record(source) -> dict:
     """run.json of an encoder's folder, as a dictionary; empty where there is none."""
+    source = STARTER_FOLDER if str(source) == STARTER else source
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -480,8 +480,8 @@ def save_tuned(out: Path, model: Tuned, vit: PlainViT) -> dict:
     """Write the encoder to the folder `out`; its name and hash, as `mefem embed` records them."""
     network = copy.deepcopy(model.network)
     network.reset_classifier(0)
-    normalisation = {"mean": json.dumps(vit.mean), "std": json.dumps(vit.std)}
-    save_encoder(out / ENCODER, network, vit.architecture, vit.arguments, **normalisation)
+    pictures = {"mean": json.dumps(vit.mean), "std": json.dumps(vit.std), "face_scale": vit.face_scale}
+    save_encoder(out / ENCODER, network, vit.architecture, vit.arguments, **pictures)
     encoder = load_encoder(out, device="cpu")
     return {"encoder": encoder.name, "encoder_hash": encoder.weights_hash()}
 
@@ -581,7 +581,7 @@ def finetune_photographs(
     table = read_labels(labels, question)
     target_kind(table, question)  # refused before the work begins
     vit, device = tunable(encoder, recipe.features), choose_device(device)
-    how = Framing(framing=framing, size=vit.size)
+    how = Framing(framing=framing, size=vit.size, scale=vit.face_scale)
     out = check_folder(out, FinetunedProbe.also)
     settings = {"question": vars(question), "recipe": vars(recipe), "how": vars(how), "device": str(device)}
     key = _key(source, out, table.cells, vit, **settings)

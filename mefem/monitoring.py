@@ -195,8 +195,8 @@ def health(
 # %% ../nbs/44_monitoring.ipynb #7def41d0
 RANK_KEPT, POSITION_GAIN, PROBE_LOSS = 0.85, 0.2, 0.02  # how far a measure may be from the start's
 RANK_REMEDY = (
-    "do not use this encoder yet; train on, to 200,000 pictures at least, after which the rank was back on "
-    "real faces; if it is not back by then, lower optimiser.lr or raise batch"
+    "do not use this encoder yet; train on, to 200,000 pictures at least: on real faces the rank was back "
+    "then or later; or take method ideas/views.py:ViewsJEPA, which was back sooner and predicted more"
 )
 
 # %% ../nbs/44_monitoring.ipynb #b244ba5e

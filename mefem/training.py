@@ -464,7 +464,7 @@ def build(config: PretrainSettings) -> JEPA:
 
 # %% ../nbs/45_training.ipynb #21b5f670
 def optimiser_of(jepa: JEPA, config: PretrainSettings) -> torch.optim.AdamW:
-    """AdamW over student, predictor and a method's own parts; biases, norms and tokens are not decayed."""
+    """AdamW over student, predictor and a method's own modules; no decay of biases, norms, single tokens."""
     trained = [p for p in jepa.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.squeeze().ndim > 1], "decayed": True},

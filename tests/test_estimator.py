@@ -66,7 +66,7 @@ class OfRows(FaceEmbedder):
 
     def __init__(
         self,
-        encoder="mefem-b",
+        encoder="mefem-starter",
         features="mean",
         detect=True,
         batch=64,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,21 @@ def test_all_parts_on_a_cpu(packed, tmp_path):
     assert (
         sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**20 and len(list(tmp_path.iterdir())) <= 8
     )
+
+
+def test_recipes_run_next_to_each_other(packed, tmp_path):
+    runs = ("paper", "views:method=ideas/views.py:ViewsJEPA;method_options.weight=1.0")
+    command = [sys.executable, ROOT / "tools" / "gpu_faces.py", "recipes", "--pack", packed, "--small"]
+    command += ["--seconds", "200", "--out", tmp_path, *(part for run in runs for part in ("--run", run))]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    paper, views = (
+        json.loads((tmp_path / name / "pretrain.json").read_text()) for name in ("paper", "views")
+    )
+    assert "pixels" in paper and "pixels" not in views
+    assert views["settings"]["method_options"] == {"weight": 1.0} and views["finished"]
+    assert paper["ours"] != views["ours"]
+    assert not (packed / "decoded.npy").exists()
 
 
 def test_too_little_time_is_said(packed, tmp_path):

@@ -152,7 +152,7 @@ def test_the_template_holds_no_result(template):
 
 def test_smoke_claims_nothing(tmp_path, template):
     text = readme_text(template, results(tmp_path, profile="smoke"))
-    assert "wiring only" in text.split("## What it learns")[1].split("|")[0]
+    assert "wiring only" in text.split("## What it learns from simulated people")[1].split("|")[0]
     for claim in ("beyond noise", "In this one run", "inconclusive", "What this run shows"):
         assert claim not in text
 

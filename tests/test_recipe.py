@@ -12,11 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy.special import logsumexp
 
 from mefem.beyond import load_idea, sigreg
+from mefem.config import PretrainSettings
 from mefem.jepa import JEPA, normalise_targets
 from mefem.masking import StripeMasking, TokenSplit
 from mefem.models import Predictor, create_encoder, encode_tokens
+from mefem.training import optimiser_of
 from mefem.weighting import circular_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +89,87 @@ def test_the_penalty_is_sigreg_of_the_mean_source_tokens(images):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="expected splits >= 1, 1 <= blocks <= 2"):
         early(**options)
+
+
+def views(**options):
+    return tiny(load_idea("ideas/views.py:ViewsJEPA"), **options)
+
+
+def of_views(name):
+    """A function of the file that ViewsJEPA is in."""
+    return vars(sys.modules[load_idea("ideas/views.py:ViewsJEPA").__module__])[name]
+
+
+def test_info_nce_is_the_mean_cross_entropy_over_log_b():
+    a, b = torch.randn(2, 6, 5, generator=seeded()).double().unbind()
+    cosine = (a / a.norm(dim=1, keepdim=True)) @ (b / b.norm(dim=1, keepdim=True)).T / 0.3
+    rows = [logsumexp(cosine[i]) - cosine[i, i] for i in range(6)]
+    columns = [logsumexp(cosine[:, i]) - cosine[i, i] for i in range(6)]
+    expected = (np.mean(rows) + np.mean(columns)) / 2 / np.log(6)
+    assert of_views("info_nce")(a, b, 0.3).item() == pytest.approx(float(expected), rel=1e-9)
+    same = torch.ones(6, 5)
+    assert of_views("info_nce")(same, same, 0.3).item() == pytest.approx(1)  # guessing
+    with pytest.raises(ValueError, match="at least 2"):
+        of_views("info_nce")(a[:1], b[:1], 0.3)
+
+
+def test_a_box_of_the_whole_picture_is_the_picture_or_its_mirror(images):
+    found = of_views("stray")(images.repeat(4, 1, 1, 1), 1.0, seeded())
+    mirrored = 0
+    for picture, whole in zip(found, images.repeat(4, 1, 1, 1), strict=True):
+        if not torch.allclose(picture, whole, atol=1e-3):
+            torch.testing.assert_close(picture, whole.flip(-1), atol=1e-3, rtol=0)
+            mirrored += 1
+    assert 0 < mirrored < 16
+
+
+def test_boxes_have_the_area_asked_for_and_stay_inside():
+    """A ramp in x and one in y say which part of the picture is seen."""
+    line = torch.linspace(-1, 1, 112)
+    ramps = torch.stack([line.expand(112, 112), line[:, None].expand(112, 112), torch.zeros(112, 112)])
+    found = of_views("stray")(ramps.expand(300, -1, -1, -1), 0.3, seeded())
+    span = found[:, :2].amax((2, 3)) - found[:, :2].amin((2, 3))  # [300, 2], 2 is the whole side
+    area = span.prod(1) / 4
+    assert 0.27 < area.min() < 0.4 and 0.9 < area.max() <= 1.001
+    assert found.abs().max() <= 1.001
+
+
+def test_colours_change_unless_they_are_to_stay(images):
+    recolour = of_views("recolour")
+    assert torch.equal(recolour(images, 0.0, seeded()), images)
+    many = recolour(images[:1].repeat(500, 1, 1, 1), 0.4, seeded())
+    spread = (many - many.mean(1, keepdim=True)).std((1, 2, 3))  # what is left of colour
+    light = many.mean((2, 3)).std(0)
+    assert 0.1 < (spread < 0.3 * spread.max()).float().mean() < 0.6 and (light > 0.2).all()
+
+
+def test_the_loss_is_the_papers_and_that_of_two_views(images):
+    jepa, split = views(weight=0.3), StripeMasking().sample(4, seeded())
+    found = jepa(images, seeded(), splits=[split])["loss"]
+    generator = seeded()
+    both = [jepa.head(jepa.view(images, generator).mean(1)) for _ in range(2)]
+    expected = 0.7 * tiny()(images, splits=[split])["loss"] + 0.3 * of_views("info_nce")(*both, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert jepa.view(images).shape == (4, 1 + 98, 32)  # CLS and half of the patches
+
+
+def test_without_the_papers_prediction_nothing_of_it_is_trained(images):
+    jepa = views(weight=1.0)
+    jepa(images, seeded())["loss"].backward()
+    trained = {
+        id(p) for group in optimiser_of(jepa, PretrainSettings()).param_groups for p in group["params"]
+    }
+    parts = (jepa.student, jepa.head)
+    assert trained == {id(p) for part in parts for p in part.parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in jepa.head.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight": 0}, {"keep": 0}, {"area": 1.5}, {"colour": 1}, {"temperature": 0}]
+)
+def test_impossible_options_of_views_are_refused(options):
+    with pytest.raises(ValueError, match="ViewsJEPA: expected"):
+        views(**options)
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ class Results:
         from mefem.provenance import hardware
 
         out.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["tools/gpu_faces.py", *sys.argv[1:]])
+        command = " ".join(["tools/gpu_faces.py", *sys.argv[1:]]).replace(f"{ROOT}/", "")
         self.path, self.begun = out / f"{part}.json", time.time()
         self.found = {"hardware": hardware(), "torch": torch.__version__, "command": command}
 
