@@ -303,12 +303,15 @@ def load_idea(kind: str):
 
 # %% ../nbs/46_beyond.ipynb #c565e0de
 def _call(kind: str, thing, *args, **options):
-    """`thing(*args, **options)`; `SettingsError` where its signature does not allow that."""
+    """`thing(*args, **options)`; `SettingsError` names the kind, for an idea its file and class."""
     try:
         inspect.signature(thing).bind(*args, **options)
     except TypeError as error:
         raise SettingsError(f"{kind}: {error}; it is {thing.__name__}{inspect.signature(thing)}") from None
-    return thing(*args, **options)
+    try:
+        return thing(*args, **options)
+    except ValueError as error:
+        raise SettingsError(f"{kind}: {error}") from error
 
 # %% ../nbs/46_beyond.ipynb #ac4b46d2
 def masking_of(settings: MaskingSettings, grid: int):
