@@ -826,13 +826,14 @@ def info_weights(
     Nothing is fetched without --fetch. Works in any folder.
 
     Example: mefem info weights --fetch mefem-b"""
-    from mefem.encoders import weights_at_hand
+    from mefem.encoders import STARTER, STARTER_FOLDER, weights_at_hand
     from mefem.hub import REPOSITORIES, fetch_weights
 
     with _Plainly():
         if fetch:
             fetch_weights(fetch, say=typer.echo)
         states = weights_at_hand(find_root() / "data" / "weights" if write else None)
+        typer.echo(f"{STARTER:12} present in the package; its card: {STARTER_FOLDER / 'README.md'}")
         for name, about in states.items():
             typer.echo(f"{name:12} {about['state']:9} {about['file']}")
             command = f"mefem info weights --fetch {name}" if name in REPOSITORIES else about["command"]

@@ -224,7 +224,7 @@ class FaceEmbedder(TransformerMixin, BaseEstimator):
 # %% ../nbs/51b_embedding.ipynb #cf388a22
 _TYPES = {
     **dict.fromkeys(("file", "status", "reason"), "string"),  # and the embedding
-    **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1"), "float64"),
+    **dict.fromkeys(("faces", "score", "x0", "y0", "x1", "y1", "scale"), "float64"),
     **dict.fromkeys(("framing", "other_framings", "encoder", "encoder_hash", "features"), "string"),
     "dim": "int64",
 }
@@ -347,6 +347,7 @@ def _embedded(
     rows = []
     for path, one in framed:
         row = {"file": path_text(path.relative_to(home)), **framing_columns(one), **_detected(one)}
+        row["scale"] = how.scale
         rows.append(row | {"embedding": None if one.problem else next(vectors).ravel()})
     return rows
 

@@ -318,9 +318,9 @@ def crop_framing(source, record: dict) -> str:
     return "; ".join(said) or "not recorded"
 
 # %% ../nbs/56_export.ipynb #a1b18fe7
-_FRAMING = """A picture is a square face crop. The paper's framing is a square of twice the longer side of
-the detected face box, centred on the box. `mefem crop photos/ -o crops/` writes such crops. Other framings
-give other embeddings."""
+_FRAMING = """A picture is a square face crop{paper}, a square of {scale:g} times the longer side of
+the detected face box, centred on the box. `mefem crop photos/ -o crops/{option}` writes such crops.
+Other framings give other embeddings."""
 _LIMITS = """This is not a medical device. It has not been tested on any group of people beyond those named
 here. Measure it first on your own people:
 `mefem probe embeddings.parquet labels.csv --target COLUMN --group COLUMN`.
@@ -449,6 +449,16 @@ A face encoder pretrained without labels by a joint embedding predictive archite
 """
 _LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
+# %% ../nbs/56_export.ipynb #33ea52ac
+def _framing(scale: float) -> str:
+    """The card's paragraph on the crops that an encoder expects."""
+    ours = scale == 2
+    return _FRAMING.format(
+        paper=" in the paper's framing" if ours else "",
+        scale=scale,
+        option="" if ours else f" --scale {scale:g}",
+    )
+
 # %% ../nbs/56_export.ipynb #b8744dfb
 def model_card(vit: PlainViT, source, to: str, place: str, licence: str | None = None) -> str:
     """README.md of an export: Hub metadata, use, facts, framing, limits, settings."""
@@ -461,7 +471,7 @@ def model_card(vit: PlainViT, source, to: str, place: str, licence: str | None =
         title=record.get("run", Path(source).name),
         use=usage(vit, to, place),
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        framing=_FRAMING,
+        framing=_framing(vit.face_scale),
         limits=_LIMITS,
         settings=json.dumps(settings, indent=1, sort_keys=True) if settings else "not recorded",
     )

@@ -834,8 +834,8 @@ _BOX = ["x0", "y0", "x1", "y1"]
 
 
 def _frames(path: Path) -> pd.DataFrame:
-    """How a table's photographs were framed: file, status, framing and the face's box."""
-    columns = ["file", "status", "framing", *_BOX]
+    """How a table's photographs were framed: file, status, framing, scale and the face's box."""
+    columns = ["file", "status", "framing", "scale", *_BOX]
     ending = path.suffix.lower()
     try:
         if ending == ".npz":
@@ -862,7 +862,7 @@ def crop_again(row, photographs, size: int) -> np.ndarray:
     """The crop uint8 [size, size, 3] of one row of `_frames`; the error names the file."""
     path = Path(photographs) / row.file
     detector = None if row.framing == "as-is" else _KnownFace([getattr(row, name) for name in _BOX])
-    (framed,) = frame_faces(path, row.framing, size=size, min_side=1, detector=detector)
+    (framed,) = frame_faces(path, row.framing, scale=row.scale, size=size, min_side=1, detector=detector)
     if framed.problem:
         raise ValueError(
             f"{path}: {framed.status}; expected the photographs of the table: --photographs FOLDER"
@@ -886,8 +886,22 @@ def _check_again(path, first: np.ndarray, again: np.ndarray) -> None:
     if first.shape != again.shape or not np.allclose(first, again, atol=2e-2 * np.abs(first).max()):
         raise ValueError(
             f"{path}: its embeddings are not those that --encoder gives of the same photographs: another "
-            "encoder, another --scale, or changed photographs"
+            "encoder, or changed photographs"
         )
+
+# %% ../nbs/54_own_labels.ipynb #951d9373
+def _untrained(encoder: str):
+    """The untrained encoder of the shape of `encoder`: a file, a run, or a name that comes with weights."""
+    from mefem.encoders import STARTER, STARTER_FOLDER, find_weights, load_encoder
+
+    like = encoder.removeprefix("timm:")
+    if like == STARTER:
+        like = str(STARTER_FOLDER)
+    elif like in ("mefem-s", "mefem-b"):
+        like = str(find_weights(like))
+    frozen = load_encoder(f"random:{like}")
+    frozen.name = f"random:{encoder}"  # not the place of a file on this machine
+    return frozen
 
 # %% ../nbs/54_own_labels.ipynb #b96060cb
 BASELINES = ("random", "pixels")
@@ -910,7 +924,7 @@ def baseline(kind: str, path, photographs, encoder: str | None = None) -> Embedd
     if kind == "random":
         again = _embed_again(rows[:8], photographs, load_encoder(encoder), features)
         _check_again(path, table.vectors[table.usable][:8], again)
-        frozen = load_encoder(f"random:{encoder}")
+        frozen = _untrained(encoder)
     else:
         frozen, features = PixelEncoder(), "mean"
         frozen.fit(np.stack([crop_again(row, photographs, frozen.image_size) for row in rows[:4096]]))

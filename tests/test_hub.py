@@ -174,5 +174,6 @@ def test_the_command_fetches_nothing_unasked_and_says_what_it_cannot(tmp_path, m
     for name in REPOSITORIES:  # the others come by a command of their publisher
         assert f"; mefem info weights --fetch {name}\n" in result.output
     assert "; curl -L -o data/weights/FaRL" in result.output
+    assert result.output.startswith("mefem-starter present in the package")  # the default needs no fetching
     result = CliRunner().invoke(app, ["info", "weights", "--fetch", "farl"])
     assert result.exit_code == 1 and "to get it: curl" in result.stderr

@@ -711,6 +711,34 @@ def test_a_face_is_framed_again_as_it_was(tmp_path, shared):
         np.testing.assert_array_equal(own.crop_again(row, photos, 64), framed.crop)
 
 
+def test_baselines_of_the_starter_get_its_crops(tmp_path, shared):
+    """mefem-starter's faces are tight (scale 1.13): both baselines see the same ones."""
+    from mefem import FaceEmbedder
+    from mefem.crop import Framing
+    from mefem.embedding import embed, embed_photographs
+    from mefem.encoders import STARTER, STARTER_FOLDER, load_encoder
+
+    photos = sorted((shared / "frll").glob("*.jpg"))[:3]
+    (tmp_path / "photos").mkdir()
+    for path in photos:
+        (tmp_path / "photos" / path.name).symlink_to(path)
+    for name, scale in (("e.parquet", None), ("wide.csv", 2.0), ("e.npz", None)):
+        table, asked = tmp_path / name, {} if scale is None else {"scale": scale}
+        found = embed_photographs(tmp_path / "photos", STARTER, table, device="cpu", progress=False, **asked)
+        assert set(found.scale) == {scale or 1.13}
+        how = Framing(framing="auto", scale=scale or 1.13, size=112)
+        crops = np.stack([how.of(path)[0].crop for path in photos])
+        random = own.baseline("random", table, tmp_path / "photos", STARTER)
+        expected = embed(crops, load_encoder(f"random:{STARTER_FOLDER}", device="cpu"), "mean")
+        np.testing.assert_allclose(random.vectors, expected, atol=1e-4)
+        assert random.encoder == f"random:{STARTER}"
+        for row, crop in zip(own._frames(table).itertuples(), crops, strict=True):
+            np.testing.assert_array_equal(own.crop_again(row, tmp_path / "photos", 112), crop)
+        vectors = read_embeddings(table).vectors
+        same = np.allclose(vectors, FaceEmbedder(device="cpu").fit_transform(photos), atol=1e-4)
+        assert same == (scale is None)
+
+
 def embed_size(pixels):
     """Crops as `crop_again` gives them at the size of the pixels' encoder."""
     import io

@@ -92,3 +92,11 @@ def test_pictures_of_noise_get_finite_embeddings():
     pictures = list(rng.integers(0, 255, (3, 90, 90, 3), dtype=np.uint8))
     found = FaceEmbedder(detect=False, device="cpu").fit_transform(pictures)
     assert found.shape == (3, 192) and np.isfinite(found).all() and np.ptp(found, axis=0).max() > 0
+
+
+def test_the_card_of_an_export_names_its_crops(tmp_path):
+    from mefem.export import export_encoder
+
+    export_encoder(STARTER, tmp_path / "starter", "timm")
+    card = (tmp_path / "starter" / "README.md").read_text(encoding="utf-8")
+    assert "`mefem crop photos/ -o crops/ --scale 1.13`" in card and "twice" not in card
