@@ -832,7 +832,7 @@ def info_weights(
 
     Example: mefem info weights --fetch mefem-b"""
     from mefem.encoders import STARTER, STARTER_FOLDER, weights_at_hand
-    from mefem.hub import fetch_weights
+    from mefem.hub import REPOSITORIES, fetch_weights
 
     with _Plainly():
         if fetch:
@@ -841,7 +841,8 @@ def info_weights(
         typer.echo(f"{STARTER:12} present in the package; its card: {STARTER_FOLDER / 'README.md'}")
         for name, about in states.items():
             typer.echo(f"{name:12} {about['state']:9} {about['file']}")
-            typer.echo(f"{'':12} {about['licence']}; {about['command']}")
+            command = f"mefem info weights --fetch {name}" if name in REPOSITORIES else about["command"]
+            typer.echo(f"{'':12} {about['licence']}; {command}")
         if write:
             known = {name: {key: about[key] for key in ("state", "file")} for name, about in states.items()}
             write_json(write, known)
