@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ Gender, accuracy on validation photographs, by the race that annotators saw:
 |---|---|---|---|---|
 {groups}
 
+All groups and intervals: `figures/faces/who_it_works_for.md` of the repository.
+
 ## What it does not
 
 {limits}
@@ -106,15 +109,68 @@ def measured(run: Path, pack: Path, bmi: Path, work: Path) -> dict:
     for task, code in codes.items():
         largest = np.bincount(code[~unseen]).argmax()
         scores["largest"][task] = round(float((code[unseen] == largest).mean()), 4)
-    races = codes["race"][unseen]
-    hits = {name: np.load(path)["gender"] for name, path in paths.items()}
-    groups = {}
-    for code, race in enumerate(faces["race_names"]):
-        mine = races == code
-        groups[str(race)] = {"photographs": int(mine.sum())}
-        groups[str(race)] |= {name: round(float(hit[mine].mean()), 4) for name, hit in hits.items()}
+    hits = {name: np.load(path) for name, path in paths.items()}
+    people = {axis: faces[f"{axis}_names"][codes[axis][unseen]] for axis in TASKS}
+    found = {"scores": scores, "gaps": gaps, "groups": by_group(hits, people)}
     counts = {"seen": int((~unseen).sum()), "unseen": int(unseen.sum()), "people": len(faces["bmi"])}
-    return {"scores": scores, "gaps": gaps, "gender_by_race": groups, "counts": counts}
+    return found | {"counts": counts}
+
+
+def axes_of(people: dict) -> dict:
+    """Group of each person by race, by gender, by both, and by age."""
+    both = np.char.add(
+        np.char.add(people["race"].astype(str), ", "), np.char.lower(people["gender"].astype(str))
+    )
+    return {"race": people["race"], "gender": people["gender"], "race and gender": both, "age": people["age"]}
+
+
+def oldest_last(group: str) -> tuple:
+    """A key by which age groups are in their order, and others by name."""
+    number = re.match(r"(?:more than )?(\d+)", group)
+    return (int(number[1]) if number else -1, group)
+
+
+def by_group(hits: dict, people: dict) -> dict:
+    """task -> axis -> group -> photographs and accuracies; low and high: 95 % interval (Wilson)."""
+    from scipy.stats import binomtest
+
+    found: dict = {}
+    for task in hits["starter"].files:
+        for axis, groups in axes_of(people).items() if task != "bmi" else ():
+            rows = found.setdefault(task, {}).setdefault(axis, {})
+            for group in sorted(np.unique(groups), key=oldest_last):
+                mine = groups == group
+                right, count = int(hits["starter"][task][mine].sum()), int(mine.sum())
+                interval = binomtest(right, count).proportion_ci(method="wilson")
+                rows[str(group)] = {"photographs": count, "right": right}
+                rows[str(group)] |= {
+                    name: round(float(hit[task][mine].mean()), 4) for name, hit in hits.items()
+                }
+                rows[str(group)] |= {"low": round(interval.low, 4), "high": round(interval.high, 4)}
+    return found
+
+
+def coverage(photographs: Path, lists: Path, count: int) -> dict:
+    """axis -> group -> the first `count` photographs of val, and in how many `mefem embed` finds a face."""
+    import csv
+
+    from mefem.crop import Framing
+
+    with (lists / "fairface_label_val.csv").open(newline="") as f:
+        rows = [row for row in csv.DictReader(f) if (photographs / row["file"]).is_file()][:count]
+    how = Framing(scale=FACE_SCALE, size=112)
+    seen = np.array([not how.of(photographs / row["file"])[0].problem for row in rows])
+    people = {axis: np.array([row[axis] for row in rows]) for axis in ("race", "gender", "age")}
+    return {
+        axis: {
+            str(group): {
+                "photographs": int((groups == group).sum()),
+                "found": int(seen[groups == group].sum()),
+            }
+            for group in sorted(np.unique(groups), key=oldest_last)
+        }
+        for axis, groups in axes_of(people).items()
+    }
 
 
 def described(gap: list[float]) -> str:
@@ -141,13 +197,81 @@ def card(found: dict, facts: dict) -> str:
         ),
         groups="\n".join(
             f"| {race} | {row['photographs']} | {' | '.join(f'{row[name]:.3f}' for name in names[:3])} |"
-            for race, row in found["gender_by_race"].items()
+            for race, row in found["groups"]["gender"]["race"].items()
         ),
         limits=facts_limits(),
         bmi=f"{above} (r2 {rows['bmi'][0]:.3f})",
         scale=FACE_SCALE,
         **found["counts"],
     )
+
+
+PAGE = """# Who mefem-starter works for
+
+Real photographs: {unseen:,} validation photographs of FairFace. Race, gender and age are what annotators saw.
+Ridge regression on the frozen encoder's mean patch token, trained on {seen:,} others
+([card](../../mefem/starter/README.md)). In brackets 95 % intervals over people. Whether groups differ beyond
+noise: a chi-squared test for each block, corrected for all {tests} by Holm's method.
+
+**In short.** {short}
+
+{blocks}
+"""
+BLOCKS = {"gender": "Gender", "race": "Race (7 groups)", "age": "Age (9 groups)"}
+
+
+def gap_of(rows: dict, count: str, right: str) -> float:
+    """p of a chi-squared test that the share `right` of `count` is the same in all groups."""
+    from scipy.stats import chi2_contingency
+
+    table = np.array([(row[right], row[count] - row[right]) for row in rows.values()])
+    return float(chi2_contingency(table).pvalue) if table.sum(0).all() else 1.0
+
+
+def holm(p: list[float]) -> list[float]:
+    """Adjusted p of each."""
+    order, found, worst = np.argsort(p), [0.0] * len(p), 0.0
+    for rank, place in enumerate(order):
+        worst = max(worst, min(1.0, p[place] * (len(p) - rank)))
+        found[place] = worst
+    return found
+
+
+def page(found: dict) -> str:
+    """figures/faces/who_it_works_for.md."""
+    blocks = {(task, axis): rows for task, axes in found["groups"].items() for axis, rows in axes.items()}
+    tests = [gap_of(rows, "photographs", "right") for rows in blocks.values()]
+    tests += [gap_of(rows, "photographs", "found") for rows in found.get("coverage", {}).values()]
+    adjusted, lines, short = holm(tests), [], []
+    for ((task, axis), rows), p in zip(blocks.items(), adjusted):  # noqa: B905 coverage has the rest
+        best = max(rows, key=lambda group: rows[group]["starter"])
+        worst = min(rows, key=lambda group: rows[group]["starter"])
+        word = "beyond noise" if p < 0.05 else "within noise"
+        lines += [f"## {BLOCKS[task]}, by {axis}", ""]
+        lines += [
+            "| group | photographs | mefem-starter | untrained network | pixels |",
+            "|---|---|---|---|---|",
+        ]
+        for group, row in rows.items():
+            mine = f"{row['starter']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            lines.append(
+                f"| {group} | {row['photographs']} | {mine} | {row['untrained']:.3f} | {row['pixels']:.3f} |"
+            )
+        gap = f"best for *{best}*, worst for *{worst}*: {word} (p = {p:.2g})"
+        lines += ["", gap[0].upper() + gap[1:] + ".", ""]
+        if axis == "race and gender":
+            low, high = rows[worst]["starter"], rows[best]["starter"]
+            short.append(
+                f"{BLOCKS[task]} is right for {high:.0%} of *{best}* and {low:.0%} of *{worst}*: {word}."
+            )
+    for (axis, rows), p in zip(found.get("coverage", {}).items(), adjusted[len(blocks) :], strict=True):
+        lines += [f"## A face is found, by {axis}", "", "| group | photographs | found |", "|---|---|---|"]
+        lines += [
+            f"| {g} | {r['photographs']} | {r['found'] / r['photographs']:.3f} |" for g, r in rows.items()
+        ]
+        lines += ["", f"Groups differ {'beyond' if p < 0.05 else 'within'} noise (p = {p:.2g}).", ""]
+    text = PAGE.format(tests=len(tests), short=" ".join(short), blocks="\n".join(lines), **found["counts"])
+    return text.rstrip("\n") + "\n"
 
 
 def facts_limits() -> str:
@@ -199,7 +323,8 @@ def facts_of(folder: Path) -> dict:
     end = "as planned" if record["finished"] else f"cut off; {record['planned_steps']:,} steps were planned"
     return facts | {
         "made from": f"commit {record['commit']}",
-        "method": f"`{settings['method']}` with {json.dumps(settings['method_options'])}: beyond the paper",
+        "method": f"`{settings['method']}` (now `views`), beyond the paper",
+        "its options": json.dumps(settings["method_options"]),
         "trained on": f"{record['hardware']['gpu']}, {record['training_seconds']:.0f} s",
         "PyTorch": record["torch"],
         "schedule": end,
@@ -214,6 +339,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="without it only the card is written again")
+    parser.add_argument("--photographs", type=Path, help="FairFace's folder, for the share of faces found")
+    parser.add_argument("--lists", type=Path, help="the folder with the authors' two lists")
     parser.add_argument("--commit", default="not recorded", help="of the code that made the run")
     parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
     parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
@@ -221,10 +348,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         found = measured(arguments.run, arguments.pack, arguments.bmi, arguments.work)
+        if arguments.photographs:
+            where = (arguments.photographs, arguments.lists, found["counts"]["unseen"])
+            found["coverage"] = coverage(*where)
         FOUND.write_text(json.dumps(found, indent=1) + "\n")
         write_encoder(arguments.run, arguments.commit, FOLDER)
-    text = card(json.loads(FOUND.read_text()), facts_of(FOLDER))
-    (FOLDER / "README.md").write_text(text, encoding="utf-8")
+    found = json.loads(FOUND.read_text())
+    (FOLDER / "README.md").write_text(card(found, facts_of(FOLDER)), encoding="utf-8")
+    (FOUND.parent / "who_it_works_for.md").write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

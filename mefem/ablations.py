@@ -25,6 +25,8 @@ from .metrics import paired_difference
 from .probing import ProbeResult, get_task
 from .provenance import describe_run
 from .shards import read_manifest
+
+# %% ../nbs/62_ablations.ipynb #d8e30a60
 from mefem.tables import (
     About,
     Column,

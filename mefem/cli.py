@@ -372,9 +372,12 @@ def export(
 ):
     """An encoder for timm, transformers or ONNX Runtime: a folder with weights and a model card.
 
-    What was written is loaded and compared with the encoder before it is declared done.
+    What was written is loaded and compared with the encoder before it is declared done (hf: where
+    transformers is installed).
 
     Example: mefem export run/ -o folder/ --to timm"""
+    from importlib.util import find_spec
+
     from mefem.export import export_encoder
     from mefem.hub import push_folder
 
@@ -383,7 +386,9 @@ def export(
             raise ValueError("--public does nothing without --push-to: leave it out")
         places = {"timm": f"hf-hub:{push_to}", "hf": push_to, "onnx": "encoder.onnx"}
         line = export_encoder(run, out, to, licence, places.get(to) if push_to else None)
-        typer.echo(f"{out} gives the encoder's tokens; loaded by\n{line}")
+        checked = to != "hf" or find_spec("transformers")
+        said = "gives the encoder's tokens" if checked else "is written, unchecked: transformers is not here"
+        typer.echo(f"{out} {said}; loaded by\n{line}")
         if push_to:
             typer.echo(push_folder(out, push_to, public))
 
@@ -827,7 +832,7 @@ def info_weights(
 
     Example: mefem info weights --fetch mefem-b"""
     from mefem.encoders import STARTER, STARTER_FOLDER, weights_at_hand
-    from mefem.hub import fetch_weights
+    from mefem.hub import REPOSITORIES, fetch_weights
 
     with _Plainly():
         if fetch:
@@ -836,7 +841,8 @@ def info_weights(
         typer.echo(f"{STARTER:12} present in the package; its card: {STARTER_FOLDER / 'README.md'}")
         for name, about in states.items():
             typer.echo(f"{name:12} {about['state']:9} {about['file']}")
-            typer.echo(f"{'':12} {about['licence']}; {about['command']}")
+            command = f"mefem info weights --fetch {name}" if name in REPOSITORIES else about["command"]
+            typer.echo(f"{'':12} {about['licence']}; {command}")
         if write:
             known = {name: {key: about[key] for key in ("state", "file")} for name, about in states.items()}
             write_json(write, known)

@@ -274,7 +274,7 @@ class RuntimeSettings(Section):
     dvclive: bool = False  # write the log through DVCLive too
 
 # %% ../nbs/00_config.ipynb #100b5721
-METHOD_NAMES = ("jepa", "target-share", "sigreg")  # of `mefem.beyond`
+METHOD_NAMES = ("jepa", "target-share", "sigreg", "views")  # of `mefem.beyond`
 
 # %% ../nbs/00_config.ipynb #3eb02d44
 class PretrainSettings(Section):
@@ -442,10 +442,11 @@ def run_name(run) -> str:
     return run
 
 # %% ../nbs/00_config.ipynb #718d084e
-def pretrain_settings(settings: Settings, run: str, **changes) -> PretrainSettings:
+def pretrain_settings(settings: Settings, run: str, /, **changes) -> PretrainSettings:
     """The `pretrain` section of `run`.
 
-    `changes` (nested dictionaries) come last, as papermill's parameters do."""
+    `changes` (nested dictionaries) come last, as papermill's parameters do. One named `run` or `settings` is
+    an unknown key like any other."""
     if run_name(run) not in settings.runs and not changes:
         raise SettingsError(f"run {run!r} is not one of {', '.join(settings.runs)}")
     merged = _merge(settings.active.pretrain.model_dump(), settings.overrides.get(run, {}))

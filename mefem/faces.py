@@ -9,8 +9,8 @@ __all__ = ['IMAGE_REASONS', 'CROP_REASONS', 'MAX_PIXELS', 'FORMATS', 'SIGNATURES
            'Unusable', 'ImageError', 'CropError', 'known_formats', 'open_image', 'upright_size', 'decode', 'read_image',
            'is_photograph', 'listed_crops', 'visible_files', 'flat_names', 'ModelAbsent', 'detector_model', 'check_rgb',
            'Face', 'FaceDetector', 'face_square', 'center_square', 'lies_inside', 'check_square', 'check_framed',
-           'jitter_square', 'resample', 'shared_detector', 'crop_image', 'crop_face', 'encode_crop', 'tiles',
-           'without_duplicates', 'faces_within', 'look_closer', 'faces_in_tiles', 'find_faces', 'least_side',
+           'jitter_square', 'resample', 'crop_square', 'shared_detector', 'surest_box', 'crop_face', 'encode_crop',
+           'tiles', 'without_duplicates', 'faces_within', 'look_closer', 'faces_in_tiles', 'find_faces', 'least_side',
            'frame_square', 'resample_padded', 'Framed', 'check_framing', 'frame_faces']
 
 # %% ../nbs/10_faces.ipynb #75672789
@@ -224,7 +224,7 @@ def read_image(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     A Pillow picture is taken as its file would be: its EXIF note turns it, unless `ImageOps.exif_transpose`
     took the note away."""
-    return np.asarray(decode(open_image(source, max_pixels)))
+    return np.array(decode(open_image(source, max_pixels)))  # a copy: Pillow's own memory is read-only
 
 # %% ../nbs/10_faces.ipynb #a564c254
 PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .tif .tiff .gif .heic .heif .avif".split())
@@ -560,14 +560,14 @@ def resample(rgb: Image.Image, square, size: int, reduction: int = 1) -> np.ndar
     """The square of a decoded picture as uint8 [size, size, 3]; `reduction` is what `decode` was given."""
     x0, y0, side = (value / reduction for value in square)
     corners = (max(x0, 0.0), max(y0, 0.0), min(x0 + side, rgb.width), min(y0 + side, rgb.height))
-    return np.asarray(rgb.resize((size, size), Image.Resampling.LANCZOS, box=corners, reducing_gap=3.0))
+    small = rgb.resize((size, size), Image.Resampling.LANCZOS, box=corners, reducing_gap=3.0)
+    return np.array(small)  # a copy: Pillow's own memory is read-only, and torch warns of such arrays
 
-# %% ../nbs/10_faces.ipynb #865d9d56
-def _surest_box(rgb: Image.Image, detector: FaceDetector):
-    faces = detector.detect(np.asarray(rgb))
-    if not faces:
-        raise CropError("no face")
-    return faces[0].box
+# %% ../nbs/10_faces.ipynb #ea21602f
+def crop_square(image: Image.Image, square, size: int) -> np.ndarray:
+    """The square of an opened picture as uint8 [size, size, 3], decoded no larger than that needs."""
+    reduction = _reduction(image, square[2], size)
+    return resample(decode(image, reduction), square, size, reduction)
 
 # %% ../nbs/10_faces.ipynb #a603e8b4
 _BUILDING = threading.Lock()
@@ -583,47 +583,22 @@ def shared_detector(min_score: float = 0.5) -> FaceDetector:
     with _BUILDING:  # two at a time would each restore the other's standard error
         return _built_detector(min_score)
 
-# %% ../nbs/10_faces.ipynb #ef954485
-def crop_image(
-    image: Image.Image,
-    box=None,
-    scale: float = 2.0,
-    size: int = 224,
-    min_side: int = 224,
-    detector=None,
-    framing: str = "paper",
-    jitter: float = 0.0,
-    seed: int = 0,
-) -> np.ndarray:
-    """An opened picture as its face crop, uint8 [size, size, 3].
-
-    `framing="paper"`: the square of `scale` x `box` (x0, y0, x1, y1 in upright pixels; None: the surest face
-    of `detector`), moved by `jitter` with `seed` (see `jitter_square`). `framing="dataset"`: the largest
-    centred square. Raises `CropError` or `ImageError`.
-    """
-    width, height = upright_size(image)
-    rgb = None
-    if framing == "dataset":
-        square = center_square(width, height)
-    else:
-        if box is None:
-            rgb = decode(image)
-            box = _surest_box(rgb, detector or shared_detector())
-        square = face_square(box, scale)
-    check_square(square, width, height, min_side)
-    if jitter and framing == "paper":
-        square = jitter_square(square, jitter, seed, width, height, min_side)
-    if rgb is not None:
-        return resample(rgb, square, size)
-    reduction = _reduction(image, square[2], size)
-    return resample(decode(image, reduction), square, size, reduction)
+# %% ../nbs/10_faces.ipynb #865d9d56
+def surest_box(rgb: Image.Image, detector=None):
+    """The box of the surest face in a decoded picture; `detector` replaces the shared one."""
+    faces = (detector or shared_detector()).detect(np.asarray(rgb))
+    if not faces:
+        raise CropError("no face")
+    return faces[0].box
 
 # %% ../nbs/10_faces.ipynb #495868f3
 def crop_face(
     rgb: np.ndarray, box=None, scale: float = 2.0, size: int = 224, min_side: int = 224, detector=None
 ) -> np.ndarray:
     """The face of a uint8 [H, W, 3] picture as uint8 [size, size, 3]; `CropError` where there is none."""
-    return crop_image(Image.fromarray(check_rgb(rgb)), box, scale, size, min_side, detector)
+    picture = Image.fromarray(check_rgb(rgb))
+    square = face_square(surest_box(picture, detector) if box is None else box, scale)
+    return resample(picture, check_square(square, *picture.size, min_side), size)
 
 # %% ../nbs/10_faces.ipynb #cdd7e823
 def encode_crop(crop: np.ndarray) -> bytes:
@@ -909,8 +884,7 @@ def _framed(
 def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
     """The picture itself as its crop."""
     square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
-    reduction = _reduction(image, square[2], size)
-    return Framed(resample(decode(image, reduction), square, size, reduction), used)
+    return Framed(crop_square(image, square, size), used)
 
 # %% ../nbs/10_faces.ipynb #3d11a621
 def _without_face(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REGIONS', 'LEAST_COLOUR', 'TONES', 'AGE_BANDS', 'ANCESTRY', 'MIN_PERSONS', 'MIN_SCORE', 'LINEAR_RATES', 'HAEMOGLOBIN',
            'TARGETS', 'NAMES', 'face_regions', 'show_only', 'to_lab', 'cheeks', 'typology_angle', 'tone_classes',
-           'skin_tones', 'attributes', 'toy_predictions', 'person_terms', 'by_group', 'largest_gap', 'all_gaps',
-           'adjust_gaps', 'calibration', 'conformal_margins', 'conformal', 'coverage_terms', 'SeesOnly', 'mean_tokens',
-           'region_predictions', 'remaining', 'Audit', 'audit', 'name_of', 'predictions_of', 'audit_encoder']
+           'skin_tones', 'attributes', 'person_terms', 'by_group', 'largest_gap', 'all_gaps', 'adjust_gaps',
+           'calibration', 'conformal_margins', 'conformal', 'coverage_terms', 'SeesOnly', 'mean_tokens',
+           'region_predictions', 'remaining', 'Audit', 'audit', 'name_of', 'predictions_of', 'all_predictions',
+           'audit_encoder']
 
 # %% ../nbs/63_fairness.ipynb #b2b42f40
 import math
@@ -155,32 +156,6 @@ def attributes(labels: pd.DataFrame, tones: pd.Series | None = None) -> pd.DataF
         median = pd.Series(labels.key.map(tones).to_numpy(float), person).groupby(level=0).median()
         first["skin tone"] = pd.Series(tone_classes(median), median.index)
     return pd.DataFrame(first).rename_axis("person")
-
-# %% ../nbs/63_fairness.ipynb #1a5ab665
-def toy_predictions(
-    people: int = 400, biased: dict | None = None, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(predictions, labels) of made-up people with two photographs each.
-
-    `biased`: {age band: shift of the prediction}."""
-    rng = np.random.default_rng(seed)
-    age, bmi, fold = rng.integers(18, 80, people), rng.normal(26, 5, people), rng.integers(5, size=people)
-    labels = pd.DataFrame(
-        {
-            "person": [f"p{i:04d}" for i in range(people)],
-            "age": age,
-            "bmi": bmi,
-            "fold": fold,
-            "sex": rng.choice(["female", "male"], people),
-        }
-    )
-    labels = labels.loc[np.repeat(labels.index, 2)].reset_index(drop=True)
-    labels["key"] = [f"k{i:05d}" for i in range(len(labels))]
-    band = _age_bands(labels).astype(str)
-    best = 26 + 0.5 * (labels.bmi - 26) + rng.normal(0, 2.5, len(labels))
-    return labels[["key", "person", "fold"]].assign(
-        seed=0, target=labels.bmi, prediction=best + band.map(biased or {}).fillna(0.0)
-    ), labels
 
 # %% ../nbs/63_fairness.ipynb #9f38b812
 def person_terms(predictions: pd.DataFrame, classification: bool = False) -> pd.DataFrame:
@@ -529,25 +504,20 @@ def audit(
     replicates: int = 2000,
     seed: int = 0,
 ) -> Audit:
-    """Error, bias, largest gaps, calibration and coverage of one regression's `predictions`.
-
-    See `ProbeResult`."""
+    """Error, bias, largest gaps, calibration and coverage of one regression's out-of-fold `predictions`."""
     task = get_task(task)
     if task.kind != "regression":
-        raise ValueError(
-            f"task {task.name} is a classification; calibration and intervals are of regressions"
-        )
+        raise ValueError(f"task {task.name} is a {task.kind}; calibration and intervals are of regressions")
     intervals = conformal(predictions.reset_index(drop=True), confidence, seed)
     terms = person_terms(predictions)
     covered = coverage_terms(intervals)
-    coverage = by_group(covered, people, replicates, seed) if len(covered) else pd.DataFrame()
     return Audit(
         task,
         simulated=simulated,
         score=bootstrap_interval(predictions, "r2", replicates, seed=seed),
         errors=by_group(terms, people, replicates, seed),
         gaps=all_gaps(terms, people, replicates=replicates, seed=seed),
-        coverage=coverage,
+        coverage=by_group(covered, people, replicates, seed) if len(covered) else pd.DataFrame(),
         calibration=calibration(predictions, replicates, seed),
         predictions=intervals,
     )
@@ -591,18 +561,21 @@ def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataF
     return predictions
 
 # %% ../nbs/63_fairness.ipynb #d8c13f55
-def _all_predictions(
-    features, results, targets, feature_set: str, jobs: int | None = None, **probing
-) -> list[ProbeResult]:
-    """`predictions_of` each target, in `jobs` processes where more than one probe is still to be fitted."""
+def all_predictions(
+    features, results, targets=TARGETS, feature_set: str = "patches", jobs: int | None = None, **probing
+) -> dict[Task, ProbeResult]:
+    """`predictions_of` each target, with the `features` and `results` of one encoder in these folders.
+
+    `jobs` probes are fitted at a time (None: one per core, one on a GPU); `probing` goes to `probe`."""
     import joblib
 
     to_fit = sum(not (Path(results) / f"{task.name}.{feature_set}.parquet").is_file() for task in targets)
     on_cpu = choose_device(str(probing.get("device", "cpu"))).type == "cpu"
     jobs = min(jobs or (usable_cores() if on_cpu else 1), max(1, to_fit))
-    return joblib.Parallel(n_jobs=jobs)(
+    found = joblib.Parallel(n_jobs=jobs)(
         joblib.delayed(predictions_of)(features, results, task, feature_set, **probing) for task in targets
     )
+    return dict(zip(targets, found, strict=True))
 
 # %% ../nbs/63_fairness.ipynb #48ed0de2
 def _people_of(features, task: Task, faces, out, tones: dict) -> pd.DataFrame:
@@ -620,27 +593,14 @@ def _people_of(features, task: Task, faces, out, tones: dict) -> pd.DataFrame:
     return attributes(loaded.labels, pd.concat([tones[name] for name in there]))
 
 # %% ../nbs/63_fairness.ipynb #4d96d083
-def audit_encoder(
-    features,
-    results,
-    faces,
-    out,
-    feature_set: str = "patches",
-    targets=TARGETS,
-    confidence: float = 0.9,
-    bootstrap: int = 2000,
-    seed: int = 0,
-    jobs: int | None = None,
-    **probing,
-) -> list[Audit]:
-    """Audit of each of `targets` for the encoder whose `features` and `results` are in these folders.
+def audit_encoder(probed: dict[Task, ProbeResult], features, faces, out, **how) -> list[Audit]:
+    """Audit of each target in `probed`, as of `all_predictions` from the encoder's folder `features`.
 
     `faces`: folder of all crops (`faces`/<dataset>), from which skin tones are measured. Predictions with
-    their intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `jobs`
-    probes are fitted at a time (None: one per core, one on a GPU); `probing` goes to `probe`."""
+    their intervals are written to `out`/<task>.parquet, tones to `out`/tones.<dataset>.parquet. `how`:
+    confidence, replicates and seed of `audit`."""
     people, tones, audits = {}, {}, []
-    probed = _all_predictions(features, results, targets, feature_set, jobs, seeds=(seed,), **probing)
-    for task, result in zip(targets, probed, strict=True):
+    for task, result in probed.items():
         (Path(out) / f"{task.name}.parquet").unlink(missing_ok=True)
         if result.state != "present":
             audits.append(Audit(task, result.state, result.info["reason"]))
@@ -648,7 +608,7 @@ def audit_encoder(
         if task.dataset not in people:
             people[task.dataset] = _people_of(features, task, faces, out, tones)
         simulated = bool(result.info["features"].get("simulated"))
-        one = audit(task, result.predictions, people[task.dataset], simulated, confidence, bootstrap, seed)
+        one = audit(task, result.predictions, people[task.dataset], simulated, **how)
         with replacing(Path(out) / f"{task.name}.parquet") as temporary:
             one.predictions.to_parquet(temporary)
         audits.append(one)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# %% ../nbs/56d_finetune.ipynb #e88ab8c8
 from .compute import choose_device, choose_precision
 from .crop import Framing, home_of, path_text, photographs_in
 from .embedding import embed

@@ -120,7 +120,7 @@ def _targets(names, home: tuple, package: Path) -> set[str]:
                 modules.add(".".join(parts))
     return modules
 
-
+# %% ../nbs/04_made_from.ipynb #c6cf62dc
 def closure(*modules: str, package: Path = PACKAGE) -> tuple[str, ...]:
     """`modules` and all modules of the package that they import, directly or not, sorted."""
     reached: set[str] = set()

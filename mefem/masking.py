@@ -52,7 +52,8 @@ def _positions_of(members: torch.Tensor) -> torch.Tensor:
     count = members.sum(-1)
     if (count != count.flatten()[0]).any():
         raise ValueError(
-            f"cuts of different sizes, {sorted(set(count.flatten().tolist()))}: shapes must be static"
+            f"cuts of different sizes, {sorted(set(count.flatten().tolist()))} tokens: every cut must take "
+            "equally many patches of the grid, since the shapes of a step never change"
         )
     return members.nonzero()[:, -1].reshape(*members.shape[:-1], int(count.flatten()[0]))
 

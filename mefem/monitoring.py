@@ -196,7 +196,7 @@ def health(
 RANK_KEPT, POSITION_GAIN, PROBE_LOSS = 0.85, 0.2, 0.02  # how far a measure may be from the start's
 RANK_REMEDY = (
     "do not use this encoder yet; train on, to 200,000 pictures at least: on real faces the rank was back "
-    "then or later; or take method ideas/views.py:ViewsJEPA, which was back sooner and predicted more"
+    "then or later; or take the method views, which was back sooner and predicted more"
 )
 
 # %% ../nbs/44_monitoring.ipynb #b244ba5e

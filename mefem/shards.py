@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUCCESS', 'LEAKS', 'ShardError', 'shard_paths', 'check_key', 'ShardWriter', 'write_shard', 'finished_stats',
-           'write_manifest', 'read_manifest', 'DataAbsent', 'crops_hash', 'remove_shards_from', 'MemberRefused',
-           'TarIndex', 'tar_index', 'open_tar', 'read_labels', 'iter_samples', 'decode_square', 'load_images',
-           'ClusterAbsent', 'on_cluster', 'leaked_keys']
+           'write_manifest', 'write_absent', 'read_manifest', 'DataAbsent', 'crops_hash', 'remove_shards_from',
+           'MemberRefused', 'TarIndex', 'tar_index', 'open_tar', 'read_labels', 'iter_samples', 'decode_square',
+           'load_images', 'ClusterAbsent', 'on_cluster', 'leaked_keys']
 
 # %% ../nbs/11_shards.ipynb #e70bf0c2
 import contextlib
@@ -175,15 +175,17 @@ def _check_manifest(manifest: dict, where) -> dict:
     return manifest
 
 # %% ../nbs/11_shards.ipynb #fd69d1af
+_EMPTY: dict = {"state": "present", "reason": "", "simulated": False, "original": 0, "usable": 0}
+
+
+def _shard_entry(index: int, stats: dict) -> dict:
+    """A shard's line in the manifest."""
+    counts = {"original": stats["count"], "usable": stats["successes"]}
+    return {"name": f"{index:05d}", **counts, "sha256": stats.get("sha256")}
+
+
 def write_manifest(
-    folder,
-    dataset: str,
-    original: int,
-    stats: list[dict],
-    crop: dict,
-    simulated: bool = False,
-    state: str = "present",
-    reason: str = "",
+    folder, dataset: str, original: int, stats: list[dict], crop: dict, simulated: bool = False
 ) -> dict:
     """Sum up the shards' stats (in order) as `manifest.json` and return it.
 
@@ -191,24 +193,23 @@ def write_manifest(
     status = sum((Counter(part["status_dict"]) for part in stats), Counter())
     manifest = {
         "dataset": dataset,
-        "state": state,
-        "reason": reason,
+        **_EMPTY,
         "simulated": simulated,
         "original": original,
         "usable": status.pop(SUCCESS, 0),
         "dropped": dict(sorted(status.items())),
         "crop": crop,
-        "shards": [
-            {
-                "name": f"{index:05d}",
-                "original": part["count"],
-                "usable": part["successes"],
-                "sha256": part.get("sha256"),
-            }
-            for index, part in enumerate(stats)
-        ],
+        "shards": [_shard_entry(index, part) for index, part in enumerate(stats)],
     }
     write_json(Path(folder) / "manifest.json", _check_manifest(manifest, folder))
+    return manifest
+
+# %% ../nbs/11_shards.ipynb #8b9efcfd
+def write_absent(folder, dataset: str, reason: str, crop: dict) -> dict:
+    """The `manifest.json` of a data set that is not there, with the reason; it is returned too."""
+    why = {"state": "absent", "reason": reason}
+    manifest = {"dataset": dataset, **_EMPTY, **why, "dropped": {}, "crop": crop, "shards": []}
+    write_json(Path(folder) / "manifest.json", manifest)
     return manifest
 
 # %% ../nbs/11_shards.ipynb #ba059e98

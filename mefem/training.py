@@ -34,9 +34,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+# %% ../nbs/45_training.ipynb #be83202f
 from .compute import choose_device, choose_precision, usable_cores
 from .config import PretrainSettings, SettingsError
-from .files import find_root, replacing, write_atomic, write_json
+from .files import commit_of, find_root, replacing, write_atomic, write_json
 from .made_from import MadeFrom, code_hash, files_hash, settings_hash
 from .beyond import create_jepa, run_code
 from .jepa import JEPA
@@ -78,9 +79,9 @@ class Run:
     counted: int = 0  # steps at the last check
     clock: float = 0.0  # time of the last check
     waited: float = 0.0  # seconds spent waiting for pictures since then
-    adopted: dict | None = (
-        None  # step and origin of a checkpoint of other code or pictures that it goes on from
-    )
+    # step and origin of a checkpoint of other code or pictures that it goes on from
+    adopted: dict | None = None
+    checkout: dict = dataclasses.field(default_factory=dict)  # `commit_of` what trained the newest steps
 
     @property
     def precision(self) -> str:
@@ -100,11 +101,7 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
     write a checkpoint and end the process."""
     config = run.config
     if run.start == config.steps:
-        if run.is_main:
-            print(
-                f"nothing to do: finished at step {run.start} of {config.steps}, made from {run.made}",
-                flush=True,
-            )
+        _say_finished(run)
         return run.jepa.eval()
     monitor = Monitor(run, labelled) if run.is_main else None
     write_row = open_log(run, dvclive, monitor.start(run) if monitor else {})
@@ -127,11 +124,7 @@ def train(run: Run, progress: bool = True, labelled=None, dvclive: Path | None =
                 )
                 stop.leave(stopping)
             bar.update()
-    if run.bad_checks:
-        raise FloatingPointError(
-            f"the loss is not finite at the last step, {config.steps}: no encoder is made of that; "
-            f"the newest checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
-        )
+    _check_last_loss(run)
     return run.jepa.eval()
 
 # %% ../nbs/45_training.ipynb #7a5c4ce6
@@ -709,6 +702,14 @@ def _wrap(jepa: JEPA, config: PretrainSettings, world: World) -> torch.nn.Module
         )
     return torch.compile(forward) if config.compile else forward
 
+# %% ../nbs/45_training.ipynb #62765fe2
+def _checkout_of(folder: Path) -> dict:
+    """`commit_of` the checkout that a run's folder is in; {} outside of one."""
+    try:
+        return commit_of(find_root(folder))
+    except FileNotFoundError:
+        return {}
+
 # %% ../nbs/45_training.ipynb #24274275
 def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) -> Run:
     """A run at its first step: networks and optimiser as initialised, in this process's place."""
@@ -729,6 +730,7 @@ def new_run(config: PretrainSettings, pictures, folder: Path, made: MadeFrom) ->
         optimiser_of(jepa, config),
         EpochOrder(pictures.lengths, config.seed, window),
         torch.Generator(device=device),
+        checkout=_checkout_of(folder),
     )
 
 # %% ../nbs/45_training.ipynb #ca9a50ac
@@ -768,6 +770,8 @@ def restore_run(run: Run, state: dict) -> None:
     restore_random(state["random"])
     run.start = run.counted = state["step"]
     run.adopted = state.get("adopted")
+    if run.start == run.config.steps:  # this process will not train
+        run.checkout = state.get("checkout", {})
     before = state.get("arithmetic", "an arithmetic that its checkpoint does not name")
     now = arithmetic_of(run.world, run.device, run.precision)
     if before != now and run.is_main:
@@ -948,6 +952,7 @@ def state_of(run: Run, step: int) -> dict:
         "step": step,
         "made_from": dataclasses.asdict(run.made),
         "adopted": run.adopted,
+        "checkout": run.checkout,
         "sampler": {"lengths": list(map(int, order.lengths)), "window": order.window, "seed": order.seed},
         "arithmetic": arithmetic_of(run.world, run.device, run.precision),
         "random": random_state(),
@@ -969,6 +974,22 @@ def save_run(run: Run, step: int) -> None:
     if run.is_main:
         save_checkpoint(run.folder, state_of(run, step), run.config.runtime.keep)
     run.world.wait()
+
+# %% ../nbs/45_training.ipynb #f902af22
+def _say_finished(run: Run) -> None:
+    """One line from the main process, where the last step was done before."""
+    if run.is_main:
+        steps = run.config.steps
+        print(f"nothing to do: finished at step {steps} of {steps}, made from {run.made}", flush=True)
+
+
+def _check_last_loss(run: Run) -> None:
+    """`FloatingPointError` where the last loss is not finite."""
+    if run.bad_checks:
+        raise FloatingPointError(
+            f"the loss is not finite at the last step, {run.config.steps}: no encoder is made of that; "
+            f"the newest checkpoint in {run.folder} is from before: lower optimiser.lr or set optimiser.clip"
+        )
 
 # %% ../nbs/45_training.ipynb #f0adec75
 def keep_best(run: Run, step: int, probe: float | None) -> None:
@@ -1188,8 +1209,7 @@ def pretrain(
 
 # %% ../nbs/45_training.ipynb #804ee0b9
 def write_run(run: Run, name: str, out: Path) -> None:
-    """What a run leaves in `out`: encoder.safetensors, log.csv, run.json; encoder_best.safetensors of a
-    probe."""
+    """Leave encoder.safetensors, log.csv and run.json in `out`; with a probe, encoder_best.safetensors."""
     config, teacher = run.config, run.jepa.teacher
     about = {"run": name, "settings": settings_hash(config)}
     save_encoder(out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about)
@@ -1210,7 +1230,8 @@ def write_run(run: Run, name: str, out: Path) -> None:
             "made_from": json.loads((run.folder / "made_from.json").read_text()),
             "pictures": len(run.pictures),
             "parameters": sum(p.numel() for p in teacher.parameters()),
-        },
+        }
+        | run.checkout,
     )
 
 # %% ../nbs/45_training.ipynb #0a9330a0

@@ -32,7 +32,7 @@ from mefem.evaluation import write_result
 from mefem.metrics import paired_difference
 from mefem.monitoring import step_operations
 from mefem.probing import ProbeResult
-from mefem.shards import write_manifest, write_shard
+from mefem.shards import write_absent, write_manifest, write_shard
 from mefem.tables import cells_of
 from mefem.training import build, pretrain
 
@@ -320,7 +320,7 @@ def make_faces(folder, dataset, count, state="present"):
         return out.getvalue()
 
     if state == "absent":
-        return write_manifest(folder, dataset, 0, [], {"size": 112}, state="absent", reason="not downloaded")
+        return write_absent(folder, dataset, "not downloaded", {"size": 112})
     table = [
         {"key": k, "person": k, "bmi": 20.0 + i % 9, "status": "success", "error_message": None}
         for i, k in enumerate(keys)

@@ -298,6 +298,20 @@ def test_mistakes_in_naming_an_idea_are_named(idea, settings, words):
         masking_of(MaskingSettings(**settings), 14)
 
 
+def test_an_error_inside_an_idea_names_its_file_and_class(idea):
+    """Cuts of different sizes are the usual mistake of a masking of one's own."""
+    idea.write_text(
+        "import torch\nfrom mefem.masking import Masking\n"
+        "class Ragged(Masking):\n"
+        "    def __init__(self, grid, cls_in_source):\n"
+        "        patches = torch.arange(grid**2) < torch.tensor([[5], [6]])\n"
+        "        super().__init__(patches, torch.zeros(2, dtype=int), torch.ones(2), grid, cls_in_source)\n"
+    )
+    words = r"^ideas/mine.py:Ragged: cuts of different sizes, \[5, 6\] tokens: every cut must"
+    with pytest.raises(SettingsError, match=words):
+        masking_of(MaskingSettings(kind="ideas/mine.py:Ragged"), 14)
+
+
 def test_a_broken_idea_is_named(idea):
     idea.write_text("import no_such_module")
     with pytest.raises(SettingsError, match="mine.py cannot be imported: ModuleNotFoundError"):

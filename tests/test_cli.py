@@ -389,6 +389,8 @@ def test_pretrain_changes_keys_by_set(tmp_path, monkeypatch):
             "mefem: run 'main': unknown key 'masking.widht'; did you mean 'masking.width'?\n",
         ),
         (["--set", "width=5"], "did you mean 'masking.width'?\n"),
+        (["--set", "run=3"], "run 'main': unknown key 'run'"),
+        (["--set", "settings.width=5"], "unknown key 'settings'"),
         (["--set", "width"], "expected KEY=VALUE"),
         (["--settings", tmp_path / "s.json", "--set", "steps=3"], "leave out --profile and --set"),
         (["--settings", tmp_path / "s.json", "--name", "../x"], "does not name a folder"),

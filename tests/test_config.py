@@ -135,6 +135,13 @@ def test_overrides_and_changes_merge_deeply(root, tmp_path):
         pretrain_settings(settings, "nosuch")
 
 
+@pytest.mark.parametrize("key", ["run", "settings"])
+def test_a_change_named_as_a_parameter_is_an_unknown_key(root, key):
+    settings = load_settings(root / "params.yaml")
+    with pytest.raises(SettingsError, match=f"unknown key '{key}'"):
+        pretrain_settings(settings, settings.runs[0], **changes_of([f"{key}=3"]))
+
+
 def test_changes_of_a_command_line():
     assert changes_of([]) == {}
     assert changes_of(["masking.width=4", "masking={k: 0.2}", " masking.width = 5 ", "encoder.name=a=b"]) == {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mefem import datasheets as D
 from mefem.faces import encode_crop, read_image
-from mefem.shards import SUCCESS, leaked_keys, write_manifest, write_shard
+from mefem.shards import SUCCESS, leaked_keys, write_absent, write_manifest, write_shard
 from mefem.tables import write_frame
 
 
@@ -42,7 +42,7 @@ def faces(tmp_path):
     pictures["bmi"][1] = buffer.getvalue()
     for name, jpegs in pictures.items():
         make_set(tmp_path, name, jpegs, ["no face", "no face", "dead link"] if name == "facecaption" else [])
-    write_manifest(tmp_path / "sfhq", "sfhq", 0, [], {}, state="absent", reason="nobody put it there")
+    write_absent(tmp_path / "sfhq", "sfhq", "nobody put it there", {})
     return tmp_path
 
 

@@ -8,6 +8,7 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from mefem import faces, files
+from mefem.crop import Cropping, crop_image
 from mefem.faces import (
     CropError,
     FaceDetector,
     ImageError,
     crop_face,
-    crop_image,
+    crop_square,
     face_square,
     open_image,
     read_image,
@@ -317,25 +319,36 @@ def test_jittered_squares_stay_in_the_picture():
 
 def test_jitter_moves_the_crop_by_its_seed_and_refuses_as_without():
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 320, 3), dtype=np.uint8))
+    paper = Cropping(framing="paper", size=112, min_side=100)
     plain, *moved = (
-        crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100, jitter=s, seed=k)
+        crop_image(rgb, replace(paper, jitter=s), (100, 120, 156, 170), seed=k)
         for s, k in ((0, 3), (0.1, 3), (0.1, 3), (0.1, 4))
     )
-    assert np.array_equal(plain, crop_image(rgb, (100, 120, 156, 170), size=112, min_side=100))
+    assert np.array_equal(plain, crop_image(rgb, paper, (100, 120, 156, 170)))
     assert (
         np.array_equal(moved[0], moved[1])
         and not np.array_equal(moved[0], moved[2])
         and not np.array_equal(moved[0], plain)
     )
     with pytest.raises(CropError, match="leaves the picture"):
-        crop_image(rgb, (0, 120, 156, 170), size=112, min_side=100, jitter=0.1)
-    framed = [crop_image(rgb, size=112, min_side=100, framing="dataset", jitter=s) for s in (0, 0.1)]
+        crop_image(rgb, replace(paper, jitter=0.1), (0, 120, 156, 170))
+    framed = [crop_image(rgb, replace(paper, framing="dataset", jitter=s)) for s in (0, 0.1)]
     assert np.array_equal(*framed)
 
 
 def test_crop_without_scaling_copies_pixels():
     rgb = np.random.default_rng(0).integers(0, 255, (300, 320, 3), dtype=np.uint8)
     assert np.array_equal(crop_face(rgb, (100, 120, 156, 170), size=112, min_side=112), rgb[89:201, 72:184])
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_and_crops_become_tensors_without_a_warning():
+    """Pillow's own memory is read-only, and torch warns of arrays that it may not write to."""
+    import torch
+
+    picture = read_image(Image.fromarray(gradient(300, 300)))
+    for pixels in (picture, crop_face(picture, (100, 100, 200, 200), min_side=100)):
+        assert torch.from_numpy(pixels).dtype == torch.uint8 and pixels.flags.writeable
 
 
 def test_subpixel_geometry():
@@ -357,7 +370,7 @@ def test_reduced_decode_matches_the_full_one(orientation):
         Image.fromarray(noise).resize((1901, 1503), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=exif
     )
     box = (501.5, 500, 1002.5, 1000)  # a square of 1002 pixels
-    reduced = crop_image(open_image(data), box, size=100, min_side=100)
+    reduced = crop_square(open_image(data), face_square(box), 100)
     assert faces._reduction(open_image(data), 1002, 100) == (4 if orientation == 1 else 1)
     full = crop_face(read_image(data), box, size=100)
     difference = np.abs(reduced.astype(int) - full)
@@ -372,12 +385,12 @@ def test_dropped_pictures_are_not_decoded(monkeypatch):
     data = saved(Image.fromarray(gradient(300, 300)), "JPEG")
     monkeypatch.setattr(faces, "decode", lambda *args: pytest.fail("was decoded"))
     with pytest.raises(CropError, match="leaves the picture"):
-        crop_image(open_image(data), (0, 0, 250, 250))
+        crop_image(open_image(data), Cropping(framing="paper"), (0, 0, 250, 250))
 
 
 def test_dataset_framing_is_the_centred_square():
     rgb = gradient(100, 160)
-    found = crop_image(Image.fromarray(rgb), size=100, min_side=100, framing="dataset")
+    found = crop_image(Image.fromarray(rgb), Cropping(framing="dataset", size=100, min_side=100))
     assert np.array_equal(found, rgb[:, 30:130])
 
 
@@ -842,7 +855,7 @@ def test_all_frontal_portraits_are_cropped(shared, detector):
     assert len(photos) == 24
     for path in photos:
         image = open_image(path)
-        crop = crop_image(image, detector=detector)
+        crop = crop_image(image, Cropping(framing="paper"), detector=detector)
         assert crop.shape == (224, 224, 3)
         again = detector.detect(crop)[0]
         center = np.array(again.box).reshape(2, 2).mean(0)

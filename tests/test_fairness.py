@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from mefem.fairness import (
+    AGE_BANDS,
     HAEMOGLOBIN,
     REGIONS,
     TARGETS,
@@ -17,6 +18,7 @@ from mefem.fairness import (
     SeesOnly,
     adjust_gaps,
     all_gaps,
+    all_predictions,
     attributes,
     audit,
     audit_encoder,
@@ -37,11 +39,28 @@ from mefem.fairness import (
     skin_tones,
     to_lab,
     tone_classes,
-    toy_predictions,
     typology_angle,
 )
 from mefem.fairness_page import adjust_all, headline, page, write_page
 from mefem.features import Features
+
+
+def toy_predictions(people: int = 400, biased: dict | None = None, seed: int = 0):
+    """(predictions, labels) of made-up people with two photographs each.
+
+    `biased`: {age band: shift of the prediction}."""
+    rng = np.random.default_rng(seed)
+    columns = {"person": [f"p{i:04d}" for i in range(people)], "age": rng.integers(18, 80, people)}
+    columns |= {"bmi": rng.normal(26, 5, people), "fold": rng.integers(5, size=people)}
+    labels = pd.DataFrame(columns | {"sex": rng.choice(["female", "male"], people)})
+    labels = labels.loc[np.repeat(labels.index, 2)].reset_index(drop=True)
+    labels["key"] = [f"k{i:05d}" for i in range(len(labels))]
+    bands = np.array(list(AGE_BANDS))[np.searchsorted([*AGE_BANDS.values()], labels.age, side="right") - 1]
+    shift = pd.Series(bands).map(biased or {}).fillna(0.0)
+    best = 26 + 0.5 * (labels.bmi - 26) + rng.normal(0, 2.5, len(labels))
+    few = labels[["key", "person", "fold"]]
+    return few.assign(seed=0, target=labels.bmi, prediction=best + shift), labels
+
 
 # --- regions
 
@@ -407,15 +426,9 @@ def extract(planted, out):
 def test_audit_of_an_encoder_end_to_end(planted, tmp_path):
     folder, _ = planted
     extract(planted, tmp_path / "features")
-    audits = audit_encoder(
-        tmp_path / "features",
-        tmp_path / "results",
-        folder.parent,
-        tmp_path / "out",
-        "cls",
-        bootstrap=200,
-        **QUICK,
-    )
+    features = tmp_path / "features"
+    probed = all_predictions(features, tmp_path / "results", feature_set="cls", **QUICK)
+    audits = audit_encoder(probed, features, folder.parent, tmp_path / "out", replicates=200)
     assert [one.state for one in audits] == ["present", "present", "label absent"]
     kept = pd.read_parquet(tmp_path / "out" / "bmi.parquet")
     assert len(kept) == 120 and {"key", "person", "fold", "target", "prediction", "low", "high"} <= set(kept)
@@ -450,9 +463,8 @@ def test_the_audit_is_of_all_sources_of_the_body_mass_index(planted, tmp_path, m
         "mcd-rppg": pd.Series(60.0, "m" + labels.key, name="angle"),
     }
     monkeypatch.setattr(fairness, "skin_tones", lambda path: measured.append(path.name) or tones[path.name])
-    audits = audit_encoder(
-        features, tmp_path / "results", faces, tmp_path / "out", "cls", bootstrap=200, **QUICK
-    )
+    probed = all_predictions(features, tmp_path / "results", feature_set="cls", **QUICK)
+    audits = audit_encoder(probed, features, faces, tmp_path / "out", replicates=200)
     assert (
         audits[0].errors.iloc[0].photographs == 240
         and audits[0].errors.iloc[0].persons == 2 * labels.person.nunique()
@@ -496,7 +508,9 @@ def test_what_is_absent_travels_into_the_page(tmp_path, state):
     (tmp_path / "features" / "bmi.json").write_text(
         json.dumps({"state": state, "dataset": "bmi", "reason": "why"})
     )
-    audits = audit_encoder(tmp_path / "features", tmp_path / "results", tmp_path / "faces", tmp_path / "out")
+    features = tmp_path / "features"
+    probed = all_predictions(features, tmp_path / "results")
+    audits = audit_encoder(probed, features, tmp_path / "faces", tmp_path / "out")
     assert {one.state for one in audits} == {state}
     text = write_page(tmp_path, audits, None, reason=state)
     assert text.count(f"Not run: {state}") == 4 and "Nothing has been run" in text

@@ -33,7 +33,7 @@ from mefem.features import (
 from mefem.files import write_json
 from mefem.made_from import code_hash
 from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, save_encoder
-from mefem.shards import ShardError, load_images, write_manifest, write_shard
+from mefem.shards import ShardError, load_images, write_absent, write_manifest, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -838,7 +838,7 @@ def test_values_beyond_half_precision_are_refused():
 
 
 def test_absence_travels(encoder, tmp_path):
-    write_manifest(tmp_path / "faces", "bmi", 0, [], {"size": 32}, state="absent", reason="not downloaded")
+    write_absent(tmp_path / "faces", "bmi", "not downloaded", {"size": 32})
     extract_features(encoder, make_faces(tmp_path / "here"), tmp_path / "out", progress=False)
     meta = extract_features(encoder, tmp_path / "faces", tmp_path / "out", progress=False)
     assert meta["state"] == "data absent" and meta["reason"] == "not downloaded"

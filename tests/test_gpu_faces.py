@@ -103,7 +103,7 @@ def test_all_parts_on_a_cpu(packed, tmp_path):
 
 
 def test_recipes_run_next_to_each_other(packed, tmp_path):
-    runs = ("paper", "views:method=ideas/views.py:ViewsJEPA;method_options.weight=1.0")
+    runs = ("paper", "views:method=views;method_options.weight=1.0")
     command = [sys.executable, ROOT / "tools" / "gpu_faces.py", "recipes", "--pack", packed, "--small"]
     command += ["--seconds", "200", "--out", tmp_path, *(part for run in runs for part in ("--run", run))]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mefem.cli import app
 from mefem.encoders import load_encoder
 from mefem.export import export_encoder
-from mefem.hub import HubError, fetch_weights, online_file, push_folder
+from mefem.hub import REPOSITORIES, HubError, fetch_weights, online_file, push_folder
 from mefem.models import create_encoder, save_encoder
 
 TOY = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
@@ -170,7 +170,10 @@ def test_an_export_goes_to_the_hub_and_timm_loads_it_from_there(hub, tmp_path):
 def test_the_command_fetches_nothing_unasked_and_says_what_it_cannot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["info", "weights"])
-    assert result.exit_code == 0 and "mefem-b" in result.output
+    assert result.exit_code == 0 and "hf download" not in result.output
+    for name in REPOSITORIES:  # the others come by a command of their publisher
+        assert f"; mefem info weights --fetch {name}\n" in result.output
+    assert "; curl -L -o data/weights/FaRL" in result.output
     assert result.output.startswith("mefem-starter present in the package")  # the default needs no fetching
     result = CliRunner().invoke(app, ["info", "weights", "--fetch", "farl"])
     assert result.exit_code == 1 and "to get it: curl" in result.stderr

@@ -1,6 +1,7 @@
 """Pictures of what it sees: colours, attention, neighbours and map against what was planted."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 
 from mefem.features import Features
 from mefem.pictures import (
+    POOLER,
     attention_maps,
     embedding_map,
     figure_map,
@@ -74,7 +76,7 @@ def planted(n=400, patch=7, seed=0):
 @pytest.mark.parametrize("patch", [2, 7])
 def test_attention_finds_the_patch_that_matters(patch):
     features = planted(patch=patch)
-    pooler, rows = fit_pooler(features, "bmi", lr=1e-2, epochs=40, batch=32)
+    pooler, rows = fit_pooler(features, "bmi", replace(POOLER, lrs=(1e-2,), epochs=40, batch=32))
     assert len(rows) == 80
     assert attention_maps(pooler, features.tokens[rows]).mean(0).ravel().argmax() == patch
 
@@ -172,7 +174,8 @@ def test_both_figures_from_folders(tmp_path, simulated, monkeypatch):
         )[1],
     )
     features, faces = write_folder(tmp_path, simulated)
-    about = write_pictures(features, faces, tmp_path / "figures", epochs=1, folds=2, batch=16)
+    how = replace(POOLER, epochs=1, folds=2, batch=16)
+    about = write_pictures(features, faces, tmp_path / "figures", how=how)
     assert about["state"] == "present" and about["people"] == 24 and about["simulated"] is simulated
     assert set(drawn["maps"]) == {"body mass index", "age", "sex"} and 0 < about["neighbour_ratio"]["age"] < 3
     assert (drawn["near"] is None) == (not simulated), "no face of a real person is drawn"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy.special import logsumexp
 
-from mefem.beyond import load_idea, sigreg
+from mefem.beyond import ViewsJEPA, info_nce, load_idea, recolour, sigreg, stray
 from mefem.config import PretrainSettings
 from mefem.jepa import JEPA, normalise_targets
 from mefem.masking import StripeMasking, TokenSplit
@@ -92,12 +92,7 @@ def test_impossible_options_are_refused(options):
 
 
 def views(**options):
-    return tiny(load_idea("ideas/views.py:ViewsJEPA"), **options)
-
-
-def of_views(name):
-    """A function of the file that ViewsJEPA is in."""
-    return vars(sys.modules[load_idea("ideas/views.py:ViewsJEPA").__module__])[name]
+    return tiny(ViewsJEPA, **options)
 
 
 def test_info_nce_is_the_mean_cross_entropy_over_log_b():
@@ -106,15 +101,15 @@ def test_info_nce_is_the_mean_cross_entropy_over_log_b():
     rows = [logsumexp(cosine[i]) - cosine[i, i] for i in range(6)]
     columns = [logsumexp(cosine[:, i]) - cosine[i, i] for i in range(6)]
     expected = (np.mean(rows) + np.mean(columns)) / 2 / np.log(6)
-    assert of_views("info_nce")(a, b, 0.3).item() == pytest.approx(float(expected), rel=1e-9)
+    assert info_nce(a, b, 0.3).item() == pytest.approx(float(expected), rel=1e-9)
     same = torch.ones(6, 5)
-    assert of_views("info_nce")(same, same, 0.3).item() == pytest.approx(1)  # guessing
+    assert info_nce(same, same, 0.3).item() == pytest.approx(1)  # guessing
     with pytest.raises(ValueError, match="at least 2"):
-        of_views("info_nce")(a[:1], b[:1], 0.3)
+        info_nce(a[:1], b[:1], 0.3)
 
 
 def test_a_box_of_the_whole_picture_is_the_picture_or_its_mirror(images):
-    found = of_views("stray")(images.repeat(4, 1, 1, 1), 1.0, seeded())
+    found = stray(images.repeat(4, 1, 1, 1), 1.0, seeded())
     mirrored = 0
     for picture, whole in zip(found, images.repeat(4, 1, 1, 1), strict=True):
         if not torch.allclose(picture, whole, atol=1e-3):
@@ -127,7 +122,7 @@ def test_boxes_have_the_area_asked_for_and_stay_inside():
     """A ramp in x and one in y say which part of the picture is seen."""
     line = torch.linspace(-1, 1, 112)
     ramps = torch.stack([line.expand(112, 112), line[:, None].expand(112, 112), torch.zeros(112, 112)])
-    found = of_views("stray")(ramps.expand(300, -1, -1, -1), 0.3, seeded())
+    found = stray(ramps.expand(300, -1, -1, -1), 0.3, seeded())
     span = found[:, :2].amax((2, 3)) - found[:, :2].amin((2, 3))  # [300, 2], 2 is the whole side
     area = span.prod(1) / 4
     assert 0.27 < area.min() < 0.4 and 0.9 < area.max() <= 1.001
@@ -135,7 +130,6 @@ def test_boxes_have_the_area_asked_for_and_stay_inside():
 
 
 def test_colours_change_unless_they_are_to_stay(images):
-    recolour = of_views("recolour")
     assert torch.equal(recolour(images, 0.0, seeded()), images)
     many = recolour(images[:1].repeat(500, 1, 1, 1), 0.4, seeded())
     spread = (many - many.mean(1, keepdim=True)).std((1, 2, 3))  # what is left of colour
@@ -148,7 +142,7 @@ def test_the_loss_is_the_papers_and_that_of_two_views(images):
     found = jepa(images, seeded(), splits=[split])["loss"]
     generator = seeded()
     both = [jepa.head(jepa.view(images, generator).mean(1)) for _ in range(2)]
-    expected = 0.7 * tiny()(images, splits=[split])["loss"] + 0.3 * of_views("info_nce")(*both, 0.2)
+    expected = 0.7 * tiny()(images, splits=[split])["loss"] + 0.3 * info_nce(*both, 0.2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert jepa.view(images).shape == (4, 1 + 98, 32)  # CLS and half of the patches
 

@@ -24,6 +24,7 @@ from mefem.shards import (
     read_manifest,
     remove_shards_from,
     tar_index,
+    write_absent,
     write_manifest,
     write_shard,
 )
@@ -188,9 +189,7 @@ def test_a_picture_that_is_not_in_the_tar(tmp_path):
 
 
 def test_absent_data_say_why(tmp_path):
-    write_manifest(
-        tmp_path, "celeba", 0, [], {"size": 224}, state="absent", reason="no files in data/raw/celeba"
-    )
+    write_absent(tmp_path, "celeba", "no files in data/raw/celeba", {"size": 224})
     for use in (read_labels, load_images, lambda folder: list(iter_samples(folder))):
         with pytest.raises(DataAbsent, match="celeba.*no files"):
             use(tmp_path)

@@ -48,6 +48,39 @@ def test_the_card_is_written_from_the_result_files(tool):
     assert f"| gender, accuracy | {found['scores']['starter']['gender']:.3f} |" in text
 
 
+def test_the_page_of_groups_is_written_from_the_result_file(tool):
+    found = json.loads(tool.FOUND.read_text())
+    text = (tool.FOUND.parent / "who_it_works_for.md").read_text(encoding="utf-8")
+    assert text == tool.page(found)
+    for axes in found["groups"].values():
+        for rows in axes.values():
+            assert sum(row["photographs"] for row in rows.values()) == found["counts"]["unseen"]
+            assert all(row["low"] <= row["starter"] <= row["high"] for row in rows.values())
+
+
+def test_groups_count_who_was_hit_and_a_planted_gap_is_beyond_noise(tool):
+    people = {
+        "race": np.repeat(["A", "B"], 200),
+        "gender": np.tile(["F", "M"], 200),
+        "age": np.repeat("3-9", 400),
+    }
+    hit = np.concatenate([np.ones(200), np.zeros(200)]).astype(bool)
+
+    class Hits(dict):
+        files = ("gender", "bmi")
+
+    found = tool.by_group(dict.fromkeys(("starter", "untrained", "pixels"), Hits(gender=hit)), people)
+    assert list(found) == ["gender"]
+    assert found["gender"]["race"]["A"]["right"] == 200 and found["gender"]["race"]["B"]["starter"] == 0
+    assert set(found["gender"]["race and gender"]) == {"A, f", "A, m", "B, f", "B, m"}
+    assert tool.gap_of(found["gender"]["race"], "photographs", "right") < 1e-9
+    assert tool.gap_of(found["gender"]["gender"], "photographs", "right") > 0.9
+
+
+def test_holm_multiplies_the_smallest_p_by_all_and_keeps_the_order(tool):
+    assert tool.holm([0.04, 0.01, 0.5]) == pytest.approx([0.08, 0.03, 0.5])
+
+
 def test_the_card_says_better_only_where_the_interval_does(tool):
     found = json.loads(tool.FOUND.read_text())
     found["gaps"]["bmi"]["untrained"] = [0.1, -0.01, 0.2]
@@ -67,3 +100,16 @@ def test_the_card_of_an_export_names_its_crops(tmp_path):
     export_encoder(STARTER, tmp_path / "starter", "timm")
     card = (tmp_path / "starter" / "README.md").read_text(encoding="utf-8")
     assert "`mefem crop photos/ -o crops/ --scale 1.13`" in card and "twice" not in card
+
+
+def test_an_export_that_was_not_loaded_is_not_said_to_be_right(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mefem.cli import app
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else real(name, *rest)
+    )
+    said = CliRunner().invoke(app, ["export", STARTER, "-o", str(tmp_path / "hf"), "--to", "hf"]).stdout
+    assert "unchecked: transformers is not here" in said and "gives" not in said

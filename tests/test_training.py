@@ -23,7 +23,7 @@ from mefem.config import PretrainSettings, SettingsError
 from mefem.files import write_json
 from mefem.made_from import settings_hash
 from mefem.models import normalise
-from mefem.shards import load_images, read_labels, write_manifest, write_shard
+from mefem.shards import load_images, read_labels, write_absent, write_manifest, write_shard
 from mefem.training import (
     CheckpointError,
     EpochOrder,
@@ -598,9 +598,30 @@ def test_pretrain_writes_encoder_log_and_settings(tmp_path, pictures):
         "run.json",
         "checkpoints",
     }
+    assert "commit" not in json.loads((path.parent / "run.json").read_text())  # this is no checkout
     assert training.pretrain(
         config(seed=3), root=tmp_path, run="x", pictures=pictures, progress=False
     ).exists()  # its own folder
+
+
+def test_run_json_names_the_commit_that_trained(tmp_path, pictures):
+    def commit(text):
+        (tmp_path / "params.yaml").write_text(text)
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+        for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", text]):
+            subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True)
+        return head.stdout.strip()
+
+    def about():
+        path = training.pretrain(config(), root=tmp_path, run="x", pictures=pictures, progress=False)
+        return json.loads((path.parent / "run.json").read_text())
+
+    first = commit("one")
+    trained = about()
+    assert trained["commit"] == first and trained["changed"] is False
+    assert set(trained["made_from"]) == {"settings", "data", "code"}  # a commit alone retrains nothing
+    assert commit("two") != first and about() == trained  # nothing was trained now
 
 
 def test_other_crops_start_a_new_run(tmp_path):
@@ -623,7 +644,7 @@ def test_other_crops_start_a_new_run(tmp_path):
 def test_absent_data_is_named(tmp_path):
     folder = tmp_path / "data" / "faces" / "facecaption"
     folder.mkdir(parents=True)
-    write_manifest(folder, "facecaption", 0, [], {}, state="absent", reason="no file there")
+    write_absent(folder, "facecaption", "no file there", {})
     with pytest.raises(FileNotFoundError, match="facecaption"):
         training.pretrain(config(), root=tmp_path, progress=False)
 

@@ -62,6 +62,17 @@ def remove_simulated(name, folder) -> None:
         path = folder / mine
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+# %% ../../nbs/25_simulate.ipynb #1a4c56de
+def _check(name, photographs, size, variety) -> None:
+    """`ValueError` for what the simulator cannot make."""
+    if name not in PUBLISHERS:
+        raise ValueError(f"name={name!r}: expected one of {', '.join(PUBLISHERS)}")
+    if photographs < 1 or size < 256 or not 0 <= variety <= 1:
+        raise ValueError(
+            f"photographs={photographs}, size={size}, variety={variety}: expected at least 1 photograph "
+            "of at least 256 pixels, and a variety from 0 to 1"
+        )
+
 # %% ../../nbs/25_simulate.ipynb #8459c236
 def _settings(name, photographs, seed, size, variety):
     """What a run is of, as in `SIMULATED.json`."""
@@ -145,13 +156,7 @@ def simulate_dataset(name, out, photographs, seed, size=320, variety=1.0, jobs=N
     resumed; a finished one is left alone. Other settings replace only the simulator's own files. Returns the
     settings, as in `SIMULATED.json`. Raises `NotOursError` where `out` holds other files.
     """
-    if name not in PUBLISHERS:
-        raise ValueError(f"name={name!r}: expected one of {', '.join(PUBLISHERS)}")
-    if photographs < 1 or size < 256 or not 0 <= variety <= 1:
-        raise ValueError(
-            f"photographs={photographs}, size={size}, variety={variety}: expected at least 1 photograph "
-            "of at least 256 pixels, and a variety from 0 to 1"
-        )
+    _check(name, photographs, size, variety)
     folder, settings = Path(out), _settings(name, photographs, seed, size, variety)
     if _prepare(folder, name, settings):
         shutil.rmtree(folder / WORK, ignore_errors=True)  # a run may have died between its last file and this
