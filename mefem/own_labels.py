@@ -892,12 +892,10 @@ def _check_again(path, first: np.ndarray, again: np.ndarray) -> None:
 # %% ../nbs/54_own_labels.ipynb #951d9373
 def _untrained(encoder: str):
     """The untrained encoder of the shape of `encoder`: a file, a run, or a name that comes with weights."""
-    from mefem.encoders import STARTER, STARTER_FOLDER, find_weights, load_encoder
+    from mefem.encoders import find_weights, load_encoder
 
     like = encoder.removeprefix("timm:")
-    if like == STARTER:
-        like = str(STARTER_FOLDER)
-    elif like in ("mefem-s", "mefem-b"):
+    if like in ("mefem-s", "mefem-b"):
         like = str(find_weights(like))
     frozen = load_encoder(f"random:{like}")
     frozen.name = f"random:{encoder}"  # not the place of a file on this machine

@@ -113,3 +113,9 @@ def test_an_export_that_was_not_loaded_is_not_said_to_be_right(tmp_path, monkeyp
     )
     said = CliRunner().invoke(app, ["export", STARTER, "-o", str(tmp_path / "hf"), "--to", "hf"]).stdout
     assert "unchecked: transformers is not here" in said and "gives" not in said
+
+
+def test_its_untrained_network_has_its_shape_and_its_crops():
+    fresh, ours = load_encoder(f"random:{STARTER}", device="cpu"), load_encoder(STARTER, device="cpu")
+    assert (fresh.tokens, fresh.dim, fresh.face_scale) == (ours.tokens, ours.dim, ours.face_scale)
+    assert fresh.weights_hash() != ours.weights_hash()
