@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # A kernel of the same name that the user installed elsewhere must not be taken in place of the environment's.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env reproduce test readme docs lab bench bench-crop libraries lint notebooks unit notebooks-and-unit smoke
+.PHONY: help env reproduce test readme docs lab bench bench-crop bench-embed libraries lint notebooks unit notebooks-and-unit smoke
 
 help:
 	@echo "make reproduce   every table and figure (profile of params.yaml, default demo)"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs        the documentation as a site, in site/, from an environment of its own"
 	@echo "make bench       pictures per second of a training step, beside I-JEPA's (minutes; nobody's CI runs it)"
 	@echo "make bench-crop  photographs a second of the crop stage, beside the plain way; needs a quiet machine"
+	@echo "make bench-embed PHOTOGRAPHS=DIR   mefem embed beside the cost of its parts, and its start; needs a quiet machine"
 
 libraries:
 	@$(PYTHON) tools/system_libraries.py
@@ -97,6 +98,9 @@ lab: env
 bench: env
 	@mkdir -p data/bench
 	papermill nbs/benchmarks/step.ipynb data/bench/step.ipynb -k python3 --log-output --no-progress-bar
+
+bench-embed: env
+	python benchmarks/embed.py --photographs $(PHOTOGRAPHS)
 
 bench-crop: env
 	python benchmarks/crop.py --write benchmarks/rates.json
