@@ -475,7 +475,7 @@ def at(count, real, before=lambda *_: None):
 
 embedding._PART_ROWS = 4
 if moment == "reading":
-    crop_stage.frame_faces = at(8, crop_stage.frame_faces)
+    crop_stage.frame_faces = at(9, crop_stage.frame_faces)  # four are read ahead of the second part
 elif moment == "writing":
     pq.write_table = at(2, pq.write_table, lambda table, path: path.write_bytes(b"half a part"))
 elif moment == "joining":
