@@ -96,18 +96,16 @@ def config_of(name: str, seed: int, **more):
 def photographs(pack: Path, bmi: Path, work: Path) -> dict:
     """FairFace's pack with `images`, and the VIP set's `bmi_images` and `bmi`; decoded once into `work`."""
     import pandas as pd
-    from gpu_faces import read_pack
+    from gpu_faces import probed, read_decoded, read_pack
     from PIL import Image
 
     decoded = work / "faces.npy"
-    with np.load(pack / "faces.npz") as file:
-        found = {name: file[name] for name in file.files if name not in ("bytes", "ends")}
     if not decoded.is_file():
         work.mkdir(parents=True, exist_ok=True)
         part = work / f"part-{time.time_ns()}.npy"
         np.save(part, read_pack(pack / "faces.npz")["images"])
         part.replace(decoded)
-    found["images"] = np.load(decoded, mmap_mode="r+")  # torch wants memory that it may write to
+    found = read_decoded(pack / "faces.npz", decoded)
     side = found["images"].shape[1]
     table = pd.read_csv(bmi / "annotation.csv")
     files = {path.stem: path for path in (bmi / "images").iterdir()}
@@ -116,9 +114,7 @@ def photographs(pack: Path, bmi: Path, work: Path) -> dict:
         for name in table.image
     ]
     found |= {"bmi_images": np.stack(pictures), "bmi": table.BMI.to_numpy(float)}
-    train, other = np.flatnonzero(found["train"]), np.flatnonzero(~found["train"])
-    found["panel"] = np.concatenate([train[:6000], other[:3000]])
-    return found
+    return found | {"panel": probed(found["train"])}
 
 
 def scores(features, bmi_features, faces: dict) -> tuple[dict, dict]:

@@ -237,16 +237,21 @@ def holm(p: list[float]) -> list[float]:
     return found
 
 
+def noise(p: float) -> str:
+    """The verdict of a test."""
+    return "beyond noise" if p < 0.05 else "within noise"
+
+
 def page(found: dict) -> str:
     """figures/faces/who_it_works_for.md."""
     blocks = {(task, axis): rows for task, axes in found["groups"].items() for axis, rows in axes.items()}
     tests = [gap_of(rows, "photographs", "right") for rows in blocks.values()]
     tests += [gap_of(rows, "photographs", "found") for rows in found.get("coverage", {}).values()]
     adjusted, lines, short = holm(tests), [], []
-    for ((task, axis), rows), p in zip(blocks.items(), adjusted):  # noqa: B905 coverage has the rest
+    for ((task, axis), rows), p in zip(blocks.items(), adjusted[: len(blocks)], strict=True):
         best = max(rows, key=lambda group: rows[group]["starter"])
         worst = min(rows, key=lambda group: rows[group]["starter"])
-        word = "beyond noise" if p < 0.05 else "within noise"
+        word = noise(p)
         lines += [f"## {BLOCKS[task]}, by {axis}", ""]
         lines += [
             "| group | photographs | mefem-starter | untrained network | pixels |",
@@ -269,7 +274,7 @@ def page(found: dict) -> str:
         lines += [
             f"| {g} | {r['photographs']} | {r['found'] / r['photographs']:.3f} |" for g, r in rows.items()
         ]
-        lines += ["", f"Groups differ {'beyond' if p < 0.05 else 'within'} noise (p = {p:.2g}).", ""]
+        lines += ["", f"Groups differ {noise(p)} (p = {p:.2g}).", ""]
     text = PAGE.format(tests=len(tests), short=" ".join(short), blocks="\n".join(lines), **found["counts"])
     return text.rstrip("\n") + "\n"
 

@@ -176,8 +176,7 @@ def stray(images: torch.Tensor, area: float, generator=None) -> torch.Tensor:
     half = torch.stack([size * aspect, size / aspect], 1)  # [B, 2]: of x and y, in half sides
     centre = _uniform(-1, 1, (count, 2), images, generator) * (1 - half)
     mirror = 1 - 2 * _uniform(0, 1, count, images, generator).round()
-    affine = torch.stack([torch.diag_embed(half)[:, 0], torch.diag_embed(half)[:, 1]], 1)
-    affine = torch.cat([affine, centre[:, :, None]], 2)  # [B, 2, 3]
+    affine = torch.cat([torch.diag_embed(half), centre[:, :, None]], 2)  # [B, 2, 3]
     affine[:, 0, 0] *= mirror
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

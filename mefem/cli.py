@@ -376,9 +376,7 @@ def export(
     transformers is installed).
 
     Example: mefem export run/ -o folder/ --to timm"""
-    from importlib.util import find_spec
-
-    from mefem.export import export_encoder
+    from mefem.export import _have, export_encoder
     from mefem.hub import push_folder
 
     with _Plainly():
@@ -386,7 +384,7 @@ def export(
             raise ValueError("--public does nothing without --push-to: leave it out")
         places = {"timm": f"hf-hub:{push_to}", "hf": push_to, "onnx": "encoder.onnx"}
         line = export_encoder(run, out, to, licence, places.get(to) if push_to else None)
-        checked = to != "hf" or find_spec("transformers")
+        checked = to != "hf" or not _have("transformers")
         said = "gives the encoder's tokens" if checked else "is written, unchecked: transformers is not here"
         typer.echo(f"{out} {said}; loaded by\n{line}")
         if push_to:

@@ -6,9 +6,9 @@
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'WEIGHTS', 'STARTER', 'STARTER_FOLDER', 'ARCFACE_TEMPLATE', 'ALIGNED_SIZE', 'check_pictures',
            'resize', 'FrozenEncoder', 'TimmTokens', 'TimmEncoder', 'freeze', 'WeightsAbsent', 'WeightsMismatch',
            'read_checkpoint', 'fit_state_dict', 'WeightFile', 'weight_folders', 'find_weights', 'weights_at_hand',
-           'load_released', 'load_mefem', 'load_random', 'timm_weights', 'load_timm', 'load_farl', 'franca_positions',
-           'franca_names', 'load_franca', 'arcface_points', 'similarity', 'nominal_points', 'align_face',
-           'BuffaloEncoder', 'load_buffalo', 'PixelEncoder', 'save_pixels', 'load_pixels', 'say_starter',
+           'load_released', 'named_weights', 'load_mefem', 'load_random', 'timm_weights', 'load_timm', 'load_farl',
+           'franca_positions', 'franca_names', 'load_franca', 'arcface_points', 'similarity', 'nominal_points',
+           'align_face', 'BuffaloEncoder', 'load_buffalo', 'PixelEncoder', 'save_pixels', 'load_pixels', 'say_starter',
            'load_encoder']
 
 # %% ../nbs/50_encoders.ipynb #764c93e6
@@ -414,6 +414,13 @@ def load_released(name: str, path, **options) -> FrozenEncoder:
 STARTER = "mefem-starter"
 STARTER_FOLDER = Path(str(importlib.resources.files("mefem"))) / "starter"  # encoder, run.json and card
 
+# %% ../nbs/50_encoders.ipynb #665afdbc
+def named_weights(name: str) -> Path | None:
+    """Where the weights of MeFEm's own names are, None for others; `WeightsAbsent` where they are not."""
+    if name == STARTER:
+        return STARTER_FOLDER
+    return find_weights(name) if name in ("mefem-s", "mefem-b") else None
+
 # %% ../nbs/50_encoders.ipynb #b0894539
 def load_mefem(name: str, path, **options) -> FrozenEncoder:
     """An encoder written by `mefem.models.save_encoder`, or a released MeFEm file (flat timm state dict)."""
@@ -476,8 +483,9 @@ def _timm_encoder(name: str, timm_name: str, file: Path | None = None, **options
 def load_random(name: str, rest: str, seed: int = 0, **options) -> FrozenEncoder:
     """An untrained encoder, with weights drawn from `seed`.
 
-    `rest` is a timm name, or a checkpoint (its path, or "mefem-starter") whose shape is taken."""
-    path = STARTER_FOLDER if rest == STARTER else Path(rest)
+    `rest` is a timm name, or a checkpoint whose shape is taken: its path, or a name with weights."""
+    rest = rest.removeprefix("timm:")
+    path = named_weights(rest) or Path(rest)
     if path.exists() or rest.endswith(".safetensors"):
         like = load_mefem(name, path, device="cpu")
         encoder = freeze(name, _redraw(like.model.model, seed), like.mean, like.std, **options)
@@ -834,9 +842,8 @@ def load_encoder(name_or_path, device=None, precision: str = "fp32") -> FrozenEn
     kind, _, rest = name.partition(":")
     if name == STARTER:
         say_starter()
-        return load_mefem(name, STARTER_FOLDER, **options)
-    if name in ("mefem-s", "mefem-b"):
-        return load_mefem(name, find_weights(name), **options)
+    if path := named_weights(name):
+        return load_mefem(name, path, **options)
     if kind in ("random", "timm") and not rest:
         raise ValueError(f"{name!r} needs a model: {kind}:vit_small_patch16_224, for example")
     if kind in _LOADERS:

@@ -889,18 +889,6 @@ def _check_again(path, first: np.ndarray, again: np.ndarray) -> None:
             "encoder, or changed photographs"
         )
 
-# %% ../nbs/54_own_labels.ipynb #951d9373
-def _untrained(encoder: str):
-    """The untrained encoder of the shape of `encoder`: a file, a run, or a name that comes with weights."""
-    from mefem.encoders import find_weights, load_encoder
-
-    like = encoder.removeprefix("timm:")
-    if like in ("mefem-s", "mefem-b"):
-        like = str(find_weights(like))
-    frozen = load_encoder(f"random:{like}")
-    frozen.name = f"random:{encoder}"  # not the place of a file on this machine
-    return frozen
-
 # %% ../nbs/54_own_labels.ipynb #b96060cb
 BASELINES = ("random", "pixels")
 
@@ -922,7 +910,7 @@ def baseline(kind: str, path, photographs, encoder: str | None = None) -> Embedd
     if kind == "random":
         again = _embed_again(rows[:8], photographs, load_encoder(encoder), features)
         _check_again(path, table.vectors[table.usable][:8], again)
-        frozen = _untrained(encoder)
+        frozen = load_encoder(f"random:{encoder}")
     else:
         frozen, features = PixelEncoder(), "mean"
         frozen.fit(np.stack([crop_again(row, photographs, frozen.image_size) for row in rows[:4096]]))

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,3 +27,16 @@ def shared() -> Path:
             "not checked on them"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def script(root):
+    """A function: the Python file at a path in the checkout, as a module."""
+
+    def load(path: str):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, root / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

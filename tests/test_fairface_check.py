@@ -3,7 +3,6 @@
 Every number against its own predictions.
 """
 
-import importlib.util
 import json
 
 import numpy as np
@@ -16,11 +15,8 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3)
 
 
 @pytest.fixture(scope="module")
-def check(root):
-    spec = importlib.util.spec_from_file_location("fairface_check", root / "benchmarks" / "fairface.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def check(script):
+    return script("benchmarks/fairface.py")
 
 
 def test_fairface_probes_of_three_encoders_on_real_photographs(check, shared, tmp_path):

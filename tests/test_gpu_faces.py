@@ -1,6 +1,5 @@
 """tools/gpu_faces.sh does all its parts on a CPU with small numbers, in time, and leaves readable results."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,12 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """tools/gpu_faces.py as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_faces", ROOT / "tools" / "gpu_faces.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(script):
+    return script("tools/gpu_faces.py")
 
 
 @pytest.fixture(scope="module")

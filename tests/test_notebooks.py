@@ -1,6 +1,5 @@
 """A notebook's outputs: missing ones and those of older code are found; what a clock changes is not."""
 
-import importlib.util
 import json
 import multiprocessing
 import subprocess
@@ -9,26 +8,19 @@ import sys
 import pytest
 
 
-def tool(root, name):
-    spec = importlib.util.spec_from_file_location(name, root / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def check(root):
-    return tool(root, "check_notebooks")
+def check(script):
+    return script("tools/check_notebooks.py")
 
 
 @pytest.fixture
-def runner(root, tmp_path, monkeypatch):
+def runner(root, script, tmp_path, monkeypatch):
     """The tool, whose working folder, variables and way of starting processes end with the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.syspath_prepend(root)
     method = multiprocessing.get_start_method(allow_none=True)
-    yield tool(root, "run_notebooks")
+    yield script("tools/run_notebooks.py")
     multiprocessing.set_start_method(method, force=True)
 
 

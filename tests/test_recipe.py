@@ -1,6 +1,5 @@
 """The recipe study: its method against JEPA and against formulas, and its runs on a few pictures of noise."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -167,12 +166,10 @@ def test_impossible_options_of_views_are_refused(options):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, script):
     """A pack of 24 + 12 pictures of noise, and twelve people with a body mass index."""
     folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
-    spec = importlib.util.spec_from_file_location("gpu_faces", ROOT / "tools" / "gpu_faces.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = script("tools/gpu_faces.py")
     lists, rows = folder / "lists", []
     (folder / "images").mkdir()
     for split, count in (("train", 24), ("val", 12)):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +10,10 @@ from mefem import FaceEmbedder, load_encoder
 from mefem.crop import Framing
 from mefem.encoders import STARTER, STARTER_FOLDER, say_starter
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("starter", ROOT / "benchmarks" / "starter.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(script):
+    return script("benchmarks/starter.py")
 
 
 def test_it_loads_by_name_from_anywhere_and_says_once_what_it_is(tmp_path, monkeypatch, capsys):
@@ -118,4 +112,4 @@ def test_an_export_that_was_not_loaded_is_not_said_to_be_right(tmp_path, monkeyp
 def test_its_untrained_network_has_its_shape_and_its_crops():
     fresh, ours = load_encoder(f"random:{STARTER}", device="cpu"), load_encoder(STARTER, device="cpu")
     assert (fresh.tokens, fresh.dim, fresh.face_scale) == (ours.tokens, ours.dim, ours.face_scale)
-    assert fresh.weights_hash() != ours.weights_hash()
+    assert fresh.weights_hash() != ours.weights_hash() and fresh.name == "random:mefem-starter"

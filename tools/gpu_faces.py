@@ -124,6 +124,19 @@ def read_pack(path: Path, limit: int | None = None) -> dict:
     return found
 
 
+def read_decoded(path: Path, decoded: Path) -> dict:
+    """As `read_pack`, with the pictures that the file `decoded` keeps."""
+    with np.load(path) as file:
+        found = {name: file[name] for name in file.files if name not in ("bytes", "ends")}
+    return found | {"images": np.load(decoded, mmap_mode="c")}  # torch wants memory that it may write to
+
+
+def probed(train, small: bool = False) -> np.ndarray:
+    """Numbers of the photographs that probes see: 6,000 of the training list, 3,000 of the other."""
+    ours, other = np.flatnonzero(train), np.flatnonzero(~train)
+    return np.concatenate([ours[: 32 if small else 6000], other[: 16 if small else 3000]])
+
+
 # What comes back: one JSON file a part, written again after each measurement.
 
 
@@ -498,19 +511,14 @@ def mean_patches(encoder, images, device, batch: int = 256, precision: str = "fp
 
 
 def load_faces(small: bool, path: Path) -> dict:
-    """The pack, and which photographs probes see: 6,000 of the training list, 3,000 of the other.
+    """The pack, and in `panel` which photographs probes see.
 
     Where `decoded` lies beside it (`recipes`), its pictures are taken."""
     decoded = path.with_name("decoded.npy")
-    if decoded.is_file():
-        with np.load(path) as file:
-            faces = {name: file[name] for name in file.files if name not in ("bytes", "ends")}
-        faces["images"] = np.load(decoded, mmap_mode="c")  # torch wants memory that it may write to
-    else:
-        faces = read_pack(path)
-    train, other = np.flatnonzero(faces["train"]), np.flatnonzero(~faces["train"])
-    faces["panel"] = np.concatenate([train[: 32 if small else 6000], other[: 16 if small else 3000]])
-    say(f"{len(train):,} training and {len(other):,} validation photographs of {faces['images'].shape[1]} px")
+    faces = read_decoded(path, decoded) if decoded.is_file() else read_pack(path)
+    train, side = faces["train"], faces["images"].shape[1]
+    faces["panel"] = probed(train, small)
+    say(f"{train.sum():,} training and {(~train).sum():,} validation photographs of {side} px")
     return faces
 
 
@@ -526,9 +534,7 @@ def pretrain(
     faces = load_faces(small, path)
     pictures = MemoryPictures(faces["images"][faces["train"]])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = pretrain_settings(
-        small, changes
-    )  # to compile it took over a minute on the lent machine's processor
+    config = pretrain_settings(small, changes)  # not compiled: that took the lent processor over a minute
     few = faces["panel"][: 48 if small else 2000]
     labelled = (faces["images"][few], faces["race"][few], None)
     torch.manual_seed(0)
@@ -566,7 +572,7 @@ def pretrain(
 def recipes(out: Path, deadline: float, small: bool, runs: list[str], path: Path) -> None:
     """Pretraining runs side by side on one GPU, each a process: one alone leaves it waiting for the host.
 
-    `runs`: NAME or NAME:KEY=VALUE,KEY=VALUE, what it changes in the settings. Each has a folder in `out`."""
+    `runs`: NAME or NAME:KEY=VALUE;KEY=VALUE, what it changes in the settings. Each has a folder in `out`."""
     decoded = path.with_name("decoded.npy")
     np.save(decoded, read_pack(path)["images"])
     running = {}
