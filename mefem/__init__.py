@@ -39,7 +39,7 @@ _PUBLIC = {
     "load_encoder": "encoders",
     "WeightsAbsent": "encoders",
     "embed": "embedding",
-    "FaceEmbedder": "embedding",
+    "FaceEmbedder": "embedder",
     "load_settings": "config",
     "probe_labels": "own_labels",
     "predict_labels": "own_labels",

@@ -9,6 +9,7 @@ from . import (
     crop as crop,
     datasets as datasets,
     datasheets as datasheets,
+    embedder as embedder,
     embedding as embedding,
     encoders as encoders,
     evaluation as evaluation,
@@ -43,7 +44,7 @@ from . import (
     weighting as weighting,
 )
 from .config import load_settings as load_settings
-from .embedding import FaceEmbedder as FaceEmbedder
+from .embedder import FaceEmbedder as FaceEmbedder
 from .embedding import embed as embed
 from .encoders import WeightsAbsent as WeightsAbsent
 from .encoders import load_encoder as load_encoder

@@ -22,9 +22,10 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from sklearn.utils.validation import validate_data
 from test_faces import cartoon
 
-from mefem import embedding
+from mefem import embedder
 from mefem.compute import torch_threads
-from mefem.embedding import FaceEmbedder, embed
+from mefem.embedder import FaceEmbedder
+from mefem.embedding import embed
 from mefem.encoders import PixelEncoder, freeze
 from mefem.models import IMAGENET_MEAN, IMAGENET_STD, create_encoder, save_encoder
 
@@ -108,7 +109,7 @@ class OfRows(FaceEmbedder):
 def loaded_once():
     """Loading is not what is checked: a fit takes milliseconds, and one thread leaves the others alone."""
     with pytest.MonkeyPatch.context() as patch, torch_threads(1):
-        patch.setattr(embedding, "as_encoder", cache(embedding.as_encoder))
+        patch.setattr(embedder, "as_encoder", cache(embedder.as_encoder))
         yield
 
 
@@ -191,9 +192,9 @@ def test_one_column_of_paths_in_any_wrapping(encoder, paths):
 
 def test_a_generator_is_read_a_batch_at_a_time(encoder, monkeypatch):
     read, seen = [], []
-    real = embedding.embed_usable
+    real = embedder.embed_usable
     monkeypatch.setattr(
-        embedding, "embed_usable", lambda crops, *rest: seen.append(len(read)) or real(crops, *rest)
+        embedder, "embed_usable", lambda crops, *rest: seen.append(len(read)) or real(crops, *rest)
     )
     pictures = (read.append(number) or crop for number, crop in enumerate(CROPS))
     FaceEmbedder(encoder, framing="as-is", batch=2).fit(None).transform(pictures)
@@ -278,9 +279,9 @@ def test_beside_other_columns(encoder, paths):
 
 
 def test_memory_keeps_embeddings_between_candidates_and_folds(encoder_file, paths, tmp_path, monkeypatch):
-    calls, real = [], embedding.embed
+    calls, real = [], embedder.embed
     monkeypatch.setattr(
-        embedding, "embed", lambda crops, *rest: calls.append(len(crops)) or real(crops, *rest)
+        embedder, "embed", lambda crops, *rest: calls.append(len(crops)) or real(crops, *rest)
     )
     grid = {"ridge__alpha": [0.1, 1, 10]}
 

@@ -19,7 +19,8 @@ from test_faces import DISGUISES, cartoon
 from mefem import crop as crop_stage
 from mefem import embedding
 from mefem import features as module
-from mefem.embedding import FaceEmbedder, embed
+from mefem.embedder import FaceEmbedder
+from mefem.embedding import embed
 from mefem.encoders import PixelEncoder, freeze
 from mefem.faces import CropError, FaceDetector
 from mefem.features import (
