@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
+from mefem.faces import crop_face, encode_crop, shared_detector
 from mefem.fairness import (
     AGE_BANDS,
     HAEMOGLOBIN,
+    PAPER_BOX,
     REGIONS,
     TARGETS,
     TONES,
@@ -28,6 +31,7 @@ from mefem.fairness import (
     conformal,
     conformal_margins,
     coverage_terms,
+    face_box,
     face_regions,
     largest_gap,
     mean_tokens,
@@ -43,6 +47,7 @@ from mefem.fairness import (
 )
 from mefem.fairness_page import adjust_all, headline, page, write_page
 from mefem.features import Features
+from mefem.shards import write_manifest, write_shard
 
 
 def toy_predictions(people: int = 400, biased: dict | None = None, seed: int = 0):
@@ -90,6 +95,35 @@ def test_what_is_hidden_cannot_change_what_is_seen():
     assert (show_only(a, mask, fill)[:, ~mask] == (10, 21, 30)).all()
     with pytest.raises(ValueError, match="does not fit"):
         show_only(a, face_regions(16)["inner face"], fill)
+
+
+def kept(folder, pictures, framing):
+    """A folder of crops as the crop stage leaves it."""
+    samples = [(f"k{i}", encode_crop(picture), {}) for i, picture in enumerate(pictures)]
+    rows = [{"key": key, "status": "success"} for key, *_ in samples]
+    shard = write_shard(folder, 0, samples, rows)
+    write_manifest(folder, "bmi", len(samples), [shard], {"size": 112, "framing": framing}, simulated=False)
+    return folder
+
+
+def test_regions_follow_a_tighter_crop():
+    """A crop of the box alone shows the middle of the paper's crop, and so its regions."""
+    wide = face_regions(224)
+    for name, mask in face_regions(112, (0, 0, 1, 1)).items():
+        assert (mask == wide[name][56:168, 56:168]).all()
+    assert (cheeks(112, (0, 0, 1, 1)) == cheeks(224)[56:168, 56:168]).all()
+
+
+def test_the_place_of_the_face_is_measured_where_the_publisher_framed(tmp_path, shared):
+    people = pd.read_csv(shared / "frll" / "labels.csv").file
+    whole = [np.asarray(Image.open(shared / "frll" / name).convert("RGB")) for name in people]
+    detected = [shared_detector().detect(picture)[0].box for picture in whole]
+    tight = [crop_face(p, box, scale=1.25, size=112) for p, box in zip(whole, detected, strict=True)]
+    found = face_box(kept(tmp_path / "tight", tight, "dataset"), least=10)
+    np.testing.assert_allclose(found, (0.1, 0.1, 0.9, 0.9), atol=0.05)
+    assert face_box(kept(tmp_path / "paper", tight, "paper")) == PAPER_BOX
+    noise = np.random.default_rng(0).integers(0, 256, (30, 112, 112, 3), np.uint8)
+    assert face_box(kept(tmp_path / "noise", noise, "dataset")) == PAPER_BOX
 
 
 # --- skin tone
@@ -152,10 +186,6 @@ def test_tone_classes(angle, name):
 
 
 def test_real_skin_is_ordered(shared):
-    from PIL import Image
-
-    from mefem.faces import crop_face
-
     listed = pd.read_csv(shared / "frll" / "labels.csv")
     listed["angle"] = [
         typology_angle(
