@@ -3,7 +3,8 @@
     python benchmarks/starter.py --run data/gpu-out/alone --pack data/gpu --bmi DIR
 
 `--run`: a folder of `tools/gpu_faces.py recipes` (encoder.safetensors, pretrain.json). Writes mefem/starter
-(encoder.safetensors, run.json, README.md) and figures/faces/starter.json, which has the card's numbers."""
+(encoder.safetensors, run.json, README.md) and figures/faces/starter.json, which has the card's numbers.
+`--regions` measures the package's encoder again on pictures of which one part is seen."""
 
 import argparse
 import json
@@ -116,6 +117,40 @@ def measured(run: Path, pack: Path, bmi: Path, work: Path) -> dict:
     return found | {"counts": counts}
 
 
+def seen_alone(faces: dict, work: Path) -> dict:
+    """part of the picture -> its share of FairFace's crops, and task -> score with its 95 % interval.
+
+    The rest is one colour, in training and test; "whole picture" is for comparison."""
+    from recipe import TASKS, look, outcomes
+
+    from mefem.fairness import REGIONS, box_of, face_regions, show_only
+    from mefem.metrics import bootstrap_interval
+    from mefem.models import load_encoder_file
+
+    encoder, _ = load_encoder_file(FOLDER / "encoder.safetensors")
+    panel = faces["panel"]
+    one = faces | {name: faces[name][panel] for name in ("images", "train", *TASKS)}
+    one["panel"] = np.arange(len(panel))
+    side, found = one["images"].shape[1], {}
+    regions = {
+        name: face_regions(side, box_of(one[name][:: max(1, len(one[name]) // 200)]))
+        for name in ("images", "bmi_images")
+    }
+    fills = {name: one[name].mean((0, 1, 2)) for name in regions}
+    for part in ("whole picture", *REGIONS):
+        masks = {name: regions[name].get(part, np.ones((side, side), bool)) for name in regions}
+        hidden = {name: show_only(one[name], mask, fills[name]) for name, mask in masks.items()}
+        path = work / f"starter-{part.replace(' ', '-')}.npz"
+        look(encoder.float().eval(), one | hidden, path)
+        found[part] = {"share": round(float(masks["images"].mean()), 4)}
+        for task in (*TASKS, "bmi"):
+            frame = outcomes({0: path}, task, faces["bmi"])
+            score = bootstrap_interval(frame, "r2" if task == "bmi" else "accuracy")
+            found[part][task] = [round(x, 4) for x in (score.value, score.low, score.high)]
+        print(part, found[part], flush=True)
+    return found
+
+
 def axes_of(people: dict) -> dict:
     """Group of each person by race, by gender, by both, and by age."""
     both = np.char.add(
@@ -217,6 +252,18 @@ noise: a chi-squared test for each block, corrected for all {tests} by Holm's me
 
 {blocks}
 """
+READS = """## What it reads the answer from
+
+The probe is trained and tested again on pictures of which one part is seen; the rest is one colour. Both sets
+are framed tightly, so there is little hair, neck and background in them. A part's score says that the answer
+can be read there; it does not say that the whole picture's answer comes from there.
+
+| seen | of the picture | gender | race | age | BMI r2 |
+|---|---|---|---|---|---|
+{table}
+
+{said}
+"""
 BLOCKS = {"gender": "Gender", "race": "Race (7 groups)", "age": "Age (9 groups)"}
 
 
@@ -240,6 +287,29 @@ def holm(p: list[float]) -> list[float]:
 def noise(p: float) -> str:
     """The verdict of a test."""
     return "beyond noise" if p < 0.05 else "within noise"
+
+
+def regions_block(found: dict) -> list[str]:
+    """What remains when one part of the picture is seen, as lines of Markdown."""
+    rows, largest = found["regions"], found["scores"]["largest"]
+    table = [
+        f"| {part} | {row['share']:.0%} | "
+        + " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*row[task]) for task in TITLES)
+        + " |"
+        for part, row in rows.items()
+    ]
+    above = {
+        part: [task for task in TITLES if row[task][1] > largest[task]]
+        for part, row in rows.items()
+        if part != "whole picture"
+    }
+    said = [
+        f"{part[0].upper()}{part[1:]} alone: above the largest group (BMI: the mean) beyond noise in "
+        f"{', '.join(name if name != 'bmi' else 'BMI' for name in tasks) or 'nothing'}."
+        for part, tasks in above.items()
+    ]
+    text = READS.format(table="\n".join(table), said="\n".join(f"- {line}" for line in said))
+    return text.splitlines()
 
 
 def page(found: dict) -> str:
@@ -275,6 +345,7 @@ def page(found: dict) -> str:
             f"| {g} | {r['photographs']} | {r['found'] / r['photographs']:.3f} |" for g, r in rows.items()
         ]
         lines += ["", f"Groups differ {noise(p)} (p = {p:.2g}).", ""]
+    lines += regions_block(found) if "regions" in found else []
     text = PAGE.format(tests=len(tests), short=" ".join(short), blocks="\n".join(lines), **found["counts"])
     return text.rstrip("\n") + "\n"
 
@@ -344,6 +415,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="without it only the card is written again")
+    parser.add_argument("--regions", action="store_true", help="measure what each part of the picture says")
     parser.add_argument("--photographs", type=Path, help="FairFace's folder, for the share of faces found")
     parser.add_argument("--lists", type=Path, help="the folder with the authors' two lists")
     parser.add_argument("--commit", default="not recorded", help="of the code that made the run")
@@ -358,6 +430,12 @@ def main() -> None:
             found["coverage"] = coverage(*where)
         FOUND.write_text(json.dumps(found, indent=1) + "\n")
         write_encoder(arguments.run, arguments.commit, FOLDER)
+    if arguments.regions:
+        from recipe import photographs
+
+        faces = photographs(arguments.pack, arguments.bmi, arguments.work)
+        found = json.loads(FOUND.read_text()) | {"regions": seen_alone(faces, arguments.work)}
+        FOUND.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(FOUND.read_text())
     (FOLDER / "README.md").write_text(card(found, facts_of(FOLDER)), encoding="utf-8")
     (FOUND.parent / "who_it_works_for.md").write_text(page(found), encoding="utf-8")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'PAPER_BOX', 'LEAST_COLOUR', 'TONES', 'AGE_BANDS', 'ANCESTRY', 'MIN_PERSONS', 'MIN_SCORE', 'LINEAR_RATES',
-           'HAEMOGLOBIN', 'TARGETS', 'NAMES', 'face_regions', 'face_box', 'show_only', 'to_lab', 'cheeks',
+           'HAEMOGLOBIN', 'TARGETS', 'NAMES', 'face_regions', 'box_of', 'face_box', 'show_only', 'to_lab', 'cheeks',
            'typology_angle', 'tone_classes', 'skin_tones', 'attributes', 'person_terms', 'by_group', 'largest_gap',
            'all_gaps', 'adjust_gaps', 'calibration', 'conformal_margins', 'conformal', 'coverage_terms', 'SeesOnly',
            'mean_tokens', 'region_predictions', 'remaining', 'Audit', 'audit', 'name_of', 'predictions_of',
@@ -62,20 +62,24 @@ def face_regions(size: int, box=PAPER_BOX) -> dict[str, np.ndarray]:
     return dict(zip(REGIONS, parts, strict=True))
 
 # %% ../nbs/63_fairness.ipynb #ca863f22
-def face_box(faces, least: int = 20) -> tuple[float, float, float, float]:
-    """Where the faces are in the folder of crops `faces`: x0, y0, x1, y1 in sides of the crop.
+def box_of(crops: np.ndarray, least: int = 20) -> tuple[float, float, float, float]:
+    """Median of the detector's boxes on `crops` [N, S, S, 3]: x0, y0, x1, y1 in sides of the crop.
 
-    Known for the paper's framing; else the median of the detector's boxes on some 200 crops, or the paper's
-    where it finds fewer than `least`."""
-    if read_manifest(faces)["crop"].get("framing", "paper") == "paper":
-        return PAPER_BOX
-    crops = load_images(faces, limit=10_000)
-    found = [shared_detector().detect(crop)[:1] for crop in crops[:: max(1, len(crops) // 200)]]
+    The paper's where fewer than `least` faces are found."""
+    found = [shared_detector().detect(crop)[:1] for crop in crops]
     boxes = [face.box for first in found for face in first]
     if len(boxes) < least:
         return PAPER_BOX
     x0, y0, x1, y1 = (np.median(boxes, 0) / crops.shape[1]).tolist()
     return x0, y0, x1, y1
+
+
+def face_box(faces) -> tuple[float, float, float, float]:
+    """Where the faces are in a folder of crops: known for the paper's framing, else `box_of` some of them."""
+    if read_manifest(faces)["crop"].get("framing", "paper") == "paper":
+        return PAPER_BOX
+    crops = load_images(faces, limit=10_000)
+    return box_of(crops[:: max(1, len(crops) // 200)])
 
 # %% ../nbs/63_fairness.ipynb #3234a558
 def show_only(images: np.ndarray, mask: np.ndarray, fill) -> np.ndarray:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLS', 'TABLE2_ROWS', 'TABLE2_COLUMNS', 'HEADINGS', 'SIZES', 'MARKS', 'TABLE2', 'TABLE3_ROWS', 'TABLE3',
            'LEARNED_ROWS', 'LEARNED', 'FACES_COLUMNS', 'FACES_ROWS', 'FACES', 'RIVALS', 'model_row', 'measured',
-           'compare', 'against', 'rival_of', 'results_table', 'cells_json', 'write_table']
+           'with_encoders', 'compare', 'against', 'rival_of', 'results_table', 'cells_json', 'write_table']
 
 # %% ../nbs/60_report.ipynb #024b1e7b
 from dataclasses import replace
@@ -195,6 +195,18 @@ FACES = Table(
     MARKS,
 )
 
+# %% ../nbs/60_report.ipynb #125cefbd
+def with_encoders(table: Table, encoders) -> Table:
+    """`table` with rows for those of `encoders` (names) that it has none for: as the untrained encoder's."""
+    known = {row.source for row in table.rows}
+    rows = [
+        model_row(name, "", row.labels["features"], name, row.feature_set)
+        for name in encoders
+        for row in table.rows
+        if name not in known and row.source == "random"
+    ]
+    return replace(table, rows=(*table.rows, *rows))
+
 # %% ../nbs/60_report.ipynb #7d0d29c4
 def compare(results, table: Table, replicates: int = 2000) -> pd.DataFrame:
     """All pairs of rows in all columns: column, first, second, difference, low, high and which is `better`.
@@ -246,12 +258,12 @@ def _best(cells: pd.DataFrame, column: Column) -> str | None:
 
 # %% ../nbs/60_report.ipynb #2a8e696c
 def _marks(cell: dict, pairs: pd.DataFrame, best: str | None) -> dict:
-    """`best`, `near_best`, and for rows of ours `beats_random` and `beats_pixels`; None: not compared."""
+    """`best`, `near_best`, and for all but `RIVALS` `beats_random` and `beats_pixels`; None: not compared."""
     if cell["state"] != "present" or best is None:
         return {}
     pair = against(pairs, cell["column"], cell["row"], best)
     marks = {"best": cell["row"] == best, "near_best": pair is not None and pair["verdict"] == "inconclusive"}
-    if cell["model"] == "MeFEm":
+    if cell["model"] not in RIVALS.values():
         for rival in RIVALS:
             pair = against(pairs, cell["column"], cell["row"], rival_of(cell["features"], rival))
             marks[f"beats_{rival}"] = None if pair is None else pair["verdict"] == "beats"
@@ -285,14 +297,14 @@ def _number(value) -> float | int | None:
 
 # %% ../nbs/60_report.ipynb #d8bb97fb
 def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
-    """{row: {column: state, value, interval, counts}}; rows of ours have the pair with each of `RIVALS`."""
+    """{row: {column: state, value, interval, counts}}; all others have the pair with each of `RIVALS`."""
     rows = {}
     for cell in cells.to_dict("records"):
         entry = {"state": cell["state"], "size": cell["size"]}
         if cell["state"] == "present":
             entry |= {key: _number(cell[key]) for key in ("value", "low", "high", "n", "persons")}
             entry["simulated"] = bool(cell["simulated"])
-            for rival in RIVALS if cell["model"] == "MeFEm" else ():
+            for rival in RIVALS if cell["model"] not in RIVALS.values() else ():
                 pair = against(pairs, cell["column"], cell["row"], rival_of(cell["features"], rival))
                 if pair:
                     entry[rival] = pair | {key: _number(pair[key]) for key in ("difference", "low", "high")}

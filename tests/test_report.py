@@ -25,6 +25,7 @@ from mefem.report import (
     TABLE3_ROWS,
     cells_json,
     results_table,
+    with_encoders,
     write_table,
 )
 from mefem.tables import About, scale_of, tex
@@ -169,6 +170,21 @@ def test_marks_follow_the_paired_bootstrap(run):
         assert cell.beats_pixels is paired_difference(ours, pixels, metric, 300).better
     assert cells.loc[("MeFEm / CLS", "BMI r2")].beats_pixels is False  # same noise, so no mark
     assert pd.isna(cells.loc[("Random encoder / CLS", "BMI r2")].beats_random)
+
+
+def test_an_encoder_of_ones_own_has_rows_marks_and_pairs(tmp_path):
+    root = results(tmp_path, {"mefem": 1.0, "mine": 0.5, "random": 3.0, "pixels": 1.0})
+    table = with_encoders(TABLE2, ["mefem", "random", "pixels", "farl", "mine"])
+    assert [r.name for r in table.rows[len(TABLE2_ROWS) :]] == [
+        "mine / Patches",
+        "mine / CLS",
+        "mine / Patches + CLS",
+    ]
+    write_table(table, root, root / "figures", About("demo"), 200)
+    rows = json.loads((root / "figures" / "table2_cells.json").read_text())["rows"]
+    mine, ours = (rows[f"{name} / CLS"]["BMI MAE"] for name in ("mine", "MeFEm"))
+    assert mine["random"]["verdict"] == mine["pixels"]["verdict"] == "beats" and ours["value"] > mine["value"]
+    assert with_encoders(LEARNED, ["mine"]).rows[-1].feature_set == "patches.linear"
 
 
 def test_every_pair_is_compared_and_the_best_is_found(run):
