@@ -304,6 +304,8 @@ def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
         if cell["state"] == "present":
             entry |= {key: _number(cell[key]) for key in ("value", "low", "high", "n", "persons")}
             entry["simulated"] = bool(cell["simulated"])
+            if pd.notna(cell.get("majority")):
+                entry["majority"] = _number(cell["majority"])
             for rival in RIVALS if cell["model"] not in RIVALS.values() else ():
                 pair = against(pairs, cell["column"], cell["row"], rival_of(cell["features"], rival))
                 if pair:
