@@ -58,7 +58,8 @@ class Embeddings:
     name: str = "embeddings"  # in messages
     encoder: str = ""  # "" where not known, as below
     features: str = ""
-    encoder_hash: str = ""  # tables of earlier versions have none
+    encoder_hash: str = ""  # tables of earlier versions have none, as the next
+    scale: str = ""  # side of the crops / longer side of the face's box
 
     def __post_init__(self):
         _check_rows(self.name, self.files, self.vectors)
@@ -74,7 +75,7 @@ class Embeddings:
 
 # %% ../nbs/54_own_labels.ipynb #58b9dc7a
 _NEEDED = ("file", "status")
-_KNOWN = ("encoder", "features", "encoder_hash")
+_KNOWN = ("encoder", "features", "encoder_hash", "scale")
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -1013,7 +1014,7 @@ def check_predictions(out) -> Path:
 
 # %% ../nbs/54_own_labels.ipynb #7954e08e
 def _check_encoder(embeddings: Embeddings, about: dict, say) -> None:
-    """`ValueError` where embeddings are not of the encoder and features that a model was fitted to.
+    """`ValueError` where embeddings are not of the encoder, features and crops that a model was fitted to.
 
     The hash of the weights decides. Tables and models of earlier versions have none: then the name does, and
     `say` is told so."""
@@ -1032,14 +1033,20 @@ def _check_encoder(embeddings: Embeddings, about: dict, say) -> None:
                 f"{expected or 'not known'!r}; embed with the model's encoder, "
                 f"{about['encoder'] or 'not known'}"
             )
+    scale = about.get("scale", "")
+    if embeddings.scale and scale and embeddings.scale != scale:
+        raise ValueError(
+            f"{embeddings.name}: crops are {embeddings.scale} times the face's box, those of the model were "
+            f"{scale} times; embed with --scale {scale}"
+        )
 
 # %% ../nbs/54_own_labels.ipynb #8780e264
 def predict_labels(model, embeddings, out=None, say=print) -> pd.DataFrame:
     """Predictions for a table of embeddings, written to `out`: file, status, prediction.
 
     `model`: a folder of `write_probe`, or a `LabelModel`. The prediction is empty where the status is not
-    success. `ValueError` where encoder, features or width are others; `say` is told where the encoder can be
-    compared by its name only."""
+    success. `ValueError` where encoder, features, crops or width are others; `say` is told where the encoder
+    can be compared by its name only."""
     out = check_predictions(out) if out else None
     model = model if isinstance(model, LabelModel) else LabelModel.load(model)
     embeddings = embeddings if isinstance(embeddings, Embeddings) else read_embeddings(embeddings)

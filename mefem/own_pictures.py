@@ -268,7 +268,9 @@ def pretrain_photographs(
     vit = plain_vit(asked.init) if asked.init else None
     config = planned or asked.settings(vit)
     size = config.encoder.image_size
-    crops = own_crops(photographs, out, Framing(asked.framing, asked.face, size=size), progress)
+    scale = vit.face_scale if vit else Framing.scale
+    how = Framing(asked.framing, asked.face, scale=scale, size=size)
+    crops = own_crops(photographs, out, how, progress)
     counts = crops["counts"]
     for reason in sorted(counts, key=lambda reason: reason != "usable"):  # the usable first
         say(f"{counts[reason]:8,}  {reason}")
@@ -277,6 +279,6 @@ def pretrain_photographs(
     say(f"{config.steps:,} steps of {config.batch}, a checkpoint every {config.checkpoint_every:,}")
     run = start_own(config, pictures, out, vit, anyway)
     train(run, progress)
-    write_run(run, out.resolve().name, out)
+    write_run(run, out.resolve().name, out, face_scale=scale)
     _record(out, crops, asked)
     return out / "encoder.safetensors"

@@ -1208,10 +1208,12 @@ def pretrain(
     return out / "encoder.safetensors"
 
 # %% ../nbs/45_training.ipynb #804ee0b9
-def write_run(run: Run, name: str, out: Path) -> None:
-    """Leave encoder.safetensors, log.csv and run.json in `out`; with a probe, encoder_best.safetensors."""
+def write_run(run: Run, name: str, out: Path, **more) -> None:
+    """Leave encoder.safetensors, log.csv and run.json in `out`; with a probe, encoder_best.safetensors.
+
+    `more` goes into the encoders' headers, see `save_encoder`."""
     config, teacher = run.config, run.jepa.teacher
-    about = {"run": name, "settings": settings_hash(config)}
+    about = {"run": name, "settings": settings_hash(config)} | more
     save_encoder(out / "encoder.safetensors", teacher, config.encoder.name, encoder_kwargs(config), **about)
     if (best := run.folder / "best.pt").is_file():
         state = torch.load(best, map_location="cpu", weights_only=True)["jepa"]

@@ -58,7 +58,7 @@ def tables(tmp_path):
     """A table of embeddings with one refused photograph, and its labels, as files."""
     vectors, label = planted()
     files = [f"P{n:03}.JPG" for n in range(N)]
-    table = table_of(vectors, files)
+    table = table_of(vectors, files, scale=2.0)
     table.loc[7, ["status", "embedding"]] = ["no face", None]
     table.to_parquet(tmp_path / "e.parquet")
     kinds = np.where(label > 0, "high", "low")
@@ -555,6 +555,10 @@ def test_a_model_is_not_given_another_encoders_embeddings(tables, tmp_path):
     for change, words in (
         (dict(encoder="other"), "encoder is 'other', the model was fitted to 'toy'"),
         (dict(features="patches"), "features is 'patches', the model was fitted to 'cls'"),
+        (
+            dict(scale="1.13"),
+            "crops are 1.13 times .* those of the model were 2.0 times; embed with --scale 2.0",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             predict_labels(

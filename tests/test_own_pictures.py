@@ -124,9 +124,8 @@ def test_the_rate_is_measured():
 
 def test_init_starts_from_the_weights_and_learns(photos, tmp_path):
     torch.manual_seed(3)
-    save_encoder(
-        tmp_path / "old/encoder.safetensors", create_encoder(**KWARGS), "vit_small_patch16_224", KWARGS
-    )
+    file, name = tmp_path / "old/encoder.safetensors", "vit_small_patch16_224"
+    save_encoder(file, create_encoder(**KWARGS), name, KWARGS, face_scale=1.3)
     no_step = {"steps": 1, "checkpoint_every": 1, "optimiser": {"lr": 1e-9, "start_lr": 0, "final_lr": 0}}
     learns = {
         "steps": 8,
@@ -142,6 +141,7 @@ def test_init_starts_from_the_weights_and_learns(photos, tmp_path):
         differences.append((mefem.load_encoder(tmp_path / name).tokens_of(pixels) - old).abs().max())
     assert differences[0] < 1e-4 and differences[1] > 0.01
     assert json.loads((tmp_path / "same/run.json").read_text())["started_from"] == str(tmp_path / "old")
+    assert mefem.load_encoder(tmp_path / "same").face_scale == 1.3, "cropped as for the weights it began with"
 
 
 def test_init_from_a_network_of_timm_keeps_its_arithmetic():
