@@ -74,10 +74,10 @@ smoke:
 	@set -o pipefail; bash tools/smoke.sh 2>&1 | tee data/smoke.log | grep --line-buffered -E "^(== |Running stage)" \
 		|| { tail -n 80 data/smoke.log; exit 1; }
 
-# Both from their templates in nbs/ and figures/; the graph's last stages do the same.
+# From their templates in nbs/ and figures/; the graph's last stages do the same, but for the kept results on real faces.
 readme: env
 	python -c "from mefem.readme import write_readme; write_readme('.')"
-	python -c "from mefem.page import write_report; write_report('.')"
+	python -c "from mefem.page import write_report; write_report('.'); write_report('.', 'figures/faces')"
 
 # The site needs neither torch nor the package's other requirements: a small environment, which cannot disturb the other.
 DOCS := .venv-docs

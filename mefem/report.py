@@ -134,6 +134,10 @@ TABLE3 = Table(
     f"arXiv 2602.14672, Table 3; {SIZES}",
     ("majority",),
     MARKS,
+    (
+        "Baseline: remote photoplethysmography over the whole video, as reported by its authors; its split "
+        "is not known.",
+    ),
 )
 
 # %% ../nbs/60_report.ipynb #549b6d97
@@ -193,6 +197,7 @@ FACES = Table(
     f"arXiv 2602.14672, Table 2 (age); {SIZES}",
     ("majority",),
     MARKS,
+    ("CLIP: a linear probe on FairFace's own split, as its authors publish it (arXiv 2103.00020).",),
 )
 
 # %% ../nbs/60_report.ipynb #125cefbd

@@ -61,6 +61,7 @@ class Table:
     reference: str = ""  # what the paper's columns are
     counts: tuple[str, ...] = ()  # further fields of a cell: "majority", "seeds", "pictures"
     marks: tuple[str, ...] = ()  # fields that say how a cell compares with others
+    remarks: tuple[str, ...] = ()  # on its rows, below it
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -177,8 +178,6 @@ NOTES = {
     "best": "Bold: the best of its column. c: not distinguishable from the best "
     "(paired bootstrap over people).",
     "r2": "An r² whose interval holds 0 is indistinguishable from always predicting the mean.",
-    "quoted": "Baseline: remote photoplethysmography over the whole video, as reported by its authors; "
-    "its split is not known.",
 }
 
 # %% ../nbs/59_tables.ipynb #fb30cc46
@@ -195,11 +194,10 @@ def notes_of(cells: pd.DataFrame, table: Table) -> list[str]:
         "star": "size" in cells and cells["size"].str.contains("*", regex=False).any(),
         "best": "best" in cells and cells.best.eq(True).any(),
         "r2": cells.column.str.endswith(" r2").any(),
-        "quoted": (cells.state == "as published").any(),
     }
     first = NOTES["value"] + (f" 'Paper' columns: {table.reference}" if has_paper(cells) else "")
     notes = [first, *(NOTES[name] for name, there in shown.items() if there)]
-    return notes + _constant_answer(cells) + _pretraining(cells)
+    return [*notes, *table.remarks, *_constant_answer(cells), *_pretraining(cells)]
 
 # %% ../nbs/59_tables.ipynb #94e74027
 def _constant_answer(cells: pd.DataFrame) -> list[str]:

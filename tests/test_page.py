@@ -66,11 +66,19 @@ def figures(root, tmp_path):
     return tmp_path / "figures"
 
 
-def test_the_page_is_what_figures_make_of_it(root, text):
-    made = report_html(root)
-    assert words(made) == words(text), (
-        "figures/report.html is not made from figures/ as they are: run `make readme`"
+@pytest.mark.parametrize("folder", ["figures", "figures/faces"])
+def test_the_page_is_what_figures_make_of_it(root, folder):
+    text = (root / folder / "report.html").read_text(encoding="utf-8")
+    assert words(report_html(root, root / folder)) == words(text), (
+        f"{folder}/report.html is not made from {folder} as it is: run `make readme`"
     )
+
+
+def test_the_page_of_real_people_shows_none_of_them(root):
+    """No photograph of a person is in git: figure 1 of the profile `faces` is left out."""
+    folder = root / "figures" / "faces"
+    assert json.loads((folder / "tables" / "provenance.json").read_text())["profile"] == "faces"
+    assert not (folder / "data" / "figure1_examples.png").exists()
 
 
 def test_the_page_is_well_formed(page):
