@@ -149,17 +149,17 @@ def findings(rows: dict, seeds: int) -> dict[str, list[str]]:
 REAL = {
     "Gender accuracy": "gender",
     "Race accuracy": "race",
-    "FairFace age accuracy, White": "age, White",
-    "FairFace age accuracy, non-White": "age, others",
-    "BMI r2": "BMI r²",
+    "FairFace age accuracy, White": "age (White)",
+    "FairFace age accuracy, non-White": "age (others)",
+    "BMI (VIP) r2": "BMI r²",
 }
 REAL_MODELS = {
-    "MeFEm": "MeFEm, the paper's recipe",
+    "MeFEm": "MeFEm",
     "starter": "mefem-starter",
     "Random encoder": "untrained encoder",
     "PCA of pixels": "PCA of pixels",
 }
-REAL_HEADS = {"a linear probe": ("Linear probe",), "the paper's head": ("Patches", "Components")}
+REAL_HEADS = {"linear probe": ("Linear probe",), "paper's head": ("Patches", "Components")}
 LETTERS = {"random": "a", "pixels": "b"}
 
 
@@ -217,7 +217,7 @@ def faces_findings(rows: dict) -> list[str]:
                 if verdict in verdicts.values()
             ]
             if parts:
-                sentences.append(f"{REAL_MODELS[model]}, by {head}, beside {name}: {'; '.join(parts)}.")
+                sentences.append(f"{REAL_MODELS[model]}, by the {head}, against {name}: {'; '.join(parts)}.")
     return sentences
 
 # %% ../nbs/65_readme.ipynb #294fa794

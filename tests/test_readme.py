@@ -110,6 +110,39 @@ def test_the_verdict_chooses_the_sentence(tmp_path, template, verdict, said):
         assert other not in text
 
 
+def test_real_faces_are_marked_and_told_by_their_verdicts(tmp_path, template):
+    def cell(value, **verdicts):
+        pairs = {rival: {"verdict": verdict} for rival, verdict in verdicts.items()}
+        return {"state": "present", "value": value, "majority": 0.51} | pairs
+
+    gender, race = "Gender accuracy", "Race accuracy"
+    ours = {
+        gender: cell(0.7, random="beats", pixels="loses"),
+        race: cell(0.4, random="beats", pixels="beats"),
+    }
+    rows = {
+        "MeFEm / Linear probe": ours,
+        "starter / Patches": {gender: cell(0.8, random="inconclusive")},
+        "Random encoder / Linear probe": {gender: cell(0.6), race: {"state": "data absent"}},
+    }
+    write_json(tmp_path / FILES["faces"], {"rows": rows})
+    pretraining = {"photographs": 4321, "steps": 765, "batch": 8, "seconds": 61, "seeds": [0]}
+    about = {"profile": "faces", "pretraining": pretraining, "stages": {"probe": 100.0}}
+    write_json(tmp_path / FILES["faces_provenance"], about)
+    text = readme_text(template, results(tmp_path))
+    assert "| MeFEm, linear probe | 0.700 <sup>a</sup> | 0.400 <sup>ab</sup> | — | — | — |" in text
+    assert "| untrained encoder, linear probe | 0.600 | — |" in text
+    assert "| always the largest group | 0.510 | 0.510 | — |" in text
+    for said in (
+        "- MeFEm, by the linear probe, against the untrained encoder: better in gender and race.",
+        "- MeFEm, by the linear probe, against a PCA of pixels: better in race; worse in gender.",
+        "- mefem-starter, by the paper's head, against the untrained encoder: inconclusive in gender.",
+    ):
+        assert said in text
+    assert "4,321 photographs of FairFace (765 steps of\n8, 1 min 1 s on" in text and "1 min 40 s" in text
+    assert "## On real faces" not in readme_text(template, results(tmp_path / "other"))
+
+
 def test_a_claim_names_its_seeds_and_its_machine(tmp_path, template):
     one = readme_text(template, results(tmp_path))
     assert "1 seed of pretraining, on 7 cores of Abacus 3" in one and "not of the method" in one
