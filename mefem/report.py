@@ -202,8 +202,8 @@ FACES = Table(
 
 # %% ../nbs/60_report.ipynb #125cefbd
 def with_encoders(table: Table, encoders) -> Table:
-    """`table` with rows for those of `encoders` (names) that it has none for: as the untrained encoder's."""
-    known = {row.source for row in table.rows}
+    """`table` with the untrained encoder's rows for each of `encoders` (names) that the paper does not have."""
+    known = {row.source for row in TABLE2_ROWS}
     rows = [
         model_row(name, "", row.labels["features"], name, row.feature_set)
         for name in encoders

@@ -185,6 +185,8 @@ def test_an_encoder_of_ones_own_has_rows_marks_and_pairs(tmp_path):
     mine, ours = (rows[f"{name} / CLS"]["BMI MAE"] for name in ("mine", "MeFEm"))
     assert mine["random"]["verdict"] == mine["pixels"]["verdict"] == "beats" and ours["value"] > mine["value"]
     assert with_encoders(LEARNED, ["mine"]).rows[-1].feature_set == "patches.linear"
+    for unchanged in (TABLE2, TABLE3, LEARNED):  # the baselines of Table 2 are no rows of the others
+        assert with_encoders(unchanged, ["mefem", "random", "pixels", "farl", "buffalo"]) == unchanged
 
 
 def test_every_pair_is_compared_and_the_best_is_found(run):
