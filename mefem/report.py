@@ -202,7 +202,7 @@ FACES = Table(
 
 # %% ../nbs/60_report.ipynb #125cefbd
 def with_encoders(table: Table, encoders) -> Table:
-    """`table` with the untrained encoder's rows for each of `encoders` (names) that the paper does not have."""
+    """`table` with the untrained encoder's rows for each of `encoders` (names) that the paper lacks."""
     known = {row.source for row in TABLE2_ROWS}
     rows = [
         model_row(name, "", row.labels["features"], name, row.feature_set)
