@@ -75,7 +75,7 @@ def test_the_page_is_what_figures_make_of_it(root, folder):
 
 
 def test_the_page_of_real_people_shows_none_of_them(root):
-    """Nothing made of photographs of people is in git: figure 1 and the pictures of the profile are left out."""
+    """Nothing made of photographs of people is in git: figure 1 and `pictures` are left out."""
     folder = root / "figures" / "faces"
     assert json.loads((folder / "tables" / "provenance.json").read_text())["profile"] == "faces"
     assert not (folder / "data" / "figure1_examples.png").exists() and not (folder / "pictures").exists()
