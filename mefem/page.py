@@ -29,7 +29,7 @@ from .config import Settings, load_settings, read_yaml
 from .files import write_atomic
 from .made_from import MadeFrom, settings_hash
 from .monitoring import health, worse_than_start
-from .readme import about, machine_of, read_results, time_of
+from .readme import about, faces_findings, machine_of, read_results, time_of
 from .report import FACES, LEARNED, TABLE2, TABLE3
 from .tables import Column, Table, body_of, has_paper, marks_of, notes_of
 
@@ -197,8 +197,10 @@ TEXT_TABLES = {
 
 
 def table_parts(figures) -> list[dict]:
-    """Every table of the page, in its order."""
-    results = [result_table(figures, table, "tables", "tables") for table in (LEARNED, TABLE2, TABLE3, FACES)]
+    """Every table of the page, in its order: real faces first, where there are any."""
+    real = (Path(figures) / "tables" / f"{FACES.name}.csv").is_file()
+    order = (FACES, LEARNED, TABLE2, TABLE3) if real else (LEARNED, TABLE2, TABLE3, FACES)
+    results = [result_table(figures, table, "tables", "tables") for table in order]
     texts = [text_table(figures, name, title) for name, title in TEXT_TABLES.items()]
     return [*results, ablation_table(figures), *texts]
 
@@ -403,6 +405,7 @@ def page_parts(root, figures) -> dict:
     sections = dict.fromkeys(name for stage in stages.values() for name in stage["sections"])
     return about(figures) | {
         "simulated": is_simulated(figures),
+        "real": faces_findings(_stored(figures / "tables" / f"{FACES.name}_cells.json").get("rows", {})),
         "tables": table_parts(figures),
         "figures": figure_parts(figures),
         "health": stored,
