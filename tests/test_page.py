@@ -79,6 +79,11 @@ def test_the_page_of_real_people_shows_none_of_them(root):
     folder = root / "figures" / "faces"
     assert json.loads((folder / "tables" / "provenance.json").read_text())["profile"] == "faces"
     assert not (folder / "data" / "figure1_examples.png").exists() and not (folder / "pictures").exists()
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert (
+        text.index('id="faces"') < text.index('id="learned"')
+        and "MeFEm, by the linear probe, against" in text
+    )
 
 
 def test_the_page_is_well_formed(page):
