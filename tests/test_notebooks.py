@@ -110,6 +110,8 @@ def test_what_a_processor_or_a_clock_changes_is_the_same(runner):
         "r² -1.2e-05 [0.3, 0.4] in 12 min"
     )
     assert runner.plain("<A at 0x7f3a>") == runner.plain("<A at 0x10ff>")
+    late = "step 2: 40% of the time is spent waiting for pictures: raise runtime.workers"
+    assert runner.plain(f"{late}\ntoy: 2 steps") == runner.plain("toy: 3 steps") and not runner.plain(late)
     assert runner.plain("code 4fc3e61b0a1c") == runner.plain("code b0bde0afd0e1")
     assert runner.plain("code 4fc3e61b0a1c") != runner.plain("code facade")
     assert runner.plain("/tmp/tmpab12/x.png") == runner.plain("/tmp/tmpzz_9/x.png")

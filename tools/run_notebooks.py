@@ -23,7 +23,10 @@ NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def plain(text: str) -> str:
-    """Text without what differs between runs: numbers, hashes, addresses, temporary folders, line breaks."""
+    """Text without what differs between runs: numbers, hashes, addresses, temporary folders, line breaks.
+
+    Nor with the warning that pictures came late, which another program on the machine brings about."""
+    text = re.sub(r"^.*time is spent waiting for pictures.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"/tmp/[\w.]+", "/tmp", text)
     text = re.sub(r"0x[0-9a-f]+", "0", text)
     text = re.sub(r"(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{8,}\b", "0", text)  # hashes of code and data
@@ -35,8 +38,8 @@ def plain(text: str) -> str:
 
 def shown(outputs: list[dict]) -> list[str]:
     """What a cell shows: its printed text in one piece, then of each display the kinds and the text."""
-    printed = "".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout")
-    parts = [plain(printed)] if printed.strip() else []
+    printed = plain("".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout"))
+    parts = [printed] if printed else []
     for output in outputs:
         data = output.get("data", {})
         pictures = [kind for kind in sorted(data) if kind.startswith("image/")]
