@@ -8,6 +8,7 @@ __all__ = ['CONTROLS', 'TABLE2_ROWS', 'TABLE2_COLUMNS', 'HEADINGS', 'SIZES', 'MA
            'with_encoders', 'compare', 'against', 'rival_of', 'results_table', 'cells_json', 'write_table']
 
 # %% ../nbs/60_report.ipynb #024b1e7b
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,10 +320,14 @@ def cells_json(cells: pd.DataFrame, pairs: pd.DataFrame) -> dict:
     return rows
 
 # %% ../nbs/60_report.ipynb #f3248cb1
-def write_table(table: Table, results, out, about: About, replicates: int = 2000) -> str:
+def write_table(
+    table: Table, results, out, about: About, replicates: int = 2000, encoders: Iterable[str] = ()
+) -> str:
     """Write <name>.md, .csv, .tex, .json (for `dvc metrics`), _cells.json and _pairs.csv.
 
-    Returns the Markdown. `results` has a folder for each encoder, see `mefem.metrics.write_result`."""
+    Returns the Markdown. `results` has a folder for each encoder, see `mefem.metrics.write_result`;
+    `encoders`: see `with_encoders`."""
+    table = with_encoders(table, encoders)
     cells, pairs = results_table(results, table, replicates, about.size)
     scale = scale_of(cells, about)
     stem = Path(out) / table.name

@@ -180,7 +180,7 @@ def test_an_encoder_of_ones_own_has_rows_marks_and_pairs(tmp_path):
         "mine / CLS",
         "mine / Patches + CLS",
     ]
-    write_table(table, root, root / "figures", About("demo"), 200)
+    write_table(TABLE2, root, root / "figures", About("demo"), 200, ["mefem", "mine"])
     rows = json.loads((root / "figures" / "table2_cells.json").read_text())["rows"]
     mine, ours = (rows[f"{name} / CLS"]["BMI MAE"] for name in ("mine", "MeFEm"))
     assert mine["random"]["verdict"] == mine["pixels"]["verdict"] == "beats" and ours["value"] > mine["value"]
