@@ -32,6 +32,7 @@ ORDER = [
     "encoders",
     "features",
     "embedding",
+    "embedder",
     "probing",
     "metrics",
     "evaluation",
