@@ -127,21 +127,18 @@ def seen_alone(faces: dict, work: Path) -> dict:
     from mefem.metrics import bootstrap_interval
     from mefem.models import load_encoder_file
 
-    encoder, _ = load_encoder_file(FOLDER / "encoder.safetensors")
+    encoder = load_encoder_file(FOLDER / "encoder.safetensors")[0].float().eval()
     panel = faces["panel"]
     one = faces | {name: faces[name][panel] for name in ("images", "train", *TASKS)}
     one["panel"] = np.arange(len(panel))
     side, found = one["images"].shape[1], {}
-    regions = {
-        name: face_regions(side, box_of(one[name][:: max(1, len(one[name]) // 200)]))
-        for name in ("images", "bmi_images")
-    }
+    regions = {name: face_regions(side, box_of(one[name])) for name in ("images", "bmi_images")}
     fills = {name: one[name].mean((0, 1, 2)) for name in regions}
     for part in ("whole picture", *REGIONS):
         masks = {name: regions[name].get(part, np.ones((side, side), bool)) for name in regions}
         hidden = {name: show_only(one[name], mask, fills[name]) for name, mask in masks.items()}
         path = work / f"starter-{part.replace(' ', '-')}.npz"
-        look(encoder.float().eval(), one | hidden, path)
+        look(encoder, one | hidden, path)
         found[part] = {"share": round(float(masks["images"].mean()), 4)}
         for task in (*TASKS, "bmi"):
             frame = outcomes({0: path}, task, faces["bmi"])

@@ -357,8 +357,6 @@ def test_everybody_gets_an_interval_and_never_from_their_own_photographs():
 def planted(tmp_path_factory):
     """Crops in which the background alone holds the label, and an encoder fitted on others."""
     from mefem.encoders import PixelEncoder
-    from mefem.faces import encode_crop
-    from mefem.shards import write_manifest, write_shard
 
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("planted") / "bmi"
 

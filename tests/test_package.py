@@ -86,7 +86,7 @@ def test_import_is_light():
 
 
 def test_the_command_embed_starts_without_scikit_learn():
-    """It is half of what starting costs beside torch; `mefem.embedder` needs it, `mefem embed` does not."""
+    """Its import takes a second, which `mefem.embedder` needs and `mefem embed` does not."""
     loaded = run("import sys, mefem.cli, mefem.embedding; print(sorted(sys.modules))")
     assert all(f"'{heavy}'" not in loaded for heavy in ("sklearn", "scipy", "matplotlib"))
 
