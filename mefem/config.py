@@ -332,6 +332,7 @@ class ProbingSettings(Section):
     folds: Annotated[int, Field(ge=2)] = 5  # by person, where there is no official split
     epochs: Count = 20
     batch: Count = 128
+    least_steps: Count = 10  # in an epoch: a small set takes smaller batches
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 3e-3)
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (1e-2, 1e-1)
     # of a head's features: each to deviation 1, or whitened

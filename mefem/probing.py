@@ -708,6 +708,11 @@ class Recipe:
     batch: int
     patience: int
     seed: int = 0
+    least_steps: int = 10
+
+    def batch_of(self, photographs: int) -> int:
+        """Photographs per step: `batch`, or fewer where an epoch would have less than `least_steps` steps."""
+        return max(1, min(self.batch, photographs // self.least_steps))
 
 # %% ../nbs/52_probing.ipynb #1840e812
 def _schedule(step: int, steps: int, warmup: float = 0.05) -> float:
@@ -779,7 +784,8 @@ def train_heads(
         return targets[torch.as_tensor(rows, device=targets.device)]
 
     loss_of, optimiser, best = LOSSES[kind], stacked_adamw(head, recipe.grid), _BestWeights(head)
-    steps = recipe.epochs * -(-len(split.train) // recipe.batch)
+    batch = recipe.batch_of(len(split.train))
+    steps = recipe.epochs * -(-len(split.train) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _schedule(step, steps))
     curves = {"train": [], "validation": []}
     truth = targets_of(split.validation)
@@ -787,7 +793,7 @@ def train_heads(
         rows = split.train[torch.randperm(len(split.train), generator=generator).numpy()]
         losses = [
             _step(head, x, targets_of(part), loss_of, optimiser, schedule)
-            for part, x in store.batches(rows, recipe.batch)
+            for part, x in store.batches(rows, batch)
         ]
         loss = loss_of(_outputs(head, store, split.validation, 4 * recipe.batch), truth)  # [C]
         curves["train"].append(torch.stack(losses).mean(0).tolist())
@@ -894,6 +900,7 @@ class ProbeOptions:
     scalings: tuple[str, ...] = SCALINGS
     epochs: int = 20
     batch: int = 128
+    least_steps: int = 10
     patience: int = 10
     folds: int = 5
     validation: float = 0.15
@@ -905,7 +912,8 @@ class ProbeOptions:
     def recipe(self, head: str, heads: int | None) -> Recipe:
         """The recipe for one head, on features of an encoder with `heads` attention heads."""
         grid = tuple(Candidate(*point) for point in product(self.lrs, self.weight_decays, self.scalings))
-        return Recipe(head, grid, heads or self.heads, self.hidden, self.epochs, self.batch, self.patience)
+        own = {name: getattr(self, name) for name in ("hidden", "epochs", "batch", "patience", "least_steps")}
+        return Recipe(head, grid, heads or self.heads, **own)
 
 # %% ../nbs/52_probing.ipynb #72300267
 def _frame(labels, targets, task: Task, split: Split, answers: dict) -> pd.DataFrame:
@@ -949,7 +957,7 @@ def _about(features: Features, task: Task, feature_set: str, head: str | None) -
 # %% ../nbs/52_probing.ipynb #15a63c23
 def _recorded(how: ProbeOptions, recipe: Recipe) -> dict:
     """The options of a probe, as its account keeps them."""
-    names = ("hidden", "epochs", "batch", "patience", "folds", "validation")
+    names = ("hidden", "epochs", "batch", "least_steps", "patience", "folds", "validation")
     options = {name: getattr(how, name) for name in names}
     return {"heads": recipe.heads, **options, "seeds": list(how.seeds)}
 

@@ -373,6 +373,15 @@ def test_best_epoch_is_kept():
     assert np.allclose(now, curve.min(0), atol=1e-6) and list(curve.argmin(0)) == info["best_epoch"]
 
 
+def test_a_small_set_takes_smaller_batches():
+    """18 steps on 700 photographs left a pooler at its initial weights: an epoch has `least_steps` steps."""
+    sizes = {"batch": 4096, "least_steps": 9}, {"batch": 7, "least_steps": 1}  # 68 photographs: 7 a step
+    a, b = (probe(toy(), "bmi", "patches", **(QUICK | size)) for size in sizes)
+    assert {split["n"]["train"] // 9 for split in a.info["splits"]} == {7}
+    assert np.array_equal(a.predictions.prediction, b.predictions.prediction)
+    assert a.info["recipe"]["least_steps"] == 9
+
+
 def test_test_people_influence_nothing():
     """Neither the scale of the targets nor the choice of a candidate may see the test part."""
     task = Task("t", "bmi", "bmi", "regression", split="official")
