@@ -2,6 +2,7 @@
 
 python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 10           # every candidate, seed 0
 python benchmarks/recipe.py run --pack data/gpu --bmi DIR --minutes 15 --seeds 0,1,2 --only paper,NAME
+python benchmarks/recipe.py heads --pack data/gpu --bmi DIR --minutes 15 --seeds 0,1,2 --only NAME
 python benchmarks/recipe.py collect --bmi DIR                                  # writes benchmarks/recipe.json
 
 The pack of FairFace is that of tools/gpu_faces.py (benchmarks/README.md); DIR has annotation.csv and images/
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,11 @@ def config_of(name: str, seed: int, **more):
     runtime = {"cpu_processes": 1, "keep": 100, "probe": None}
     changes = {"runtime": runtime, "seed": seed, "log_every": 100} | CANDIDATES[name][0] | more
     return pretrain_settings(load_settings(profile="faces"), "main", **changes)
+
+
+def run_name(name: str, seed: int, minutes: float) -> str:
+    """The folder of a run."""
+    return f"{name}-seed{seed}-{minutes:g}min"
 
 
 def photographs(pack: Path, bmi: Path, work: Path) -> dict:
@@ -188,7 +195,7 @@ def one(name: str, seed: int, minutes: float, faces: dict, work: Path, points: i
 
     from mefem.training import MemoryPictures, start_run, train
 
-    folder = work / f"{name}-seed{seed}-{minutes:g}min"
+    folder = work / run_name(name, seed, minutes)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     pictures, plan = MemoryPictures(faces["images"][: faces["train"].sum()]), folder / "plan.json"
@@ -216,6 +223,111 @@ def one(name: str, seed: int, minutes: float, faces: dict, work: Path, points: i
     return result
 
 
+def features_of(encoder, images, labels):
+    """`mefem.features.Features` of pictures: patch tokens of an encoder, components for `PixelEncoder`."""
+    import torch
+    from gpu_faces import patch_tokens
+
+    from mefem.compute import choose_precision
+    from mefem.encoders import PixelEncoder
+    from mefem.features import Features
+
+    if pixels := isinstance(encoder, PixelEncoder):
+        parts = (encoder.tokens_of(images[i : i + 256]) for i in range(0, len(images), 256))
+        heads = None
+    else:
+        device = torch.device("cpu")
+        parts = patch_tokens(encoder, images, device, 128, choose_precision("auto", device))
+        heads = encoder.blocks[0].attn.num_heads
+    tokens = np.concatenate([part.half().numpy() for part in parts])  # [N, K, D], as the graph keeps them
+    return Features("present", tokens, labels, {"has_cls": pixels, "heads": heads})
+
+
+def labels_of(faces: dict) -> dict:
+    """Labels as probes want them, of FairFace's photographs and of the VIP set."""
+    import pandas as pd
+
+    count = len(faces["train"])
+    ours = {"key": np.arange(count), "person": np.arange(count)}
+    split = {"split": np.where(faces["train"], "train", "validation")}
+    people = np.arange(len(faces["bmi"]))
+    return {
+        "faces": pd.DataFrame(ours | split | {task: faces[task] for task in TASKS}),
+        "bmi": pd.DataFrame({"key": people, "person": people, "bmi": faces["bmi"]}),
+    }
+
+
+def head_file(work: Path, name: str, task: str) -> Path:
+    """Where the predictions of the paper's head are: for `name` an encoder and its seed."""
+    return work / "heads" / f"{name}-{task}.parquet"
+
+
+def head_predictions(encoder, faces: dict):
+    """Yield (task, predictions of the paper's head) for each task."""
+    from dataclasses import fields, replace
+
+    from mefem.config import load_settings
+    from mefem.probing import ProbeOptions, get_task, probe
+
+    given = load_settings(profile="faces").active.probing.model_dump()
+    names = {field.name for field in fields(ProbeOptions)} - {"seeds"}
+    options = {key: value for key, value in given.items() if key in names}
+    labels, pictures = labels_of(faces), {"faces": faces["images"], "bmi": faces["bmi_images"]}
+    for source, tasks in {"bmi": ("bmi",), "faces": TASKS}.items():
+        features = features_of(encoder, pictures[source], labels[source])
+        kind = "cls" if features.meta["has_cls"] else "patches"  # components are one vector
+        for task in tasks:
+            wanted = replace(get_task("bmi" if task == "bmi" else f"fairface-{task}"), group=None)
+            found = probe(features, wanted, kind, progress=False, **options).predictions
+            yield task, found[["key", "person", "target", "prediction"]]
+
+
+def paper_head(name: str, encoder, faces: dict, work: Path) -> None:
+    """Predictions of the paper's head, trained as in the profile `faces`; those that are there stay.
+
+    FairFace: all photographs of the training list train it, those of the other test it. BMI: five folds."""
+    if all(head_file(work, name, task).is_file() for task in (*TASKS, "bmi")):
+        return
+    (work / "heads").mkdir(parents=True, exist_ok=True)
+    for task, found in head_predictions(encoder, faces):
+        path = head_file(work, name, task)
+        found.to_parquet(path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    print(name, json.dumps(head_scores(name, work)), flush=True)
+
+
+def head_scores(name: str, work: Path) -> dict:
+    """Accuracy, for BMI r2, of the predictions of `paper_head`."""
+    import pandas as pd
+    from sklearn.metrics import accuracy_score, r2_score
+
+    found = {}
+    for task in (*TASKS, "bmi"):
+        rows = pd.read_parquet(head_file(work, name, task))
+        score = (r2_score if task == "bmi" else accuracy_score)(rows.target, rows.prediction)
+        found[task] = round(float(score), 4)
+    return found
+
+
+def heads(arguments) -> None:
+    """`paper_head` of pixels, and of the last checkpoints of finished runs and their untrained encoders."""
+    from gpu_faces import teacher_of
+
+    from mefem.encoders import PixelEncoder
+    from mefem.training import build
+
+    work = arguments.work
+    faces = photographs(arguments.pack, arguments.bmi, work)
+    seen = faces["images"][: faces["train"].sum()][:4096]  # as many as the graph takes
+    paper_head("pixels", PixelEncoder().fit(seen), faces, work)
+    for name, seed in product(arguments.only.split(","), map(int, arguments.seeds.split(","))):
+        config, own = config_of(name, seed), run_name(name, seed, arguments.minutes)
+        last = max((work / own / "run").glob("step_*.pt"))
+        encoders = {own: teacher_of(last, config)[0], f"untrained-seed{seed}": build(config).teacher.eval()}
+        for each, encoder in encoders.items():
+            paper_head(each, encoder, faces, work)
+
+
 def run_all(arguments) -> None:
     """Each candidate and seed in a process of its own, `--jobs` at a time."""
     names = arguments.only.split(",") if arguments.only else list(CANDIDATES)
@@ -227,7 +339,7 @@ def run_all(arguments) -> None:
         (name, seed)
         for seed in seeds
         for name in names
-        if not (arguments.work / f"{name}-seed{seed}-{arguments.minutes:g}min" / "result.json").is_file()
+        if not (arguments.work / run_name(name, seed, arguments.minutes) / "result.json").is_file()
     )
     running = []
     while queue or running:
@@ -243,11 +355,16 @@ def run_all(arguments) -> None:
 
 
 def outcomes(paths: dict[int, Path], task: str, bmi):
-    """Each person's result of each seed, as `mefem.metrics` takes predictions; `paths`: seed -> .npz file."""
+    """Each person's result of each seed, as `mefem.metrics` takes predictions; `paths`: seed -> file.
+
+    A .parquet file has predictions, an .npz file hits (BMI: squared errors) in the order of people."""
     import pandas as pd
 
     frames = []
     for seed, path in paths.items():
+        if path.suffix == ".parquet":
+            frames.append(pd.read_parquet(path).assign(seed=seed))
+            continue
         with np.load(path) as file:
             values = file[task].astype(float)
         # a hit is a prediction of 1 where 1 was wanted; a squared error is that of a prediction so far off
@@ -259,6 +376,25 @@ def outcomes(paths: dict[int, Path], task: str, bmi):
     return pd.concat(frames, ignore_index=True)
 
 
+def result_files(head: str, task: str, runs: dict[int, tuple], work: Path) -> dict:
+    """Files of people's results, {who: {seed: path}}; `runs`: seed -> name and last step of a run."""
+
+    def of_ridge(seed):
+        name, step = runs[seed]
+        return {
+            "ours": f"{name}/people-{step}.npz",
+            "untrained": f"untrained-seed{seed}.npz",
+            "pixels": "people-pixels.npz",
+        }
+
+    def of_paper(seed):
+        names = {"ours": runs[seed][0], "untrained": f"untrained-seed{seed}", "pixels": "pixels"}
+        return {who: head_file(work, name, task) for who, name in names.items()}
+
+    found = {seed: (of_ridge if head == "ridge" else of_paper)(seed) for seed in runs}
+    return {who: {seed: work / found[seed][who] for seed in runs} for who in ("ours", "untrained", "pixels")}
+
+
 def compared(runs: list[dict], work: Path, bmi) -> list[dict]:
     """Each candidate's last checkpoint against the untrained encoder and pixels, over people and seeds."""
     from mefem.metrics import paired_difference
@@ -266,21 +402,19 @@ def compared(runs: list[dict], work: Path, bmi) -> list[dict]:
     found = []
     for name, minutes in dict.fromkeys((run["candidate"], run["minutes"]) for run in runs):
         mine = [run for run in runs if (run["candidate"], run["minutes"]) == (name, minutes)]
-        seeds = sorted(run["seed"] for run in mine)
-        last = {run["seed"]: run["rows"][-1]["step"] for run in mine}
-        folder = f"{name}-seed{{}}-{minutes:g}min"
-        ours = {seed: work / folder.format(seed) / f"people-{last[seed]}.npz" for seed in seeds}
-        others = {
-            "untrained": {seed: work / f"untrained-seed{seed}.npz" for seed in seeds},
-            "pixels": {seed: work / "people-pixels.npz" for seed in seeds},
-        }
-        for task in (*TASKS, "bmi"):
-            metric = "r2" if task == "bmi" else "accuracy"
-            for other, paths in others.items():
-                gap = paired_difference(outcomes(ours, task, bmi), outcomes(paths, task, bmi), metric)
-                row = {"candidate": name, "minutes": minutes, "seeds": seeds, "task": task, "against": other}
-                row |= {key: round(getattr(gap, key), 4) for key in ("value", "low", "high")}
-                found.append(row)
+        last = {run["seed"]: run["rows"][-1]["step"] for run in sorted(mine, key=lambda run: run["seed"])}
+        for head, task in product(("ridge", "paper"), (*TASKS, "bmi")):
+            files = result_files(
+                head, task, {seed: (run_name(name, seed, minutes), last[seed]) for seed in last}, work
+            )
+            if not all(path.is_file() for paths in files.values() for path in paths.values()):
+                continue  # the paper's head has not seen this run
+            frames = {who: outcomes(paths, task, bmi) for who, paths in files.items()}
+            for other in ("untrained", "pixels"):
+                gap = paired_difference(frames["ours"], frames[other], "r2" if task == "bmi" else "accuracy")
+                row = {"candidate": name, "minutes": minutes, "seeds": list(last), "head": head}
+                row |= {"task": task, "against": other}
+                found.append(row | {key: round(getattr(gap, key), 4) for key in ("value", "low", "high")})
     return found
 
 
@@ -300,6 +434,8 @@ def collect(bmi: Path, work: Path, out: Path) -> None:
     found |= {"compared": compared(runs, work, values), "runs": runs}
     for run in found["runs"]:
         run.pop("settings")
+    names = sorted(path.name.removesuffix("-bmi.parquet") for path in work.glob("heads/*-bmi.parquet"))
+    found["paper_head"] = {name: head_scores(name, work) for name in names}
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{out}: {len(runs)} runs")
 
@@ -309,7 +445,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("run", "one", "collect"))
+    parser.add_argument("part", choices=("run", "one", "heads", "collect"))
     parser.add_argument("--pack", type=Path, default=ROOT / "data" / "gpu")
     parser.add_argument("--bmi", type=Path, default=ROOT / "data" / "raw" / "bmi" / "vip")
     parser.add_argument("--work", type=Path, default=ROOT / "data" / "recipe")
@@ -331,6 +467,8 @@ def main() -> None:
     elif arguments.part == "one":
         faces = photographs(arguments.pack, arguments.bmi, arguments.work)
         one(arguments.only, int(arguments.seeds), arguments.minutes, faces, arguments.work)
+    elif arguments.part == "heads":
+        heads(arguments)
     else:
         collect(arguments.bmi, arguments.work, arguments.out)
 

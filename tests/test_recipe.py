@@ -209,20 +209,19 @@ def test_a_run_is_probed_from_its_start_and_is_not_made_twice(inputs, tmp_path):
     when = (folder / "result.json").stat().st_mtime_ns
     assert run().returncode == 0
     assert (folder / "result.json").stat().st_mtime_ns == when
-    collect = [
-        *command[:2],
-        "collect",
-        "--bmi",
-        inputs,
-        "--work",
-        tmp_path / "work",
-        "--out",
-        tmp_path / "r.json",
-    ]
-    done = subprocess.run(list(map(str, collect)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    work = ["--bmi", inputs, "--work", tmp_path / "work"]
+    heads = [*command[:2], "heads", *command[3:]]
+    collect = [*command[:2], "collect", *work, "--out", tmp_path / "r.json"]
+    for part in (heads, collect):
+        done = subprocess.run(list(map(str, part)), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "r.json").read_text())
-    by = {(row["task"], row["against"]): row for row in found["compared"]}
+    assert set(found["paper_head"]) == {"pixels", "untrained-seed0", folder.name}
+    paper = {(row["task"], row["against"]): row for row in found["compared"] if row["head"] == "paper"}
+    for against, name in {"untrained": "untrained-seed0", "pixels": "pixels"}.items():
+        gap = found["paper_head"][folder.name]["race"] - found["paper_head"][name]["race"]
+        assert paper["race", against]["value"] == pytest.approx(gap, abs=2e-4)
+    by = {(row["task"], row["against"]): row for row in found["compared"] if row["head"] == "ridge"}
     untrained = json.loads((tmp_path / "work" / "untrained-seed0.json").read_text())
     gap = by["race", "untrained"]
     assert gap["value"] == pytest.approx(rows[-1]["race"] - untrained["race"], abs=2e-4)

@@ -490,23 +490,32 @@ def pixel_components(images, parts: int) -> np.ndarray:
     return PCA(parts, random_state=0).fit_transform(pixels)
 
 
+def patch_tokens(encoder, images, device, batch: int = 256, precision: str = "fp32"):
+    """Yield the patch tokens [B, L * L, D], float32, of one batch of pictures after the other."""
+    import torch
+
+    from mefem.models import encode_tokens, normalise
+
+    patches = int(encoder.has_class_token)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    for start in range(0, len(images), batch):
+        part = np.ascontiguousarray(images[start : start + batch])
+        with torch.inference_mode(), half:
+            tokens = encode_tokens(encoder, normalise(torch.from_numpy(part).to(device)))
+        yield tokens[:, patches:].float()
+
+
 def mean_patches(encoder, images, device, batch: int = 256, precision: str = "fp32") -> tuple:
     """(mean patch tokens [N, D]; rank and position share of the first batch's tokens)."""
     import torch
 
-    from mefem.models import encode_tokens, normalise
     from mefem.monitoring import position_share, token_rank
 
-    patches, means = int(encoder.has_class_token), []
-    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.inference_mode(), half:
-        for start in range(0, len(images), batch):
-            part = np.ascontiguousarray(images[start : start + batch])
-            tokens = encode_tokens(encoder, normalise(torch.from_numpy(part).to(device)))
-            tokens = tokens[:, patches:].float()  # [B, L * L, D]
-            if not start:
-                health = {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
-            means.append(tokens.mean(1).cpu())
+    means = []
+    for tokens in patch_tokens(encoder, images, device, batch, precision):
+        if not means:
+            health = {"token_rank": token_rank(tokens), "position_share": position_share(tokens)}
+        means.append(tokens.mean(1).cpu())
     return torch.cat(means).numpy(), health
 
 
