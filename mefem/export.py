@@ -503,13 +503,18 @@ def export_encoder(
         raise ValueError(f"--to {to} is unknown, expected one of {', '.join(FORMATS)}")
     out, vit = check_export_folder(out), plain_vit(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        line = FORMATS[to](vit, Path(work))
+    work = out.parent / f".{out.name}.part"
+    shutil.rmtree(work, ignore_errors=True)  # of a call that was killed
+    work.mkdir()
+    try:
+        line = FORMATS[to](vit, work)
         default = {"timm": f"local-dir:{out}", "hf": str(out), "onnx": str(out / "encoder.onnx")}[to]
-        write_atomic(Path(work) / "README.md", model_card(vit, source, to, place or default, licence))
+        write_atomic(work / "README.md", model_card(vit, source, to, place or default, licence))
         out.mkdir(exist_ok=True)
         for name in _OURS:
             (out / name).unlink(missing_ok=True)
-        for path in Path(work).iterdir():
+        for path in work.iterdir():
             shutil.move(path, out / path.name)
-    return line.replace(str(Path(work)), str(out))  # where `out` is relative, `work` begins with ./
+    finally:
+        shutil.rmtree(work)
+    return line.replace(str(work), str(out))  # where `out` is relative, `work` begins with ./

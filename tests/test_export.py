@@ -58,6 +58,13 @@ def test_the_line_names_a_relative_folder(runs, tmp_path, monkeypatch):
     assert export_encoder(runs["toy"], "out") == 'timm.create_model("local-dir:out", pretrained=True)'
 
 
+def test_what_a_killed_call_left_is_cleared(runs, tmp_path):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "model.safetensors").write_bytes(b"half")
+    export_encoder(runs["toy"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_timm_gives_the_tokens_of_load_encoder(runs, tmp_path, shape):
     export_encoder(runs[shape], tmp_path / "out")
