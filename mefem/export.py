@@ -61,6 +61,10 @@ def plain_vit(source) -> PlainViT:
     frozen = load_encoder(source, device="cpu")
     model = getattr(getattr(frozen, "model", None), "model", frozen)  # itself: no network of timm
     check_encoder(model, str(source))
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            f"{source}: no architecture of timm by name (Franca is one of its own): load it with mefem"
+        )
     arguments = get_model_args(model) | {"img_size": model.patch_embed.img_size[0]}
     architecture = model.pretrained_cfg["architecture"]
     return PlainViT(architecture, arguments, model, frozen.mean, frozen.std, frozen.face_scale)

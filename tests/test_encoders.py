@@ -25,6 +25,7 @@ from mefem.encoders import (
     save_pixels,
     similarity,
 )
+from mefem.export import plain_vit
 from mefem.fairness import SeesOnly
 from mefem.features import select_tokens
 from mefem.models import create_encoder, encode_tokens, save_encoder
@@ -323,6 +324,8 @@ def test_franca(tmp_path):
     with pytest.raises(WeightsMismatch, match="teacher"):
         torch.save({"model": state}, tmp_path / "other.pth")
         load_encoder(f"franca:{tmp_path / 'other.pth'}")
+    with pytest.raises(ValueError, match="no architecture of timm by name"):
+        plain_vit(f"franca:{tmp_path / 'franca.pth'}")
 
 
 # -- Buffalo: an ONNX file written by hand
