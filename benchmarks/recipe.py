@@ -77,9 +77,9 @@ CANDIDATES = {
     ),
     "views-alone-young": (
         {**views(weight=1.0), "optimiser": {"lr": 2e-3, "ema": [0.98, 1.0]}},
-        "after minutes the teacher of views-alone is still half of what it began with: clearly better; after 45 "
-        "minutes, by the slope of the first ten, gender 0.67, race 0.355, age 0.32, BMI 0.115, and by the paper's "
-        "head ahead of the untrained encoder in gender and race, of pixels in race only",
+        "after minutes the teacher of views-alone is still half of what it began with: clearly better; after "
+        "45 minutes, by the slope of the first ten, gender 0.67, race 0.355, age 0.32, BMI 0.115, and by the "
+        "paper's head ahead of the untrained encoder in gender and race, of pixels in race only",
     ),
     "batch128": (
         {"batch": 128, "optimiser": {"lr": 2e-3}},
