@@ -328,6 +328,8 @@ def heads(arguments) -> None:
     paper_head("pixels", PixelEncoder().fit(seen), faces, work)
     for name, seed in product(arguments.only.split(","), map(int, arguments.seeds.split(","))):
         config, own = config_of(name, seed), run_name(name, seed, arguments.minutes)
+        if not (work / own / "result.json").is_file():
+            sys.exit(f"{work / own}: no finished run; make it with `recipe.py run` and the same arguments")
         last = max((work / own / "run").glob("step_*.pt"))
         encoders = {own: teacher_of(last, config)[0], f"untrained-seed{seed}": build(config).teacher.eval()}
         for each, encoder in encoders.items():
@@ -474,6 +476,8 @@ def main() -> None:
         faces = photographs(arguments.pack, arguments.bmi, arguments.work)
         one(arguments.only, int(arguments.seeds), arguments.minutes, faces, arguments.work)
     elif arguments.part == "heads":
+        if not arguments.only:
+            parser.error("heads: name the candidates with --only")
         heads(arguments)
     else:
         collect(arguments.bmi, arguments.work, arguments.out)
