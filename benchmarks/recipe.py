@@ -292,12 +292,12 @@ def head_predictions(encoder, faces: dict, tasks):
 
 def paper_head(name: str, encoder, faces: dict, work: Path) -> None:
     """Predictions of the paper's head for each task; those that are there stay."""
-    (work / "heads").mkdir(parents=True, exist_ok=True)
+    from mefem.files import replacing
+
     missing = [task for task in (*TASKS, "bmi") if not head_file(work, name, task).is_file()]
     for task, found in head_predictions(encoder, faces, missing):
-        path = head_file(work, name, task)
-        found.to_parquet(path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with replacing(head_file(work, name, task)) as part:
+            found.to_parquet(part)
     if missing:
         print(name, json.dumps(head_scores(name, work)), flush=True)
 
