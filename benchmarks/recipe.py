@@ -47,6 +47,7 @@ CANDIDATES = {
     "lr3": ({"optimiser": {"lr": 3e-3}}, "faster at first, no better at the end"),
     "blocks3": (early(blocks=3), "targets with more of the picture in them: better race and gender"),
     "flip": ({"flip": True}, "no difference in so few epochs"),
+    "stray60": (early(area=0.6), "as flip: each photograph is seen once or twice"),
     "predictor1": (
         {"predictor": {"dim": 64, "depth": 1, "heads": 2}},
         "cheaper steps, more work left to the encoder: a little better per core-minute",
@@ -100,6 +101,11 @@ def config_of(name: str, seed: int, **more):
 def run_name(name: str, seed: int, minutes: float) -> str:
     """The folder of a run."""
     return f"{name}-seed{seed}-{minutes:g}min"
+
+
+def untrained_name(seed: int) -> str:
+    """The files of the network that runs of this seed begin with."""
+    return f"untrained-seed{seed}"
 
 
 def photographs(pack: Path, bmi: Path, work: Path) -> dict:
@@ -172,7 +178,7 @@ def untrained(config, faces: dict, work: Path) -> dict:
     """The row of the network that a run begins with, looked at once for each seed."""
     from mefem.training import build
 
-    path = work / f"untrained-seed{config.seed}.json"
+    path = work / f"{untrained_name(config.seed)}.json"
     if not path.is_file():
         row = look(build(config).teacher.eval(), faces, path.with_suffix(".npz"))
         path.write_text(json.dumps(row))
@@ -331,7 +337,7 @@ def heads(arguments) -> None:
         if not (work / own / "result.json").is_file():
             sys.exit(f"{work / own}: no finished run; make it with `recipe.py run` and the same arguments")
         last = max((work / own / "run").glob("step_*.pt"))
-        encoders = {own: teacher_of(last, config)[0], f"untrained-seed{seed}": build(config).teacher.eval()}
+        encoders = {own: teacher_of(last, config)[0], untrained_name(seed): build(config).teacher.eval()}
         for each, encoder in encoders.items():
             paper_head(each, encoder, faces, work)
 
@@ -386,21 +392,14 @@ def outcomes(paths: dict[int, Path], task: str, bmi):
 
 def result_files(head: str, task: str, runs: dict[int, tuple], work: Path) -> dict:
     """Files of people's results, {who: {seed: path}}; `runs`: seed -> name and last step of a run."""
-
-    def of_ridge(seed):
-        name, step = runs[seed]
-        return {
-            "ours": f"{name}/people-{step}.npz",
-            "untrained": f"untrained-seed{seed}.npz",
-            "pixels": "people-pixels.npz",
-        }
-
-    def of_paper(seed):
-        names = {"ours": runs[seed][0], "untrained": f"untrained-seed{seed}", "pixels": "pixels"}
-        return {who: head_file(work, name, task) for who, name in names.items()}
-
-    found = {seed: (of_ridge if head == "ridge" else of_paper)(seed) for seed in runs}
-    return {who: {seed: work / found[seed][who] for seed in runs} for who in ("ours", "untrained", "pixels")}
+    found: dict = {"ours": {}, "untrained": {}, "pixels": {}}
+    for seed, (name, step) in runs.items():
+        ridge = f"{name}/people-{step}", untrained_name(seed), "people-pixels"
+        paper = name, untrained_name(seed), "pixels"
+        for who, of_ridge, of_paper in zip(found, ridge, paper, strict=True):
+            path = work / f"{of_ridge}.npz" if head == "ridge" else head_file(work, of_paper, task)
+            found[who][seed] = path
+    return found
 
 
 def compared(runs: list[dict], work: Path, bmi) -> list[dict]:

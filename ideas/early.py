@@ -1,34 +1,47 @@
-"""JEPA with three changes tried for short runs (nbs/benchmarks/recipe.ipynb); each is off at its default.
+"""JEPA with four changes tried for short runs (nbs/benchmarks/recipe.ipynb); each is off at its default.
 
-{method: ideas/early.py:EarlyJEPA, method_options: {splits: 4, blocks: 2, penalty: 0.05}}"""
+{method: ideas/early.py:EarlyJEPA, method_options: {splits: 4, blocks: 2, penalty: 0.05, area: 0.6}}"""
 
 import torch
 
-from mefem.beyond import sigreg
+from mefem.beyond import sigreg, stray
 from mefem.jepa import JEPA, normalise_targets
 from mefem.models import encode_tokens
 
 
 class EarlyJEPA(JEPA):
-    """JEPA with more from each pass of the teacher, other targets, and a penalty beside the loss.
+    """JEPA with more from each pass of the teacher, other targets, a penalty, and crops that stray.
 
     `splits`: of each picture for one pass of the teacher; `blocks`: of the teacher, the last ones, over which
     targets are averaged (data2vec, arXiv 2202.03555); `penalty`: weight of SIGReg (arXiv 2511.08544) of the
-    student's mean source token of each picture, over the pictures of the batch. One process."""
+    student's mean source token of each picture, over the pictures of the batch; `area`: of the boxes that are
+    cut at random from the pictures, at least; below 1 half of them are mirrored too. One process."""
 
     def __init__(
-        self, encoder, predictor, masking, weights, teacher_input="image", splits=1, blocks=1, penalty=0.0
+        self,
+        encoder,
+        predictor,
+        masking,
+        weights,
+        teacher_input="image",
+        splits=1,
+        blocks=1,
+        penalty=0.0,
+        area=1.0,
     ):
         super().__init__(encoder, predictor, masking, weights, teacher_input)
-        if splits < 1 or not 1 <= blocks <= len(encoder.blocks) or not 0 <= penalty < 1:
+        fits = splits >= 1 and 1 <= blocks <= len(encoder.blocks) and 0 <= penalty < 1 and 0 < area <= 1
+        if not fits:
             raise ValueError(
-                f"EarlyJEPA: expected splits >= 1, 1 <= blocks <= {len(encoder.blocks)}, 0 <= penalty < 1; "
-                f"found {splits}, {blocks}, {penalty}"
+                f"EarlyJEPA: expected splits >= 1, 1 <= blocks <= {len(encoder.blocks)}, 0 <= penalty < 1, "
+                f"0 < area <= 1; found {splits}, {blocks}, {penalty}, {area}"
             )
-        self.splits, self.blocks, self.penalty = splits, blocks, penalty
+        self.splits, self.blocks, self.penalty, self.area = splits, blocks, penalty, area
 
     def forward(self, images: torch.Tensor, generator: torch.Generator | None = None, splits=None) -> dict:
         """As in `JEPA`; the splits of a picture are rows of one larger batch."""
+        if self.area < 1:
+            images = stray(images, self.area, generator)
         tokens = self.encode_picture(images)
         images = images.repeat(self.splits, 1, 1, 1)
         if tokens is not None:

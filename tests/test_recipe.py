@@ -84,7 +84,14 @@ def test_the_penalty_is_sigreg_of_the_mean_source_tokens(images):
     assert all(parameter.grad is None for parameter in jepa.teacher.parameters())
 
 
-@pytest.mark.parametrize("options", [{"splits": 0}, {"blocks": 3}, {"penalty": 1.0}])
+def test_student_and_teacher_see_the_same_straying_crop(images):
+    split = StripeMasking().sample(4, seeded())
+    found = early(area=0.5)(images, seeded(), splits=[split])["loss"]
+    expected = tiny()(stray(images, 0.5, seeded()), splits=[split])["loss"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"splits": 0}, {"blocks": 3}, {"penalty": 1.0}, {"area": 0.0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="expected splits >= 1, 1 <= blocks <= 2"):
         early(**options)
