@@ -243,7 +243,7 @@ PAGE = """# Who mefem-starter works for
 Real photographs: {unseen:,} validation photographs of FairFace. Race, gender and age are what annotators saw.
 Ridge regression on the frozen encoder's mean patch token, trained on {seen:,} others
 ([card](../../mefem/starter/README.md)). In brackets 95 % intervals over people. Whether groups differ beyond
-noise: a chi-squared test for each block, corrected for all {tests} by Holm's method.
+noise: a chi-squared test for each block, adjusted for all {tests} (false discovery rate).
 
 **In short.** {short}
 
@@ -272,18 +272,14 @@ def gap_of(rows: dict, count: str, right: str) -> float:
     return float(chi2_contingency(table).pvalue) if table.sum(0).all() else 1.0
 
 
-def holm(p: list[float]) -> list[float]:
-    """Adjusted p of each."""
-    order, found, worst = np.argsort(p), [0.0] * len(p), 0.0
-    for rank, place in enumerate(order):
-        worst = max(worst, min(1.0, p[place] * (len(p) - rank)))
-        found[place] = worst
-    return found
-
-
 def noise(p: float) -> str:
     """The verdict of a test."""
     return "beyond noise" if p < 0.05 else "within noise"
+
+
+def shown(p: float) -> str:
+    """The p of a test, in brackets."""
+    return f"(p = {p:.2g})" if p >= 0.001 else "(p < 0.001)"
 
 
 def regions_block(found: dict) -> list[str]:
@@ -311,10 +307,12 @@ def regions_block(found: dict) -> list[str]:
 
 def page(found: dict) -> str:
     """figures/faces/who_it_works_for.md."""
+    from scipy.stats import false_discovery_control
+
     blocks = {(task, axis): rows for task, axes in found["groups"].items() for axis, rows in axes.items()}
     tests = [gap_of(rows, "photographs", "right") for rows in blocks.values()]
     tests += [gap_of(rows, "photographs", "found") for rows in found.get("coverage", {}).values()]
-    adjusted, lines, short = holm(tests), [], []
+    adjusted, lines, short = false_discovery_control(tests), [], []
     for ((task, axis), rows), p in zip(blocks.items(), adjusted[: len(blocks)], strict=True):
         best = max(rows, key=lambda group: rows[group]["starter"])
         worst = min(rows, key=lambda group: rows[group]["starter"])
@@ -329,7 +327,7 @@ def page(found: dict) -> str:
             lines.append(
                 f"| {group} | {row['photographs']} | {mine} | {row['untrained']:.3f} | {row['pixels']:.3f} |"
             )
-        gap = f"best for *{best}*, worst for *{worst}*: {word} (p = {p:.2g})"
+        gap = f"best for *{best}*, worst for *{worst}*: {word} {shown(p)}"
         lines += ["", gap[0].upper() + gap[1:] + ".", ""]
         if axis == "race and gender":
             low, high = rows[worst]["starter"], rows[best]["starter"]
@@ -341,7 +339,7 @@ def page(found: dict) -> str:
         lines += [
             f"| {g} | {r['photographs']} | {r['found'] / r['photographs']:.3f} |" for g, r in rows.items()
         ]
-        lines += ["", f"Groups differ {noise(p)} (p = {p:.2g}).", ""]
+        lines += ["", f"Groups differ {noise(p)} {shown(p)}.", ""]
     lines += regions_block(found) if "regions" in found else []
     text = PAGE.format(tests=len(tests), short=" ".join(short), blocks="\n".join(lines), **found["counts"])
     return text.rstrip("\n") + "\n"

@@ -71,10 +71,6 @@ def test_groups_count_who_was_hit_and_a_planted_gap_is_beyond_noise(tool):
     assert tool.gap_of(found["gender"]["gender"], "photographs", "right") > 0.9
 
 
-def test_holm_multiplies_the_smallest_p_by_all_and_keeps_the_order(tool):
-    assert tool.holm([0.04, 0.01, 0.5]) == pytest.approx([0.08, 0.03, 0.5])
-
-
 def test_the_card_says_better_only_where_the_interval_does(tool):
     found = json.loads(tool.FOUND.read_text())
     found["gaps"]["bmi"]["untrained"] = [0.1, -0.01, 0.2]
