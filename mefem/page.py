@@ -6,8 +6,8 @@
 __all__ = ['BOX', 'FIGURES', 'TEXT_TABLES', 'MEASURES', 'NOT_SHOWN', 'RECORDS', 'inline_html', 'markdown_html', 'inline_picture',
            'Figure', 'figure_parts', 'read_cells', 'cell_parts', 'table_block', 'caption_of', 'result_table',
            'text_block', 'text_table', 'ablation_table', 'table_parts', 'run_health', 'health_block', 'section_of',
-           'repeated', 'stage_part', 'stage_parts', 'settings_parts', 'record_parts', 'record_of', 'who_html',
-           'is_simulated', 'page_parts', 'report_html', 'write_report']
+           'repeated', 'stage_part', 'stage_parts', 'settings_parts', 'record_parts', 'who_html', 'is_simulated',
+           'page_parts', 'report_html', 'write_report']
 
 # %% ../nbs/67_page.ipynb #805f41b5
 import base64
@@ -331,8 +331,9 @@ def stage_part(stage: dict, lists: dict) -> dict:
 NOT_SHOWN = ("code", "readme")
 
 
-def stage_parts(root, lists: dict, seconds: dict[str, float]) -> dict[str, dict]:
+def stage_parts(root, lists: dict, seconds: dict[str, float] | None = None) -> dict[str, dict]:
     """Every stage of dvc.yaml for the template. `seconds`: executed notebook -> how long it took."""
+    seconds = seconds or {}
     graph = yaml.safe_load((Path(root) / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     stages = {name: stage_part(stage, lists) for name, stage in graph.items() if name not in NOT_SHOWN}
     for name, stage in stages.items():
@@ -359,26 +360,25 @@ def settings_parts(settings: Settings, sections) -> dict[str, dict]:
 
 # %% ../nbs/67_page.ipynb #fb98ab36
 RECORDS = {
-    "tables": "tables/provenance.json",
-    "table4": "ablations/provenance.json",
-    "page": "run/provenance.json",
+    "datasheets": "data",
+    "figures": "maskings",
+    "tables": "tables",
+    "table4": "ablations",
+    "fairness": "fairness",
+    "pictures": "pictures",
+    "page": "run",
 }
 
 
 def record_parts(figures) -> dict[str, dict]:
     """Stage -> its record for the template, for those that left one."""
-    found = {name: _stored(Path(figures) / file) for name, file in RECORDS.items()}
+    found = {name: _stored(Path(figures) / folder / "provenance.json") for name, folder in RECORDS.items()}
     return {
         name: record
         | {"machine": machine_of(record["hardware"]), "short": (record["commit"] or "unknown")[:7]}
         for name, record in found.items()
         if record
     }
-
-
-def record_of(stage: str, records: dict) -> str:
-    """The stage whose record holds for `stage`: its own, else that of the page, else any."""
-    return next(name for name in (stage, "page", *records) if name in records)
 
 # %% ../nbs/67_page.ipynb #338c3fc3
 def who_html(path) -> Markup:
@@ -401,7 +401,11 @@ def page_parts(root, figures) -> dict:
     records, stored = record_parts(figures), _stored(figures / "run" / "health.json")
     record = records.get("tables") or records.get("page") or {}
     settings = load_settings(root / "params.yaml", record.get("profile"))
-    stages = stage_parts(root, settings.model_dump(mode="json"), record.get("stages", {}))
+    seconds = records.get("page", {}).get("stages")
+    stages = stage_parts(root, settings.model_dump(mode="json"), seconds)
+    if figures.resolve() != (root / "figures").resolve():
+        for stage in stages.values():
+            stage["executed"] = []  # the notebooks in data/ are of another run
     sections = dict.fromkeys(name for stage in stages.values() for name in stage["sections"])
     return about(figures) | {
         "simulated": is_simulated(figures),
@@ -424,11 +428,10 @@ def report_html(root, figures=None) -> str:
     figures = Path(figures or root / "figures")
     template = (root / "nbs" / "report.html.jinja").read_text(encoding="utf-8")
     parts = page_parts(root, figures)
-    records = parts["records"]
     up = Path(os.path.relpath(root, figures)).as_posix()
     reader = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     page = reader.from_string(template)
-    return page.render(parts, up=up, record_of=lambda stage: record_of(stage, records))
+    return page.render(parts, up=up)
 
 # %% ../nbs/67_page.ipynb #10b64f21
 def write_report(root, figures=None) -> Path:

@@ -19,9 +19,11 @@ from .files import write_atomic
 FILES = {
     "learned": "tables/learned_cells.json",
     "provenance": "tables/provenance.json",
+    "page": "run/provenance.json",
     "table4": "ablations/table4.json",
     "faces": "faces/tables/faces_cells.json",
     "faces_provenance": "faces/tables/provenance.json",
+    "faces_page": "faces/run/provenance.json",
 }
 
 
@@ -221,10 +223,10 @@ def faces_findings(rows: dict) -> list[str]:
     return sentences
 
 # %% ../nbs/65_readme.ipynb #294fa794
-def run_parts(provenance: dict) -> dict:
-    """What the template may say of a run, from its provenance.json."""
+def run_parts(provenance: dict, page: dict) -> dict:
+    """What the template may say of a run, from the records of its stages `tables` and `page`."""
     pretraining = provenance.get("pretraining", {})
-    seconds = provenance.get("stages", {}).values()
+    seconds = page.get("stages", {}).values()
     return {
         "profile": provenance.get("profile"),
         "scale": provenance.get("scale"),
@@ -240,14 +242,14 @@ def about(figures) -> dict:
     """What the template may show, all of it from the files in `figures`."""
     results = read_results(figures)
     rows, real = (results[name].get("rows", {}) for name in ("learned", "faces"))
-    run = run_parts(results["provenance"])
+    run = run_parts(results["provenance"], results["page"])
     return run | {
         "wiring_only": run["profile"] == "smoke",
         "people": people_of(rows),
         "table": small_table(rows),
         "findings": findings(rows, run["seeds"]),
         "summary": results["table4"].get("summary"),
-        "faces": run_parts(results["faces_provenance"])
+        "faces": run_parts(results["faces_provenance"], results["faces_page"])
         | {"table": faces_table(real), "findings": faces_findings(real)},
     }
 

@@ -84,6 +84,7 @@ def test_the_page_of_real_people_shows_none_of_them(root):
         text.index('id="faces"') < text.index('id="learned"')
         and "MeFEm, by the linear probe, against" in text
     )
+    assert 'href="../../data/notebooks/' not in text  # those are of the last run, not of this one
 
 
 def test_the_page_is_well_formed(page):
@@ -191,6 +192,8 @@ def test_what_was_not_run_is_said(root, tmp_path, figures):
     nothing = report_html(root, tmp_path / "nowhere")
     assert Page(nothing).wrong == [] and nothing.count("Not run in this profile") >= 8 + len(FIGURES) + 3
     assert "<table" not in nothing
+    (figures / "ablations" / "provenance.json").unlink()
+    assert re.search(r'#stage-table4">table4</a>,\s[^.]*commit\s+not recorded', report_html(root, figures))
     shutil.rmtree(figures / "fairness")
     (figures / "run" / "health.json").unlink()
     part = report_html(root, figures)
@@ -240,7 +243,7 @@ def test_the_stage_writes_what_is_committed(root):
     assert {"figures/report.html", "figures/run"} <= outs
     folders = {figure.file.split("/")[0] for figure in FIGURES}
     folders |= {table["file"].split("/")[0] for table in table_parts(root / "figures")}
-    folders |= {file.split("/")[0] for file in RECORDS.values()} - {"run"}
+    folders |= set(RECORDS.values()) - {"run"}
     assert {f"figures/{folder}" for folder in folders} <= set(stage["deps"])
 
 

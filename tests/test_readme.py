@@ -127,8 +127,9 @@ def test_real_faces_are_marked_and_told_by_their_verdicts(tmp_path, template):
     }
     write_json(tmp_path / FILES["faces"], {"rows": rows})
     pretraining = {"photographs": 4321, "steps": 765, "batch": 8, "seconds": 61, "seeds": [0]}
-    about = {"profile": "faces", "pretraining": pretraining, "stages": {"probe": 100.0}}
+    about = {"profile": "faces", "pretraining": pretraining}
     write_json(tmp_path / FILES["faces_provenance"], about)
+    write_json(tmp_path / FILES["faces_page"], {"stages": {"probe": 70.0, "table4": 30.0}})
     text = readme_text(template, results(tmp_path))
     assert "| MeFEm, linear probe | 0.700 <sup>a</sup> | 0.400 <sup>ab</sup> | — | — | — |" in text
     assert "| untrained encoder, linear probe | 0.600 | — |" in text
@@ -169,9 +170,8 @@ def test_numbers_come_from_the_files(tmp_path, template, root):
     assert "0.777 [0.400, 0.600]" in readme_text(template, results(tmp_path, value=0.777))
     assert " min" not in text.split("**What this run shows.**")[1].split("##")[0]  # no time was measured
     pretraining = {"photographs": 1, "steps": 1, "batch": 1, "parameters": 1, "seeds": [0], "seconds": 61.2}
-    timed = readme_text(
-        template, results(tmp_path, pretraining=pretraining, stages={"probe": 100.0, "pretrain-main": 80.0})
-    )
+    write_json(tmp_path / FILES["page"], {"stages": {"probe": 100.0, "table4": 80.0}})
+    timed = readme_text(template, results(tmp_path, pretraining=pretraining))
     assert "in 1 min 1 s" in timed and "took 3 min 0 s" in timed
 
 
