@@ -214,7 +214,7 @@ def measure_training(place: Place, steps: int) -> dict:
     from step import Ours
 
     from mefem.config import PretrainSettings, load_settings
-    from mefem.training import Order, ShardPictures, batches
+    from mefem.training import EpochOrder, ShardPictures, batches
 
     small = load_settings(profile="demo").active.pretrain
     models = {"vit_s": PretrainSettings.model_validate({"batch": 8}), "demo": small}
@@ -227,7 +227,7 @@ def measure_training(place: Place, steps: int) -> dict:
     for name, config in models.items():
         size, batch, device = config.encoder.image_size, config.batch, torch.device("cpu")
         pictures = ShardPictures([place.out], size)
-        order, count = Order(pictures.lengths, 0, window=2), 4 * place.count // batch
+        order, count = EpochOrder(pictures.lengths, 0, window=2), 4 * place.count // batch
         trainer, images = Ours(config, device), torch.randn(batch, 3, size, size)
         cast = config.precision == "bf16"
 

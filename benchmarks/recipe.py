@@ -10,6 +10,7 @@ of the VIP set. Each run takes one core. A stopped run continues, a finished one
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -190,6 +191,7 @@ def rate_of(config, pictures, folder: Path, steps: int = 30) -> float:
     from mefem.training import start_run, train
 
     config = config.model_copy(update={"steps": 2 * steps, "checkpoint_every": 10**6, "log_every": 10**6})
+    shutil.rmtree(folder, ignore_errors=True)  # of a stopped call: what is timed is all steps
     run = start_run(config, pictures, folder)
     begun = time.process_time()
     train(run, progress=False)
@@ -442,7 +444,8 @@ def collect(bmi: Path, work: Path, out: Path) -> None:
     for run in found["runs"]:
         run.pop("settings")
     names = sorted(path.name.removesuffix("-bmi.parquet") for path in work.glob("heads/*-bmi.parquet"))
-    found["paper_head"] = {name: head_scores(name, work) for name in names}
+    whole = [name for name in names if all(head_file(work, name, task).is_file() for task in TASKS)]
+    found["paper_head"] = {name: head_scores(name, work) for name in whole}
     out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{out}: {len(runs)} runs")
 

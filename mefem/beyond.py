@@ -25,6 +25,7 @@ from .jepa import JEPA, at_least_float32, spread
 from .made_from import code_hash, file_code, settings_hash
 from .masking import create_masking
 from .models import encode_tokens, gather_tokens
+from .monitoring import block_operations
 from .weighting import create_weights
 
 # %% ../nbs/46_beyond.ipynb #aa07520f
@@ -240,6 +241,7 @@ class ViewsJEPA(JEPA):
                 f"found {weight}, {keep}, {area}, {colour}, {temperature}"
             )
         self.weight, self.keep, self.area = weight, keep, area
+        self.predicts = weight < 1
         self.colour, self.temperature = colour, temperature
         width = encoder.embed_dim
         self.head = nn.Sequential(
@@ -248,15 +250,28 @@ class ViewsJEPA(JEPA):
             nn.GELU(),
             nn.Linear(512, 128),
         )
-        if weight == 1:
-            self.predictor.requires_grad_(False)  # nothing asks it
+        self.predictor.requires_grad_(self.predicts)
+
+    @property
+    def extra_operations(self) -> int:  # type: ignore[override]  # the student's shape decides
+        """Multiply-adds per picture, forward and backward, of the two views; not of comparing them."""
+        encoder, dim = self.student, self.student.embed_dim
+        patches, tokens = encoder.patch_embed, int(encoder.has_class_token) + self.seen
+        blocks = sum(block_operations(dim, block.mlp.fc1.out_features, tokens) for block in encoder.blocks)
+        head = sum(layer.weight.numel() for layer in self.head if isinstance(layer, nn.Linear))
+        return 2 * (2 * patches.num_patches * patches.proj.weight.numel() + 3 * (blocks + head))
+
+    @property
+    def seen(self) -> int:
+        """Patches of each view."""
+        return max(1, round(self.keep * self.student.patch_embed.num_patches))
 
     def forward(self, images: torch.Tensor, generator: torch.Generator | None = None, splits=None) -> dict:
         """As in `JEPA`; without its prediction, both spreads are those of the views."""
         views = [self.view(images, generator) for _ in range(2)]  # [B, K, D] each
         first, second = (self.head(tokens.mean(1)) for tokens in views)
         contrast = info_nce(first, second, self.temperature)
-        if self.weight == 1:
+        if not self.predicts:
             spreads = [spread(tokens.detach().float()) for tokens in views]
             return {"loss": contrast, "target_spread": spreads[0], "prediction_spread": spreads[1]}
         out = super().forward(images, generator, splits)
@@ -267,7 +282,7 @@ class ViewsJEPA(JEPA):
         images = recolour(stray(images, self.area, generator), self.colour, generator)
         cls, patches = int(self.student.has_class_token), self.student.patch_embed.num_patches
         order = torch.rand(len(images), patches, generator=generator, device=images.device).argsort(1)
-        index = order[:, : max(1, round(self.keep * patches))] + cls
+        index = order[:, : self.seen] + cls
         if cls:
             index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
         return encode_tokens(self.student, images, index)

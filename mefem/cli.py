@@ -159,12 +159,14 @@ def _refuse_idle(context: typer.Context, framing: str | None, dataset: str | Non
 def _crop_dataset(dataset: str, source: Path, out: Path, cluster: str | None, **how) -> tuple[dict, str]:
     """Counts by reason of a data set's crops, and the error of a set of which none is usable."""
     from mefem.crop import crop_dataset
+    from mefem.datasets.core import get_reader
     from mefem.shards import on_cluster
 
+    state, why = get_reader(dataset).state(source)
+    if state == "absent":  # of the graph: there an absent set takes its crops with it
+        raise FileNotFoundError(f"{source}: {why}")
     with on_cluster(cluster):
         manifest = crop_dataset(dataset, source.resolve(), out.resolve(), **how)
-    if manifest["state"] == "absent":
-        raise FileNotFoundError(manifest["reason"])
     own = manifest["crop"]["framing"] == "dataset"
     remedy = "" if own else "; --framing dataset takes them as their publisher framed them"
     counts = {"usable": manifest["usable"], **manifest["dropped"]}

@@ -31,8 +31,8 @@ from .faces import jitter_square, listed_crops, open_image, read_image, resample
 from .faces import surest_box, upright_size, visible_files
 from .files import file_version, write_atomic
 from .made_from import MadeFrom, code_hash, files_hash, settings_hash
-from .shards import SUCCESS, ShardWriter, finished_stats, remove_shards_from, write_absent
-from .shards import write_manifest
+from .shards import SUCCESS, ShardWriter, check_own_shards, finished_stats, remove_shards_from
+from .shards import write_absent, write_manifest
 
 # %% ../nbs/39b_crop.ipynb #b000568e
 @dataclass(frozen=True)
@@ -175,6 +175,9 @@ def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = 
     depends neither on `jobs` nor on how often the work was interrupted. Absent data give a manifest with
     that state."""
     raw, out = Path(raw), Path(out)
+    if out.resolve().is_relative_to(raw.resolve()):
+        raise DatasetError(f"{out}: inside {raw}, whose files are the publisher's; name another folder")
+    check_own_shards(out)
     reader = get_reader(name)
     how = Cropping(**crop)
     how = replace(how, framing=how.framing or reader.framing)

@@ -553,6 +553,8 @@ def _reduction(image: Image.Image, side: float, size: int) -> int:
     """By how much a JPEG may be shrunk while decoding, when `side` of its pixels become `size`."""
     if image.format not in ("JPEG", "MPO") or _orientation(image) != 1:
         return 1  # turning would bring the decoder's padding to the left or top, and the crop beside the face
+    if not getattr(image, "tile", None):
+        return 1  # its pixels are there already: nothing is left to shrink
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or side / factor >= DRAFT_GAP * size)
 
 # %% ../nbs/10_faces.ipynb #d59d42b5
@@ -881,10 +883,11 @@ def _framed(
         return Framed(face=one, faces=count, problem=error, others=others)
 
 # %% ../nbs/10_faces.ipynb #ea9287dc
-def _whole(image: Image.Image, size: int, min_side: int | None) -> Framed:
-    """The picture itself as its crop."""
+def _whole(image: Image.Image, size: int, min_side: int | None, ours: bool) -> Framed:
+    """The picture itself as its crop. The decoder may shrink a picture of `ours`, but not the caller's."""
     square, used = frame_square(None, *upright_size(image), "as-is", min_side=min_side)
-    return Framed(crop_square(image, square, size), used)
+    pixels = crop_square(image, square, size) if ours else resample(decode(image), square, size)
+    return Framed(pixels, used)
 
 # %% ../nbs/10_faces.ipynb #3d11a621
 def _without_face(
@@ -929,7 +932,7 @@ def frame_faces(
     try:
         image = open_image(source)
         if framing == "as-is":
-            return [_whole(image, size, min_side)]
+            return [_whole(image, size, min_side, ours=image is not source)]
         rgb = decode(image)
     except Unusable as error:
         return [Framed(problem=error)]

@@ -594,6 +594,7 @@ def finetune_photographs(
     predictions = tune_folds(material, person_fold(material.joined, question), work, progress, say)
     everyone = np.ones(len(material.target), bool)
     tuned = tune(material, everyone, question.folds, work / "all.pt", progress)
+    (out / ACCOUNT).unlink(missing_ok=True)  # what is about to change may not call itself finished
     found = write_tuned(material, predictions, tuned, out, encoder)
     lines = [*found.said, f"fine-tuned, {found}", *map(str, found.against)]
     account = {"key": key, "lines": lines, "numbers": as_json(found)}

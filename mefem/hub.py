@@ -8,6 +8,7 @@ __all__ = ['REPOSITORIES', 'HubError', 'OnlineFile', 'online_file', 'fetch_weigh
 # %% ../nbs/56b_hub.ipynb #7d02d5b2
 import contextlib
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +93,16 @@ def fetch_weights(name: str, folder=None, say=print, endpoint: str | None = None
         say(f"{about}: there already, {path}")
         return path
     say(f"{about}: fetching to {path}")
-    path.unlink(missing_ok=True)
+    arriving = folder / "arriving"  # a file of before stays until its successor is whole
     with _asking(about.repository):
-        at = {"revision": about.revision, "local_dir": folder, "endpoint": endpoint}
-        hf_hub_download(about.repository, about.file, **at)
-    if about.sha256 and (found := _sha256(path)) != about.sha256:
-        path.unlink()
-        raise HubError(f"{path}: SHA-256 {found}, expected {about.sha256}; it was removed: fetch it again")
+        at = {"revision": about.revision, "local_dir": arriving, "endpoint": endpoint}
+        arrived = Path(hf_hub_download(about.repository, about.file, **at))
+    if about.sha256 and (found := _sha256(arrived)) != about.sha256:
+        arrived.unlink()
+        raise HubError(f"{arrived}: SHA-256 {found}, expected {about.sha256}; it was removed: fetch it again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrived.replace(path)
+    shutil.rmtree(arriving)
     return path
 
 # %% ../nbs/56b_hub.ipynb #e88450ed

@@ -66,7 +66,8 @@ class JEPA(nn.Module):
     `update_teacher`."""
 
     has_teacher = True  # False for a method in which the student makes its own targets
-    extra_operations = 0  # multiply-adds per picture that a method needs besides the networks
+    predicts = True  # False for a method whose step asks neither the teacher nor the predictor
+    extra_operations = 0  # multiply-adds per picture that a method needs besides these
 
     def __init__(self, encoder, predictor, masking, weights, teacher_input: str = "image"):
         super().__init__()

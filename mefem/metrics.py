@@ -314,9 +314,9 @@ def summarise(
         values |= {metric + suffix: number for metric, number in numbers.items()}
     if "fold" in predictions:
         for fold, part in predictions.groupby("fold"):
-            folds[str(fold)] = {
-                metric: score(metric, part.target, part.prediction) for metric in task.metrics
-            }
+            scores = {metric: score(metric, part.target, part.prediction) for metric in task.metrics}
+            # r2 of people who are all alike is no number
+            folds[str(fold)] = {metric: x if np.isfinite(x) else None for metric, x in scores.items()}
     return {
         "task": task.name,
         "n": int(predictions.key.nunique()),

@@ -113,7 +113,7 @@ def step_operations(jepa) -> dict[str, int]:
     encoder, predictor, dim = jepa.student, jepa.predictor, jepa.student.embed_dim
     patches = encoder.patch_embed.num_patches * encoder.patch_embed.proj.weight.numel()
     narrow, count = predictor.embed.out_features, {"teacher": 0, "student": 0, "predictor": 0}
-    for split in jepa.masking.sample_all(1, torch.Generator()):
+    for split in jepa.masking.sample_all(1, torch.Generator()) if jepa.predicts else ():
         source = split.source.shape[1]
         target = jepa.selected_count(split.target.shape[1])
         if jepa.teacher_input == "targets":
@@ -125,7 +125,7 @@ def step_operations(jepa) -> dict[str, int]:
     whole = _vit_operations(encoder.blocks, dim, jepa.masking.tokens)
     if not jepa.has_teacher:  # the student sees the whole picture too
         count["student"] += 2 * patches + 3 * whole
-    elif jepa.teacher_input == "image":  # one pass serves all splits
+    elif jepa.predicts and jepa.teacher_input == "image":  # one pass serves all splits
         count["teacher"] += patches + whole
     count["student"] += jepa.extra_operations
     return count

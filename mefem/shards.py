@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUCCESS', 'LEAKS', 'ShardError', 'shard_paths', 'check_key', 'ShardWriter', 'write_shard', 'finished_stats',
            'write_manifest', 'write_absent', 'read_manifest', 'DataAbsent', 'crops_hash', 'remove_shards_from',
-           'MemberRefused', 'TarIndex', 'tar_index', 'open_tar', 'read_labels', 'iter_samples', 'decode_square',
-           'load_images', 'ClusterAbsent', 'on_cluster', 'leaked_keys']
+           'check_own_shards', 'MemberRefused', 'TarIndex', 'tar_index', 'open_tar', 'read_labels', 'iter_samples',
+           'decode_square', 'load_images', 'ClusterAbsent', 'on_cluster', 'leaked_keys']
 
 # %% ../nbs/11_shards.ipynb #e70bf0c2
 import contextlib
@@ -258,6 +258,21 @@ def remove_shards_from(folder, index: int) -> None:
         shard = _SHARD.fullmatch(path.name)
         if _LEFT.fullmatch(path.name) or (shard and int(shard[1]) >= index):
             path.unlink(missing_ok=True)
+
+
+def check_own_shards(folder) -> None:
+    """`ShardError` where a whole shard in `folder` is not ours: img2dataset names its shards as we do."""
+    for path in sorted(Path(folder).glob("*_stats.json")):
+        if not _SHARD.fullmatch(path.name):
+            continue
+        try:
+            ours = "settings" in json.loads(path.read_bytes())
+        except ValueError:
+            ours = True  # cut short: made again
+        if not ours:
+            raise ShardError(
+                f"{path}: a shard that no `mefem crop` wrote; name another folder, or empty this one"
+            )
 
 # %% ../nbs/11_shards.ipynb #dae9721a
 class MemberRefused(KeyError):

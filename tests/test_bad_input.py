@@ -536,6 +536,7 @@ def test_csv_quoted_newlines_keep_the_lines_of_the_file(tmp_path):
         ("photo,cm\n1.jpg,180\n", "no column 'image', 'height'.* among photo, cm"),
         (HEADER.replace(",sex", "") + ROW, "no column 'sex' among image, height"),
         (HEADER.replace("note", "bmi") + ROW, "column 'bmi' comes twice"),
+        (HEADER.replace("note", "source") + ROW, "column 'source': labels cannot be named"),
         (HEADER + ROW + "2.jpg,180,81\n", "line 3: 3 cells, expected 7"),
         (HEADER + ROW.strip() + ",extra,\n", "line 2: 9 cells, expected 7"),
         (

@@ -89,7 +89,18 @@ def test_crop_and_embed_fairface_through_the_reader(shared, tmp_path, encoder_fi
     assert "--framing dataset takes them as their publisher framed them" in result.stderr
     manifest = read_manifest(tmp_path / "tight")
     assert manifest["usable"] == 0 and manifest["dropped"]["leaves the picture"] > 100
-    mefem("crop", tmp_path / "raw", "--dataset", "fairface", "--framing", "dataset", "-o", tmp_path / "own")
+    own = ("--dataset", "fairface", "--framing", "dataset", "-o")
+    mefem("crop", tmp_path / "raw", *own, tmp_path / "own")
+    made = sorted(path.name for path in (tmp_path / "own").iterdir())
+    missing = mefem("crop", tmp_path / "rwa", *own, tmp_path / "own", code=1).stderr
+    assert "rwa" in missing and sorted(path.name for path in (tmp_path / "own").iterdir()) == made
+    inside = mefem("crop", tmp_path / "raw", *own, tmp_path / "raw" / "crops", code=1).stderr
+    assert "name another folder" in " ".join(inside.split())
+    foreign = tmp_path / "downloads" / "00000_stats.json"  # img2dataset's names are ours
+    foreign.parent.mkdir()
+    foreign.write_text('{"count": 3, "successes": 3}')
+    refused = mefem("crop", tmp_path / "raw", *own, foreign.parent, code=1).stderr
+    assert "no `mefem crop` wrote" in " ".join(refused.split()) and foreign.exists()
     assert read_manifest(tmp_path / "own")["usable"] == 120
     assert set(read_labels(tmp_path / "own").split) == {"train", "validation"}
 

@@ -131,6 +131,9 @@ def test_overrides_and_changes_merge_deeply(root, tmp_path):
         and without.masking.kind == "quadrant"
         and without.optimiser.lr == 0.01
     )
+    # YAML 1.1 takes 1e-1 for a text
+    asked = pretrain_settings(settings, run, **changes_of(["method_options.temperature=1e-1"]))
+    assert asked.method_options == {"temperature": 0.1}
     with pytest.raises(SettingsError, match="nosuch"):
         pretrain_settings(settings, "nosuch")
 

@@ -899,6 +899,7 @@ def test_folder_table_of_another_delimiter(tmp_path, mark):
         ("image,age\na.jpg,3,4\n", "line 2: 3 cells, expected 2"),
         ('image,age\na.jpg,"3\n\nb.jpg,4\n', "cannot be read as CSV"),
         ("image,image\na.jpg,b\n", "column 'image' comes twice"),
+        ("image,status\na.jpg,ill\n", "column 'status': labels cannot be named key, status"),
         ('image,note\na.jpg,"x\ny"\na.jpg,z\n', "line 4: duplicate row for a.jpg"),
         ("file,age\na.jpg,3\n", "no column 'image'"),
         ("image\n../a.jpg\n", "image is '../a.jpg'"),

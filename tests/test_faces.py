@@ -122,6 +122,26 @@ def test_an_opened_picture_is_read_as_its_file_is(name, tmp_path):
     assert np.array_equal(read_image(upright), by_path), "what was brought upright is not turned twice"
 
 
+def test_a_crop_of_an_opened_picture_is_that_of_its_file(tmp_path):
+    quarters = np.zeros((1024, 1024, 3), np.uint8)
+    for value, (y, x) in enumerate([(0, 0), (0, 512), (512, 0), (512, 512)], 1):
+        quarters[y : y + 512, x : x + 512] = 60 * value
+    Image.fromarray(quarters).save(tmp_path / "photo.jpg", quality=95)
+
+    def crop(source):
+        (framed,) = faces.frame_faces(source, "as-is", size=112)
+        return framed.crop.astype(int)
+
+    by_path = crop(tmp_path / "photo.jpg")  # made half or a quarter as large by the decoder
+    for loaded in (False, True):
+        picture = Image.open(tmp_path / "photo.jpg")
+        if loaded:
+            picture.load()
+        assert np.abs(crop(picture) - by_path).mean() < 2 and picture.size == (1024, 1024)
+    how = Cropping(framing="dataset", size=112)
+    assert np.abs(crop_image(picture, how).astype(int) - by_path).mean() < 2
+
+
 def test_an_opened_picture_is_refused_as_its_file_is(tmp_path):
     jpeg = saved(
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)), "JPEG"

@@ -164,7 +164,7 @@ def command(drawn, out, *more):
     return ["finetune", photographs, labels, "-e", encoder, "--person", "id", "-o", out, *FAST, *more]
 
 
-def test_classes_json_and_a_second_call(drawn, tmp_path):
+def test_classes_json_and_a_second_call(drawn, tmp_path, monkeypatch):
     out = tmp_path / "tuned"
     result = mefem(*command(drawn, out, "--target", "kind", "--json"))
     numbers = json.loads(result.stdout)
@@ -184,6 +184,13 @@ def test_classes_json_and_a_second_call(drawn, tmp_path):
     assert "nothing to do" in again.output and "against the frozen probe" in again.output
     assert (out / "predictions.csv").read_bytes() == before
     assert "Fine-tuned from" in (out / "report.md").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mefem.finetune.write_tuned", killed)
+    CliRunner().invoke(app, [str(one) for one in command(drawn, out, "--target", "kind", "--seed", 1)])
+    assert not (out / "finetune.json").exists(), "a file beside it may be of the other call by now"
 
 
 def test_killed_it_goes_on_to_the_same_result(drawn, tmp_path):

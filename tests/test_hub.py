@@ -124,6 +124,11 @@ def test_weights_come_on_request_with_size_licence_and_hash(hub, tmp_path, monke
     assert "there already" in said[1]
     path.write_bytes(data[:-1])  # as a copy that was cut
     assert fetch_weights("mefem-b", say=said.append, endpoint=hub.address).read_bytes() == data
+    assert [one.name for one in path.parent.iterdir()] == ["MeFEm-B.pth.tar"]
+    hub.told["MeFEm-B.pth.tar"] = b"a new release, whose bytes do not come"
+    with pytest.raises(HubError, match="SHA-256"):
+        fetch_weights("mefem-b", say=said.append, endpoint=hub.address)
+    assert path.read_bytes() == data, "what was there stays until its successor is whole"
 
 
 def test_what_has_another_hash_is_not_kept(hub, tmp_path):

@@ -1,5 +1,7 @@
 """The metrics against scikit-learn, the bootstrap against scipy and against plain loops."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -188,6 +190,14 @@ def test_summarise_scores_groups_apart():
     assert found["accuracy/non-White"]["value"] == (p.target[90:] == 0).mean()
     assert found["accuracy/White"]["majority"] == p.target[:90].value_counts().max() / 90
     assert summarise(p, "fairface-age", replicates=200) == summarise(p, "fairface-age", replicates=200)
+
+
+def test_a_fold_of_people_who_are_all_alike_has_no_r2():
+    p = pd.DataFrame({"key": list("abcdef"), "person": list("abcdef"), "fold": list("001122"), "seed": 0})
+    p = p.assign(target=[98.0, 98, 97, 99, 96, 98], prediction=[97.0, 98, 97, 98, 97, 98])
+    found = summarise(p, "saturation", replicates=50)
+    assert found["folds"]["0"]["r2"] is None and found["folds"]["1"]["r2"] == 0.5
+    assert json.dumps(found, allow_nan=False)
 
 
 def attributes(people=40, photos=2, seed=0):

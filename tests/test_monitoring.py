@@ -115,6 +115,19 @@ def test_counted_operations_of_the_methods_are_what_torch_counts(changes):
     assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_counted_operations_of_views_are_what_torch_counts(weight):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    jepa = build(PretrainSettings(**SMALL | {"method": "views", "method_options": {"weight": weight}}))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
+    compared = 3 * 2 * 128  # each picture's view with both of the others', forward and backward: not counted
+    assert 2 * 2 * (sum(step_operations(jepa).values()) + compared) == counter.get_total_flops()
+
+
 def test_peak_is_of_this_machine():
     assert 1e8 < peak_operations("cpu", size=256, seconds=0.02) < 1e14
 

@@ -1,6 +1,7 @@
 """The package as people install it, and the order of its modules."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -26,8 +27,8 @@ ORDER = [
     "figures",
     "models",
     "jepa",
-    "beyond",
     "monitoring",
+    "beyond",
     "training",
     "encoders",
     "features",
@@ -65,6 +66,14 @@ def imported(path: Path, root: Path) -> set[str]:
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             names.add(".".join(part for part in (base, node.module) if part))
     return {name.split(".")[1] for name in names if name.startswith("mefem.")}
+
+
+def test_what_tools_and_benchmarks_import_is_there(root):
+    for path in [*(root / "tools").glob("*.py"), *(root / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mefem."):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), (path.name, node.lineno)
 
 
 def test_no_import_runs_upwards(root):

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 import yaml
 
@@ -223,6 +225,15 @@ def test_the_commands_exit_code_and_sigterm_are_passed_on(tmp_path):
     process.stdout.readline()
     process.terminate()
     assert process.wait(10) == 128 + signal.SIGTERM
+    # DVC leaves its stage running: a second `make reproduce` would start it once more
+    stage = "import sys, time; print(flush=True); time.sleep(60)"
+    dvc = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"
+    process = subprocess.Popen([sys.executable, TOOL, sys.executable, "-c", dvc], cwd=tmp_path, stdout=PIPE)
+    process.stdout.readline()
+    left = psutil.Process(process.pid).children(recursive=True)
+    assert len(left) == 2
+    process.terminate()
+    assert process.wait(10) == 128 + signal.SIGTERM and not psutil.wait_procs(left, timeout=10)[1]
     assert subprocess.run([sys.executable, TOOL], cwd=tmp_path.parent, capture_output=True).returncode == 1
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import yaml
 
 LOCK, COPY, GUARD = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.whole"), Path(".dvc/tmp/rwlock.lock")
@@ -168,11 +169,18 @@ def _watch(ended: threading.Event) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM; a terminal sends Ctrl-C to
-    both."""
+    """Run a command, keep copies of dvc.lock beside it, and pass on SIGTERM to it and to all that it has
+    started: DVC would leave its stage running. A terminal sends Ctrl-C to all of them."""
     child = subprocess.Popen(command)
+
+    def end(*_) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGTERM, end)
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(ended,))
     watcher.start()

@@ -14,6 +14,7 @@ import pandas as pd
 
 import mefem.datasets.core as core
 from mefem.datasets.core import (
+    RESERVED,
     DatasetError,
     as_number,
     file_photograph,
@@ -43,9 +44,8 @@ def _values(column: pd.Series) -> list:
 # %% ../../nbs/38_folder.ipynb #e810fa13
 def read_labels_table(path) -> dict[str, dict]:
     """Path of a photograph -> its labels, in the order of a `labels.csv`."""
-    table = read_csv(
-        path, ("image",), 'expected a column "image" with paths of photographs below this folder'
-    )
+    hint = 'expected a column "image" with paths of photographs below this folder'
+    table = read_csv(path, ("image",), hint, (*RESERVED, "file"))
     images = table.pop("image").str.strip().str.replace("\\", "/")
     images = images.map(lambda name: name and posixpath.normpath(name))
     if (duplicate := images.duplicated()).any():
