@@ -175,8 +175,8 @@ def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = 
     depends neither on `jobs` nor on how often the work was interrupted. Absent data give a manifest with
     that state."""
     raw, out = Path(raw), Path(out)
-    if out.resolve().is_relative_to(raw.resolve()):
-        raise DatasetError(f"{out}: inside {raw}, whose files are the publisher's; name another folder")
+    if out.resolve() == raw.resolve():
+        raise DatasetError(f"{out}: its files are the publisher's; name another folder for the crops")
     check_own_shards(out)
     reader = get_reader(name)
     how = Cropping(**crop)

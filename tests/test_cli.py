@@ -94,8 +94,8 @@ def test_crop_and_embed_fairface_through_the_reader(shared, tmp_path, encoder_fi
     made = sorted(path.name for path in (tmp_path / "own").iterdir())
     missing = mefem("crop", tmp_path / "rwa", *own, tmp_path / "own", code=1).stderr
     assert "rwa" in missing and sorted(path.name for path in (tmp_path / "own").iterdir()) == made
-    inside = mefem("crop", tmp_path / "raw", *own, tmp_path / "raw" / "crops", code=1).stderr
-    assert "name another folder" in " ".join(inside.split())
+    same = mefem("crop", tmp_path / "raw", *own, tmp_path / "raw", code=1).stderr
+    assert "name another folder" in " ".join(same.split())
     foreign = tmp_path / "downloads" / "00000_stats.json"  # img2dataset's names are ours
     foreign.parent.mkdir()
     foreign.write_text('{"count": 3, "successes": 3}')
