@@ -175,12 +175,12 @@ def crop_dataset(name: str, raw, out, jobs: int | None = None, progress: bool = 
     depends neither on `jobs` nor on how often the work was interrupted. Absent data give a manifest with
     that state."""
     raw, out = Path(raw), Path(out)
-    if out.resolve() == raw.resolve():
-        raise DatasetError(f"{out}: its files are the publisher's; name another folder for the crops")
-    check_own_shards(out)
     reader = get_reader(name)
     how = Cropping(**crop)
     how = replace(how, framing=how.framing or reader.framing)
+    if out.resolve() == raw.resolve():
+        raise DatasetError(f"{out}: its files are the publisher's; name another folder for the crops")
+    check_own_shards(out)
     (out / "manifest.json").unlink(missing_ok=True)  # until the end there is no table of contents
     state, why = reader.state(raw)
     if state == "absent":
