@@ -37,7 +37,7 @@ def views(**options) -> dict:
     return {"method": "views", "method_options": options, "batch": 128, "optimiser": {"lr": 2e-3}}
 
 
-# What each changes in the profile `faces`, and what was expected of it before the first run.
+# What each changes in the profile `faces`, and what was expected of it before its first run.
 CANDIDATES = {
     "paper": ({}, "the recipe of the profile faces: near the untrained encoder after 10 core-minutes"),
     "splits4": (early(splits=4), "the teacher's pass is shared: a little better per core-minute"),

@@ -138,7 +138,7 @@ def shortcut_sentence(left: pd.DataFrame) -> str:
 
 # %% ../nbs/66_fairness_page.ipynb #ee9ba567
 SHORTCUT = """Body mass index by a linear probe on the mean patch token, with all but one part of the picture
-painted over; photographs of the data set `bmi` alone."""
+painted over; photographs of the data set `bmi` alone. The probe is this check's own: the tables' differ."""
 
 # %% ../nbs/66_fairness_page.ipynb #50da2b25
 def _shortcut_lines(left: pd.DataFrame | None, reason: str = "") -> list[str]:
