@@ -480,11 +480,8 @@ def region_predictions(
 
 # %% ../nbs/63_fairness.ipynb #3400a840
 MIN_SCORE = 0.05  # r² of the whole picture below which nothing is said about its parts
-LINEAR_RATES = (
-    0.001,
-    0.01,
-    0.03,
-)  # a linear layer takes larger steps than the pooler; few people want small ones
+# A linear layer takes larger steps than the pooler; few people want small ones.
+LINEAR_RATES = (0.001, 0.01, 0.03)
 
 # %% ../nbs/63_fairness.ipynb #68db5fa3
 def _share(part: pd.DataFrame, whole: pd.DataFrame, replicates: int, seed: int) -> dict:
