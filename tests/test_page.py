@@ -61,7 +61,7 @@ def page(text) -> Page:
 @pytest.fixture
 def figures(root, tmp_path):
     """A copy of the figures beside the checkout's other files, small: without pictures."""
-    ignore = shutil.ignore_patterns("*.png", "study", "report.html")
+    ignore = shutil.ignore_patterns("*.png", "report.html")
     shutil.copytree(root / "figures", tmp_path / "figures", ignore=ignore)
     return tmp_path / "figures"
 
