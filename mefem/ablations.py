@@ -81,19 +81,22 @@ _MASKINGS |= {f"Stripes {width}/14": ("stripes", width) for width in (2, 3, 4)}
 
 
 def _of_labels(masking: str, p: str, weights: str, **others) -> tuple:
-    """Masking, width of a stripe, P and weights that a row's labels stand for."""
-    return *_MASKINGS[masking], None if p == "—" else float(p), weights.lower()
+    """Masking, width of a stripe, P, weights and method that a row's labels stand for."""
+    return *_MASKINGS[masking], None if p == "—" else float(p), weights.lower(), "jepa"
 
 
 PAPER_RUNS = {row.source: _of_labels(**row.labels) for row in TABLE4_ROWS}
 
 # %% ../nbs/62_ablations.ipynb #dde21ddb
 def described(settings: Settings, run: str) -> tuple:
-    """What tells the paper's rows apart: masking, width of a stripe, P of eq. 2, weights."""
+    """What tells the paper's rows apart: masking, width of a stripe, P of eq. 2, weights; then the method."""
     config = ablation_settings(settings, run)
     masking = config.masking
     width = masking.width if masking.kind == "stripes" else None
-    return masking.kind, width, masking.cls_in_source, config.weights.kind
+    method = config.method
+    if config.teacher_input != settings.active.pretrain.teacher_input:
+        method += f", {config.teacher_input}"
+    return masking.kind, width, masking.cls_in_source, config.weights.kind, method
 
 # %% ../nbs/62_ablations.ipynb #20aa1d6e
 def _flat(changes: dict, prefix: str = "") -> str:
@@ -431,10 +434,10 @@ def _about(results, rows, settings: Settings) -> About:
     for row in rows:
         if run := (load_result(results, row.source, "bmi", row.feature_set) or {}).get("run"):
             used = run["settings"]
-            pretraining = (
-                f"{run['pictures']:,} unlabelled photographs of other people, {used['steps']:,} steps of "
-                f"{used['batch']} in every run"
-            )
+            configs = [ablation_settings(settings, name) for name in settings.ablation_runs]
+            equal = len({(config.steps, config.batch) for config in configs}) == 1
+            steps = f"{used['steps']:,} steps of {used['batch']} in every run" if equal else "steps by row"
+            pretraining = f"{run['pictures']:,} unlabelled photographs of other people, {steps}"
             return About(profile, describe_run(run)[0], pretraining)
     return About(profile)
 

@@ -69,6 +69,11 @@ class TargetShareJEPA(JEPA):
         super().__init__(encoder, predictor, masking, weights, teacher_input)
         if not 0 < share <= 1:
             raise ValueError(f"method target-share: expected 0 < share <= 1; found {share}")
+        if zeros := int((self.weights <= 0).sum()):
+            raise ValueError(
+                f"method target-share: targets are drawn by weight; expected weights above 0, but {zeros} of "
+                f"{len(self.weights)} are 0"
+            )
         self.share = share
 
     def select_targets(self, target, generator=None):

@@ -332,7 +332,8 @@ def write_leaks(pairs: pd.DataFrame, faces, distance: int = MAX_DISTANCE) -> dic
     Returns what was written."""
     between = pairs[pairs.a != pairs.b]
     keys = {name: sorted(set(part.key_a)) for name, part in between.groupby("a")}
-    leaks = {"distance": distance, "bits": 64, "leaked": keys}
+    compared = [source.name for source in SOURCES if source.role == "pretraining"]
+    leaks = {"distance": distance, "bits": 64, "compared": compared, "leaked": keys}
     write_json(Path(faces) / LEAKS, leaks)
     return leaks
 

@@ -25,7 +25,7 @@ from .faces import shared_detector
 from .features import Features, decode_ahead, extract_features, load_features, pool_tokens
 from .files import replacing
 from .metrics import Interval, bootstrap_interval, draws, paired_difference, person_sums, resampled
-from .probing import ProbeResult, Task, get_task, probe, task_features
+from .probing import ProbeResult, Task, TooFewLabels, get_task, probe, task_features
 from .shards import iter_samples, load_images, read_manifest
 
 # %% ../nbs/63_fairness.ipynb #c48d5c26
@@ -580,7 +580,10 @@ def predictions_of(features, results, task: Task, feature_set: str = "patches", 
     if kept.is_file():
         return ProbeResult(_matching(pd.read_parquet(kept), loaded.labels, kept), about)
     with torch_threads(1):  # with other processes running, two threads wait more than they compute
-        return probe(loaded, task, feature_set, **probing)
+        try:
+            return probe(loaded, task, feature_set, **probing)
+        except TooFewLabels as error:
+            return ProbeResult(pd.DataFrame(), about | {"state": "too few labels", "reason": str(error)})
 
 # %% ../nbs/63_fairness.ipynb #bda19832
 def _matching(predictions: pd.DataFrame, labels: pd.DataFrame, path) -> pd.DataFrame:

@@ -729,10 +729,12 @@ def fit_model(
     head = fit_head(
         joined.vectors, rows.target.to_numpy(), rows.person.to_numpy(), joined.kind, question.seed
     )
+    # those that the head has met: another table may lack all photographs of one
+    met = range(0) if joined.kind == "numbers" else head[-1].best_estimator_.classes_.astype(int)
     about = {
         "target": question.target,
         "kind": joined.kind,
-        "classes": list(joined.classes),
+        "classes": [joined.classes[code] for code in met],
         **{name: getattr(embeddings, name) for name in _KNOWN},
         "photographs": len(rows),
         "people": int(rows.person.nunique()),

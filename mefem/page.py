@@ -233,7 +233,8 @@ def _known(row) -> dict:
 # %% ../nbs/67_page.ipynb #9eee14dc
 def _start_of(folder: Path) -> dict:
     """What was measured before the first step; it lies beside the run's checkpoints."""
-    made = MadeFrom(**_stored(folder / "run.json").get("made_from", {"settings": "", "data": "", "code": ""}))
+    about = _stored(folder / "run.json").get("made_from", {})  # with more than a key where a run was adopted
+    made = MadeFrom(*(about.get(part, "") for part in ("settings", "data", "code")))
     return _known(_stored(folder / "checkpoints" / made.key / "start.json"))
 
 

@@ -22,6 +22,7 @@ from mefem.probing import (
     ProbeOptions,
     Task,
     TokenStore,
+    TooFewLabels,
     bare_norm,
     fit_head,
     get_task,
@@ -234,10 +235,13 @@ def _has(labels: pd.DataFrame, task: str) -> bool:
 
 # %% ../nbs/64_pictures.ipynb #fea1853f
 def _attention(features: Features, looks: dict, how: ProbeOptions) -> dict[str, np.ndarray]:
-    """Mean attention map over held-out people, one for each task."""
+    """Mean attention map over held-out people, one for each task that has enough of them."""
     maps = {}
     for task, name in looks.items():
-        pooler, rows = fit_pooler(features, task, how)
+        try:
+            pooler, rows = fit_pooler(features, task, how)
+        except TooFewLabels:
+            continue
         maps[name] = attention_maps(pooler, features.select("patches")[rows]).mean(0)
     return maps
 

@@ -517,10 +517,17 @@ def leaked_keys(faces, name: str) -> set[str]:
     """Keys of data set `name` that `faces`/leaks.json lists: near-duplicates of evaluation photographs."""
     path = Path(faces) / LEAKS
     try:
-        return set(json.loads(path.read_bytes())["leaked"].get(name, ()))
+        found = json.loads(path.read_bytes())
+        leaked, compared = found["leaked"].get(name), found.get("compared")
     except FileNotFoundError:
         raise ShardError(
             f"{path} is missing: run the datasheets stage before leaving out what it found"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ShardError(f"{path} is not a list of leaked photographs: {error!r}") from None
+    if compared is not None and name not in compared:
+        raise ShardError(
+            f"{path}: {name} is an evaluation set and was not compared with the others, only "
+            f"{', '.join(compared)} were; set exclude_leaked: false to train on it as it is"
+        )
+    return set(leaked or ())

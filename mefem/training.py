@@ -586,8 +586,9 @@ def adopt_checkpoint(folder: Path, made: MadeFrom) -> None:
     path, _ = others
     with replacing(folder / path.name) as temporary:
         shutil.copyfile(path, temporary)
-    if (log := path.parent / "log.csv").is_file():
-        write_atomic(folder / "log.csv", log.read_bytes())
+    for name in ("log.csv", "start.json", "best.json", "best.pt"):
+        if (beside := path.parent / name).is_file():
+            write_atomic(folder / name, beside.read_bytes())
 
 # %% ../nbs/45_training.ipynb #eb485d0a
 LOG_FIELDS = (
@@ -1222,6 +1223,8 @@ def write_run(run: Run, name: str, out: Path, **more) -> None:
         save_encoder(
             out / "encoder_best.safetensors", kept, config.encoder.name, encoder_kwargs(config), **about
         )
+    else:
+        (out / "encoder_best.safetensors").unlink(missing_ok=True)  # of a run before
     write_atomic(out / "log.csv", (run.folder / "log.csv").read_bytes())
     write_json(
         out / "run.json",

@@ -15,6 +15,7 @@ from mefem.ablations import (
     TABLE4_ROWS,
     VERDICTS,
     absent_data,
+    beyond_the_paper,
     collect,
     comparisons,
     costs,
@@ -278,6 +279,13 @@ def test_a_changed_run_is_not_the_papers_row(tmp_path, settings):
     own = claims.loc["Beyond the paper: stripes2 beats stripes 3/14 without CLS, patches"]
     assert own.verdict == "inconclusive" and own.worse == "stripes3 patches"
     assert "Stripes 2/14" not in write_table4(tmp_path / "out", tmp_path / "x", changed, 200)
+
+
+def test_another_method_is_not_the_papers_row(settings):
+    for changes in ({"method": "sigreg"}, {"teacher_input": "targets"}):
+        row = settings.ablations["cls05"] | changes
+        changed = settings.model_copy(update={"ablations": settings.ablations | {"cls05": row}})
+        assert set(beyond_the_paper(changed)) == {*beyond_the_paper(settings), "cls05"}
 
 
 def test_costs_are_the_steps_operations_beside_the_tables_r2(tmp_path, settings):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mefem import datasheets as D
 from mefem.faces import encode_crop, read_image
-from mefem.shards import SUCCESS, leaked_keys, write_absent, write_manifest, write_shard
+from mefem.shards import SUCCESS, ShardError, leaked_keys, write_absent, write_manifest, write_shard
 from mefem.tables import write_frame
 
 
@@ -176,6 +176,8 @@ def test_copies_are_found_and_only_they(faces):
     ]
     D.write_leaks(pairs, faces)
     assert leaked_keys(faces, "facecaption") == {"facecaption2"} and leaked_keys(faces, "avspeech") == set()
+    with pytest.raises(ShardError, match="fairface is an evaluation set and was not compared"):
+        leaked_keys(faces, "fairface")
     table = D.duplicates_table(pairs, found).set_index("Near-duplicates of")
     assert table.loc["FaceCaption-15M", ["in itself", "in BMI", "in CelebA"]].tolist() == ["0", "1", "0"]
     assert table.loc["BMI", "in BMI"] == "", "leakage is a question about pretraining sets"

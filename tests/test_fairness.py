@@ -506,6 +506,19 @@ def test_the_audit_is_of_all_sources_of_the_body_mass_index(planted, tmp_path, m
     }
 
 
+def test_too_few_people_are_a_state_of_the_audit(planted, tmp_path):
+    folder, _ = planted
+    extract(planted, tmp_path / "features")
+    path = tmp_path / "features" / "bmi.parquet"
+    labels = pd.read_parquet(path)
+    few = labels.person.isin(labels.person.unique()[:3])
+    labels.assign(bmi=labels.bmi.where(few)).to_parquet(path)
+    probed = all_predictions(tmp_path / "features", tmp_path / "results", feature_set="cls", **QUICK)
+    audits = audit_encoder(probed, tmp_path / "features", folder.parent, tmp_path / "out", replicates=200)
+    assert audits[0].state == "too few labels" and audits[1].state == "present"
+    assert "Not run: too few labels" in write_page(tmp_path / "figures", audits, None, "toy", "few people")
+
+
 def test_kept_predictions_are_taken_and_strangers_refused(planted, tmp_path):
     extract(planted, tmp_path / "features")
     (tmp_path / "results").mkdir()

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, mean_absolute_error, r2_score
 
-from mefem.evaluation import evaluate
+from mefem.evaluation import evaluate, remove_unplanned
 from mefem.files import write_json
 from mefem.metrics import (
     bootstrap_interval,
@@ -388,6 +388,22 @@ def test_pairs_of_task_and_feature_set_can_be_left_out(folders):
         evaluate(folders, ("bmi",), jobs=1, skip=[["bmi", "patches-cls"]], **SHORT)
     with pytest.raises(ValueError, match="'bmj'"):
         evaluate(folders, ("bmi",), jobs=1, skip=[["bmj", "cls"]], **SHORT)
+
+
+def test_results_of_an_encoder_that_lost_its_cls_go(folders, tmp_path):
+    evaluate(folders, ("bmi",), jobs=1, **SHORT)
+    other = tmp_path / "r" / "a" / "celeba.cls.json"  # of a task that is not asked about now
+    other.write_text("{}")
+    before = sorted(path.name for path in (tmp_path / "r" / "b").iterdir())
+    about = json.loads((folders["a"][0] / "bmi.json").read_text())
+    write_json(folders["a"][0] / "bmi.json", about | {"has_cls": False})
+    removed = remove_unplanned(tmp_path / "r", folders, ("bmi",))
+    stems = {path.stem for path in removed}
+    assert stems == {"bmi.cls", "bmi.patches+cls", "bmi.cls.linear"} and len(removed) == 6
+    assert {path.parent.name for path in removed} == {"a"} and other.exists()
+    assert remove_unplanned(tmp_path / "r", folders, ("bmi",)) == []
+    assert sorted(path.name for path in (tmp_path / "r" / "b").iterdir()) == before
+    assert len(remove_unplanned(tmp_path / "r", {"a": folders["a"]}, ("bmi",))) == len(before)
 
 
 def test_too_few_people_are_a_state_not_an_error(folders):

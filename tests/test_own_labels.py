@@ -503,6 +503,20 @@ def test_the_saved_model_predicts_as_scikit_learn_does(tmp_path):
             assert model.predict(new).tolist() == [found.joined.classes[int(code)] for code in expected]
 
 
+def test_a_class_that_the_other_table_lacks_is_not_given_to_others(tmp_path):
+    rng, kinds = np.random.default_rng(0), np.repeat(["a", "b", "c"], 30)
+    vectors = rng.standard_normal((90, 4)) + 8 * np.eye(4)[np.repeat([0, 1, 2], 30)]
+    files = tuple(f"{n}.jpg" for n in range(90))
+    labels = pd.DataFrame({"file": files, "kind": kinds})
+    without = [n for n in range(90) if kinds[n] != "b"]
+    other = Embeddings(tuple(files[n] for n in without), rng.standard_normal((60, 4)), name="other")
+    found = probe_labels(Embeddings(files, vectors, encoder="toy"), labels, "kind", against={"other": other})
+    own.write_probe(found, tmp_path / "model")
+    model = LabelModel.load(tmp_path / "model")
+    assert model.about["classes"] == ["a", "c"]
+    assert (model.predict(vectors[without]) == kinds[without]).mean() > 0.95
+
+
 def test_what_is_written_and_read_again(tables, tmp_path):
     out = tmp_path / "probe"
     said = mefem("probe", *tables, "--target", "y", "--person", "id", "--group", "sex", "-o", out).stdout

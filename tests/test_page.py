@@ -225,7 +225,7 @@ def test_health_of_a_log(tmp_path):
     log = "step,pictures,loss,target_spread,teacher_spread,token_rank,rankme,waiting\n"
     (tmp_path / "log.csv").write_text(log + "100,3200,0.09,0.2,0.4,30,,0\n200,6400,0.08,0.2,0.4,29,40,0\n")
     made = MadeFrom("settings", "data", "code")
-    write_json(tmp_path / "run.json", {"made_from": vars(made)})
+    write_json(tmp_path / "run.json", {"made_from": vars(made) | {"adopted": {"step": 3}}})
     write_json(tmp_path / "checkpoints" / made.key / "start.json", {"token_rank": 31.0})
     well = run_health(tmp_path)
     assert well["found"] == [] and well["steps"] == 200 and well["pictures"] == 6400

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,6 +453,9 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, caps
     ).read_bytes()
     (old,) = (runs / "checkpoints").iterdir()
     (old / "step_00000012.pt").unlink()
+    shutil.copy(old / "step_00000008.pt", old / "best.pt")
+    (old / "best.json").write_text('{"step": 8, "probe": 0.5}')
+    (runs / "encoder_best.safetensors").write_bytes(b"of a run before, which had a probe")
     kept = {p.name: p.read_bytes() for p in old.iterdir()}
     monkeypatch.setattr(training, "run_code", lambda *_: "another")
     capsys.readouterr()
@@ -461,6 +465,7 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, caps
         and "other code and is left as it is; --resume-anyway" in said
     )
     assert json.loads((runs / "run.json").read_text())["made_from"]["code"] == "another"
+    assert not (runs / "encoder_best.safetensors").exists()
     (new,) = set((runs / "checkpoints").iterdir()) - {old}
     for path in new.iterdir():
         path.unlink()
@@ -471,6 +476,10 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path, pictures, monkeypatch, caps
     assert again.read_bytes() == straight and {p.name: p.read_bytes() for p in old.iterdir()} == kept
     adopted = json.loads((runs / "run.json").read_text())["made_from"]["adopted"]
     assert adopted["step"] == 8 and adopted["code"] != "another"
+    (new,) = set((runs / "checkpoints").iterdir()) - {old}
+    for name in ("start.json", "best.json", "best.pt"):  # what it began with, and what it had
+        assert not (old / name).exists() or (new / name).read_bytes() == (old / name).read_bytes(), name
+    assert (runs / "encoder_best.safetensors").exists()
     with pytest.raises(CheckpointError, match="no checkpoint of settings"):
         training.pretrain(
             config(seed=5), root=tmp_path, run="x", pictures=pictures, progress=False, resume_anyway=True
