@@ -50,6 +50,8 @@ def _one_line(error) -> str | None:
     ours = isinstance(error, RuntimeError) and type(error).__module__.startswith("mefem")
     if missing := _missing_part(error):
         return missing
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}"
     return str(error) if ours or isinstance(error, _PLAIN) else None
 
 # %% ../nbs/70_cli.ipynb #de9f9025

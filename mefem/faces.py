@@ -190,8 +190,21 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 # %% ../nbs/10_faces.ipynb #ecd70c2e
+def _float_to_eight(image: Image.Image) -> Image.Image:
+    """Greyscale of floating-point numbers, 0..1 or 0..255, as 8 bits."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (0 <= low <= high <= 255):  # nor where it is not a number
+        raise ImageError(
+            "corrupt image", getattr(image, "source", ""), f"floating-point pixels of {low:g} to {high:g}"
+        )
+    return Image.fromarray(np.round(values * (255 if high <= 1 else 1)).astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB of 8 bits."""
+    if image.mode == "F":
+        image = _float_to_eight(image)
     if image.mode.startswith("I"):
         image = _sixteen_to_eight(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -263,19 +276,35 @@ def _crops_in(folder) -> set[str]:
         return set()
 
 # %% ../nbs/10_faces.ipynb #c22f3d47
+def _refuse_unread(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _entered(folder: Path, top: Path, seen: set[Path]) -> bool:
+    """Whether a walk in `top` enters `folder`: a link only where it leads to something new."""
+    if not folder.is_symlink():
+        return True
+    real, home = folder.resolve(), top.resolve()
+    new = not (real.is_relative_to(home) or home.is_relative_to(real) or real in seen)
+    seen.add(real)
+    return new
+
+
 def visible_files(folder, leave_out=None) -> list[Path]:
     """All files below `folder`, sorted, but for hidden ones, crops listed in a folder below, and `leave_out`.
 
-    The crops in `folder` itself are meant when it is named, so they are in."""
-    top = Path(folder)
+    The crops in `folder` itself are meant when it is named, so they are in. Links are followed, to a place
+    once. `ValueError` for a folder that cannot be read."""
+    top, seen = Path(folder), set[Path]()
     away = Path(leave_out).resolve() if leave_out else None
     paths: list[Path] = []
-    for name, folders, files in os.walk(top):
+    for name, folders, files in os.walk(top, onerror=_refuse_unread, followlinks=True):
         here = Path(name)
         if away and here.resolve() == away:
             folders.clear()
             continue
-        folders[:] = [below for below in folders if not below.startswith(".")]
+        folders[:] = [b for b in folders if not b.startswith(".") and _entered(here / b, top, seen)]
         crops = _crops_in(here) if here != top and CROP_LIST in files else ()
         paths += [here / file for file in files if not file.startswith(".") and file not in crops]
     return sorted(path for path in paths if path.is_file())

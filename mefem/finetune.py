@@ -176,7 +176,12 @@ VALIDATION = 5  # one fifth of the training people
 def validation_part(joined: Joined, training: np.ndarray, question: Question) -> np.ndarray:
     """Which photographs are of the validation people, bool [N]: some of those in `training` [N]."""
     part = joined.only(training, "not in training")
-    dealt = replace(question, folds=VALIDATION, seed=question.seed + 1)
+    people = part.rows.person.nunique()
+    if people < 2:
+        raise ValueError(
+            f"{people} person to train on: expected 2 at least; give more people, or fewer folds"
+        )
+    dealt = replace(question, folds=min(VALIDATION, people), seed=question.seed + 1)
     with warnings.catch_warnings():  # a class of fewer people than parts is in training all the same
         warnings.filterwarnings("ignore", "The least populated class")
         fold = person_fold(part, dealt)
@@ -209,6 +214,7 @@ class Material:
     question: Question
     recipe: Recipe
     device: torch.device
+    scale: str = ""  # side of the crop / longer side of the face's box, as the table of embeddings has it
 
     @property
     def outputs(self) -> int:
@@ -460,7 +466,7 @@ def material_of(
     check_people(joined, question)
     usable = np.array(embeddings.files)[embeddings.usable]  # in the order of the crops
     places = pd.Index(usable).get_indexer(joined.rows.file)
-    return Material(vit, crops, places, joined, question, recipe, device)
+    return Material(vit, crops, places, joined, question, recipe, device, embeddings.scale)
 
 # %% ../nbs/56d_finetune.ipynb #0974726e
 def _compared(material: Material, predictions: pd.DataFrame) -> Comparison:
@@ -494,6 +500,7 @@ def about_tuned(material: Material, numbers: dict, losses: list[float], source) 
         "kind": joined.kind,
         "classes": list(joined.classes),
         "features": material.recipe.features,
+        "scale": material.scale,
         "photographs": len(joined.rows),
         "people": int(joined.rows.person.nunique()),
         "metrics": {metric: asdict(found) for metric, found in numbers.items()},
@@ -558,6 +565,16 @@ def _working_folder(out: Path, key: str, say) -> Path:
     work.mkdir(exist_ok=True)
     return work
 
+# %% ../nbs/56d_finetune.ipynb #cd4f7cfd
+def _check_encoder_stays(encoder, out: Path) -> None:
+    """`ValueError` where the encoder to start from, or another of nobody knows whom, would be overwritten."""
+    tuned = out / ENCODER
+    ours = (out / ACCOUNT).is_file() or any(out.glob(".work-*"))
+    if tuned.is_file() and (not ours or Path(str(encoder)).resolve() in (out.resolve(), tuned.resolve())):
+        raise ValueError(
+            f"{tuned} would be overwritten by the fine-tuned one: choose a new folder for the result"
+        )
+
 # %% ../nbs/56d_finetune.ipynb #2ecc561a
 def finetune_photographs(
     source,
@@ -583,6 +600,7 @@ def finetune_photographs(
     vit, device = tunable(encoder, recipe.features), choose_device(device)
     how = Framing(framing=framing, size=vit.size, scale=vit.face_scale)
     out = check_folder(out, FinetunedProbe.also)
+    _check_encoder_stays(encoder, out)
     settings = {"question": vars(question), "recipe": vars(recipe), "how": vars(how), "device": str(device)}
     key = _key(source, out, table.cells, vit, **settings)
     if kept := kept_account(out / ACCOUNT, key, out / ENCODER, out / MODEL):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'PICTURE_COLUMNS', 'KINDS', 'FEW', 'ALPHAS', 'CS', 'INNER', 'METRICS_OF', 'WORDS', 'MODEL', 'PREDICTIONS',
-           'REPORT', 'GROUPS', 'BASELINES', 'Embeddings', 'read_embeddings', 'Question', 'Labels', 'is_missing',
-           'read_labels', 'match_names', 'target_kind', 'Joined', 'join_labels', 'say_join', 'person_fold',
-           'check_enough', 'fit_head', 'predict_out', 'say_interval', 'verdict', 'Comparison', 'LabelProbe',
-           'group_metric', 'LabelModel', 'fit_model', 'probe_labels', 'crop_again', 'baseline', 'check_folder',
-           'report', 'write_probe', 'as_json', 'check_predictions', 'predict_labels']
+           'REPORT', 'WRITTEN', 'GROUPS', 'BASELINES', 'Embeddings', 'read_embeddings', 'Question', 'Labels',
+           'is_missing', 'read_labels', 'match_names', 'target_kind', 'Joined', 'join_labels', 'say_join',
+           'person_fold', 'check_enough', 'fit_head', 'predict_out', 'say_interval', 'verdict', 'Comparison',
+           'LabelProbe', 'group_metric', 'LabelModel', 'fit_model', 'probe_labels', 'crop_again', 'baseline',
+           'check_folder', 'report', 'write_probe', 'as_json', 'check_predictions', 'predict_labels']
 
 # %% ../nbs/54_own_labels.ipynb #ed97a963
 import json
 import math
+import os
 import posixpath
 import re
 import unicodedata
@@ -671,6 +672,7 @@ def _line_of(pipeline, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/54_own_labels.ipynb #49ffdedf
 MODEL, PREDICTIONS, REPORT = "model.safetensors", "predictions.csv", "report.md"
+WRITTEN = ("file", "person", "fold", "target", "prediction")  # columns of predictions.csv
 
 
 @dataclass(frozen=True)
@@ -922,6 +924,19 @@ def baseline(kind: str, path, photographs, encoder: str | None = None) -> Embedd
     return Embeddings(tuple(row.file for row in rows), vectors, name=kind, **about)
 
 # %% ../nbs/54_own_labels.ipynb #f4cf3aef
+def _foreign(out: Path) -> Path | None:
+    """A file in `out` that has a name of ours and is none of ours."""
+    try:
+        _load_model(out)
+        return None
+    except FileNotFoundError:  # stopped before it was written; the predictions come first
+        table, report = out / PREDICTIONS, out / REPORT
+        ours = table.is_file() and table.read_bytes().startswith(",".join(WRITTEN).encode())
+        return None if ours else next((path for path in (table, report) if path.exists()), None)
+    except ValueError:
+        return out / MODEL
+
+
 def check_folder(out, also=()) -> Path:
     """`out` as a folder for a probe's results: new, empty, or with an earlier probe's; else `ValueError`.
 
@@ -933,12 +948,16 @@ def check_folder(out, also=()) -> Path:
     strange = {path.name for path in out.glob("[!.]*")} - {MODEL, PREDICTIONS, REPORT, *also}
     if strange:
         raise ValueError(f"{out} holds other things, such as {min(strange)}: choose a new folder")
+    if foreign := _foreign(out):
+        raise ValueError(f"{foreign} is of another program: choose a new folder")
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} cannot be written to: choose another folder")
     return out
 
 # %% ../nbs/54_own_labels.ipynb #3bb366f5
 def _with_names(probe: LabelProbe) -> pd.DataFrame:
     """The predictions, classes by their names."""
-    table = probe.predictions[["file", "person", "fold", "target", "prediction"]]
+    table = probe.predictions[[*WRITTEN]]
     for column in ("target", "prediction") if probe.joined.classes else ():
         names = [probe.joined.classes[int(code)] for code in table[column]]
         table = table.assign(**{column: names})

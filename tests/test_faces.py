@@ -122,6 +122,18 @@ def test_an_opened_picture_is_read_as_its_file_is(name, tmp_path):
     assert np.array_equal(read_image(upright), by_path), "what was brought upright is not turned twice"
 
 
+def test_floating_point_pictures(tmp_path):
+    steps = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for name, scale in (("one", 1), ("bytes", 255)):
+        Image.fromarray(steps * scale).save(tmp_path / f"{name}.tif")
+        assert np.array_equal(
+            read_image(tmp_path / f"{name}.tif")[..., 0], np.round(steps * 255).astype(np.uint8)
+        )
+    Image.fromarray(steps * 1000).save(tmp_path / "more.tif")
+    with pytest.raises(ImageError, match="floating-point pixels of 0 to 1000"):
+        read_image(tmp_path / "more.tif")
+
+
 def test_a_crop_of_an_opened_picture_is_that_of_its_file(tmp_path):
     quarters = np.zeros((1024, 1024, 3), np.uint8)
     for value, (y, x) in enumerate([(0, 0), (0, 512), (512, 0), (512, 512)], 1):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,24 @@ def test_classes_json_and_a_second_call(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr("mefem.finetune.write_tuned", killed)
     CliRunner().invoke(app, [str(one) for one in command(drawn, out, "--target", "kind", "--seed", 1)])
     assert not (out / "finetune.json").exists(), "a file beside it may be of the other call by now"
+
+
+def test_the_encoder_to_start_from_is_not_overwritten(drawn, tmp_path):
+    photographs, labels, encoder = drawn
+    folder = tmp_path / "enc"
+    folder.mkdir()
+    shutil.copy(encoder, folder / "encoder.safetensors")
+    before = (folder / "encoder.safetensors").read_bytes()
+    for start in (encoder, folder):
+        result = CliRunner().invoke(
+            app,
+            [
+                str(one)
+                for one in ["finetune", photographs, labels, "-e", start, "--target", "kind", "-o", folder]
+            ],
+        )
+        assert result.exit_code == 1 and "would be overwritten" in " ".join(result.stderr.split())
+    assert (folder / "encoder.safetensors").read_bytes() == before
 
 
 def test_killed_it_goes_on_to_the_same_result(drawn, tmp_path):

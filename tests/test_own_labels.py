@@ -503,6 +503,22 @@ def test_the_saved_model_predicts_as_scikit_learn_does(tmp_path):
             assert model.predict(new).tolist() == [found.joined.classes[int(code)] for code in expected]
 
 
+def test_files_of_others_with_our_names_stay(tables, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    found = probe_labels(*tables, "kind", person="id")
+    for name in ("report.md", "predictions.csv", "model.safetensors"):
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} is of another program: choose a new folder"):
+            own.write_probe(found, folder)
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    own.write_probe(found, folder)
+    (folder / "model.safetensors").unlink()  # stopped before it was there
+    own.write_probe(found, folder)
+    own.write_probe(found, folder)
+
+
 def test_a_class_that_the_other_table_lacks_is_not_given_to_others(tmp_path):
     rng, kinds = np.random.default_rng(0), np.repeat(["a", "b", "c"], 30)
     vectors = rng.standard_normal((90, 4)) + 8 * np.eye(4)[np.repeat([0, 1, 2], 30)]
