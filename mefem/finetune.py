@@ -178,9 +178,7 @@ def validation_part(joined: Joined, training: np.ndarray, question: Question) ->
     part = joined.only(training, "not in training")
     people = part.rows.person.nunique()
     if people < 2:
-        raise ValueError(
-            f"{people} person to train on: expected 2 at least; give more people, or fewer folds"
-        )
+        raise ValueError(f"{people} person to train on: expected 2 at least: give more people or fewer folds")
     dealt = replace(question, folds=min(VALIDATION, people), seed=question.seed + 1)
     with warnings.catch_warnings():  # a class of fewer people than parts is in training all the same
         warnings.filterwarnings("ignore", "The least populated class")
