@@ -88,8 +88,10 @@ def provenance(root, settings=None, seed: int | None = None, started: float | No
     }
 
 # %% ../nbs/57_provenance.ipynb #af5ce8ba
-def leave_record(folder, settings, started: float, **more) -> dict:
+def leave_record(folder, settings, started: float, /, **more) -> dict:
     """Write `provenance`, the profile and `more` to provenance.json in `folder`; returns what it wrote.
+
+    `more` may replace a part of `provenance`.
 
     `settings`: all of params.yaml (`mefem.config.load_settings`)."""
     active = settings.active
