@@ -24,6 +24,7 @@ FILES = {
     "faces": "faces/tables/faces_cells.json",
     "faces_provenance": "faces/tables/provenance.json",
     "faces_page": "faces/run/provenance.json",
+    "faces_table4": "faces/ablations/table4.json",
 }
 
 
@@ -250,7 +251,8 @@ def about(figures) -> dict:
         "findings": findings(rows, run["seeds"]),
         "summary": results["table4"].get("summary"),
         "faces": run_parts(results["faces_provenance"], results["faces_page"])
-        | {"table": faces_table(real), "findings": faces_findings(real)},
+        | {"table": faces_table(real), "findings": faces_findings(real)}
+        | {"summary": results["faces_table4"].get("summary")},
     }
 
 # %% ../nbs/65_readme.ipynb #fecfca82
