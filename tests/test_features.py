@@ -224,6 +224,7 @@ def test_a_photograph_that_is_gone_takes_its_crop_along(photos, tmp_path, encode
     counts, rows = crop_all(photos, out)
     assert counts == {"usable": 5, "no face": 1} and rows["a/b.jpg"].crop == ""
     assert {path.name for path in out.iterdir()} == {
+        ".photographs",
         "crops.csv",
         "mine.png",
         *(row.crop for row in rows.values() if row.crop),
@@ -260,6 +261,8 @@ def test_crops_never_take_the_place_of_anything_else(photos, tmp_path):
     save_face(tmp_path / "album/plain.jpg", "red")
     refused(photos, tmp_path / "album", "album/plain.jpg is in the way")
     crop_all(photos, tmp_path / "crops")
+    refused(tmp_path / "album", tmp_path / "crops", "holds crops of the photographs in .*photos")
+    (tmp_path / "crops" / ".photographs").unlink()  # as 0.1.0 left it
     refused(tmp_path / "album", tmp_path / "crops", "holds crops of other photographs, such as .*photos/")
     (tmp_path / "field").mkdir()
     (tmp_path / "field/crops.csv").write_text("field,crop\n7,wheat\n")
