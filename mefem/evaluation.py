@@ -199,9 +199,8 @@ def remove_unplanned(results, folders: dict[str, tuple], tasks, linear: bool = T
     planned = {(name, cell.stem) for name, cell in _plan(folders, tasks, None, linear, skip)}
     names, removed = {get_task(task).name for task in tasks}, []
     for path in sorted(Path(results).glob("*/*")):
-        one, encoder = (path.parent.name, path.stem), path.parent.name
         ours = path.suffix in (".json", ".parquet") and path.stem.partition(".")[0] in names
-        if ours and (encoder not in folders or one not in planned):
+        if ours and (path.parent.name, path.stem) not in planned:
             path.unlink()
             removed.append(path)
     return removed

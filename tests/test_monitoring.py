@@ -74,25 +74,27 @@ def test_relative_spread_against_numpy():
     assert relative_spread(torch.zeros(4, 2, 2)) == 0
 
 
+def counted_operations(jepa) -> int:
+    """What torch counts in a step of two pictures, forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    # written out as matrix products, which torch knows how to count
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
     "masking",
     [dict(), dict(cls_in_source=None), dict(kind="multiblock", cls_in_source=None), dict(kind="quadrant")],
 )
 @pytest.mark.parametrize("teacher_input", ["image", "targets"])
 def test_counted_operations_are_what_torch_counts(masking, teacher_input):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     jepa = build(PretrainSettings(**SMALL | dict(masking=masking, teacher_input=teacher_input)))
-    counter = FlopCounterMode(display=False)
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        counter,
-    ):  # written out as matrix products, which torch knows how to count
-        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
-    assert (
-        2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()
-    )  # two pictures, two operations each
+    # two pictures, two operations each
+    assert 2 * 2 * sum(step_operations(jepa).values()) == counted_operations(jepa)
 
 
 @pytest.mark.parametrize(
@@ -105,27 +107,15 @@ def test_counted_operations_are_what_torch_counts(masking, teacher_input):
     ],
 )
 def test_counted_operations_of_the_methods_are_what_torch_counts(changes):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     jepa = build(PretrainSettings(**SMALL | changes))
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
-    assert 2 * 2 * sum(step_operations(jepa).values()) == counter.get_total_flops()
+    assert 2 * 2 * sum(step_operations(jepa).values()) == counted_operations(jepa)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_counted_operations_of_views_are_what_torch_counts(weight):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     jepa = build(PretrainSettings(**SMALL | {"method": "views", "method_options": {"weight": weight}}))
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        jepa(torch.randn(2, 3, 112, 112))["loss"].backward()
     compared = 3 * 2 * 128  # each picture's view with both of the others', forward and backward: not counted
-    assert 2 * 2 * (sum(step_operations(jepa).values()) + compared) == counter.get_total_flops()
+    assert 2 * 2 * (sum(step_operations(jepa).values()) + compared) == counted_operations(jepa)
 
 
 def test_peak_is_of_this_machine():
